@@ -1,0 +1,1 @@
+"""Quantized pages of keys and values, and attention over them: tensors and pages only, no models."""

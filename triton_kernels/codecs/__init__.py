@@ -1,0 +1,28 @@
+"""The table of storage formats.  A new codec is one file and one name in it."""
+
+from .base import Codec, Plane, Tile
+from .exact import EXACT
+from .integer import INT4_CHANNEL, INT4_HADAMARD, INT8_AFFINE, INT8_CHANNEL
+from .lmdeploy_token import INT4_TOKEN, INT8_TOKEN
+from .turboquant import LLOYD2, LLOYD4_CENTRED
+from .turboquant_qjl import LLOYD2_PLAIN, LLOYD3_SIGN
+
+__all__ = ["CODECS", "Codec", "Plane", "Tile"]
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        EXACT,
+        INT8_CHANNEL,
+        INT8_AFFINE,
+        INT4_CHANNEL,
+        INT4_HADAMARD,
+        LLOYD4_CENTRED,
+        LLOYD2,
+        # LMDeploy's formulae, for comparison.
+        INT8_TOKEN,
+        INT4_TOKEN,
+        LLOYD3_SIGN,
+        LLOYD2_PLAIN,
+    )
+}

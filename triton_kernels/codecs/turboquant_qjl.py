@@ -1,0 +1,167 @@
+"""LMDeploy's TurboQuant (its quant_policy 42, "K4V2") as its formula intends it, for comparison.
+
+With y = H x the rotated vector, sigma = 1 / sqrt(D), c the 3-bit and 2-bit Lloyd-Max levels times sigma:
+
+    keys     n = sqrt(sum y^2 + 1e-8)      u = y / n      i = 3-bit code of u (strictly above the boundary)
+             r = u - c_i                   b = (r >= 0)   rho = sqrt(sum r^2 + 1e-8) / sqrt(D)
+             y_hat = n * (c_i + rho * (2 b - 1))
+
+    values   n, u as above                 i = 2-bit code of u
+             y_hat = n * c_i
+
+Despite the policy's description no QJL projection is involved: the keys have 16 deterministic levels c_i +- rho.  rho
+is the root mean square of the residual (the mean |r| would have less error), and the values' norm is not corrected for
+the shrinking of the levels; both are kept as they are.  LMDeploy's decode kernel takes sigma from twice the head_dim
+and so shrinks the key levels by sqrt(2); its prefill does not, and neither does this file.
+
+n and rho are stored in the model's dtype.  A norm above the range of fp16 saturates here (LMDeploy: infinity).  The
+rotation works in blocks where head_dim is no power of two (LMDeploy: refused).
+
+    keys     codes  uint8 [P, D/2]     norm, residual  model dtype [P, 1]        4 + 32/D bits per element
+
+    bit    7   6 5 4      3   2 1 0
+    code   b   i          b   i
+           channel j+D/2  channel j            j = 0 .. D/2 - 1
+
+    values   codes  uint8 [P, D/4]     norm  model dtype [P, 1]                  2 + 16/D bits per element
+
+    bit    7 6               5 4              3 2              1 0
+    code   channel j + 3D/4  channel j + D/2  channel j + D/4  channel j        j = 0 .. D/4 - 1
+
+References: LMDeploy, PyTorch engine, docs/en/quantization/kv_quant.md; TurboQuant (arXiv:2504.19874).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .base import Codec, Plane, Tile
+from .lloyd_max import bucket, cell_radius, lookup
+from .packing import pack_fields, round_saturating, unpack_fields
+
+# LMDeploy's own constants at sigma = 1: a few Lloyd iterations, equal to the optimal tables to about 1e-6.
+LEVELS: dict[int, tuple[float, ...]] = {
+    2: (-1.5104176, -0.4527808, 0.4527808, 1.5104176),
+    3: (-2.1519456, -1.3439093, -0.7560052, -0.2450942, 0.2450942, 0.7560052, 1.3439093, 2.1519456),
+}
+BOUNDARIES: dict[int, tuple[float, ...]] = {
+    2: (-0.9815992, 0.0, 0.9815992),
+    3: (-1.7479274, -1.0499573, -0.5005497, 0.0, 0.5005497, 1.0499573, 1.7479274),
+}
+_EPS = 1e-8  # keeps both square roots away from zero
+
+
+@functools.lru_cache(maxsize=32)
+def _scaled(table: tuple[float, ...], head_dim: int) -> tuple[float, ...]:
+    """``table`` times sigma = 1 / sqrt(head_dim), multiplied in float32."""
+    return tuple((torch.tensor(table, dtype=torch.float32, device="cpu") * head_dim**-0.5).tolist())
+
+
+class _Fit(NamedTuple):
+    norm: torch.Tensor  # n, not yet rounded, [..., page_size, 1]
+    unit: torch.Tensor  # u, [..., page_size, head_dim]
+    codes: torch.Tensor  # i, uint8 [..., page_size, head_dim]
+    levels: torch.Tensor  # c_i, [..., page_size, head_dim]
+
+
+def _fit(y: torch.Tensor, table_bits: int) -> _Fit:
+    """The part that keys and values share, for rotated float32 vectors ``y``."""
+    head_dim = y.shape[-1]
+    norm = (y.square().sum(-1, keepdim=True) + _EPS).sqrt()
+    unit = y / norm
+    codes = bucket(unit, _scaled(BOUNDARIES[table_bits], head_dim))
+    return _Fit(norm, unit, codes, lookup(codes, _scaled(LEVELS[table_bits], head_dim)))
+
+
+def _norm_rounding(fit: _Fit, model_dtype: torch.dtype) -> torch.Tensor:
+    """|stored norm - norm|, ``[..., page_size]``."""
+    return (round_saturating(fit.norm, model_dtype).float() - fit.norm).abs().squeeze(-1)
+
+
+@dataclass(frozen=True)
+class SignCorrectedCodec(Codec):
+    """Keys: a 3-bit code and the sign of its residual in one nibble, two numbers per token."""
+
+    def planes(self, head_dim: int) -> tuple[Plane, ...]:
+        codes = Plane("codes", torch.uint8, "token", head_dim // 2)
+        return codes, Plane("norm", None, "token", 1), Plane("residual", None, "token", 1)
+
+    def _residual(self, fit: _Fit) -> tuple[torch.Tensor, torch.Tensor]:
+        """``r`` and ``rho``, not yet rounded."""
+        residual = fit.unit - fit.levels
+        rho = (residual.square().sum(-1, keepdim=True) + _EPS).sqrt() / residual.shape[-1] ** 0.5
+        return residual, rho
+
+    def _encode(self, x: torch.Tensor, model_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        fit = _fit(x, 3)
+        residual, rho = self._residual(fit)
+        nibbles = fit.codes | ((residual >= 0).to(torch.uint8) << 3)
+        return pack_fields(nibbles, 4), round_saturating(fit.norm, model_dtype), rho.to(model_dtype)
+
+    def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
+        codes, norm, rho = planes
+        nibbles = unpack_fields(codes, 4)
+        sign = (nibbles >> 3).float() * 2 - 1
+        levels = lookup(nibbles & 7, _scaled(LEVELS[3], nibbles.shape[-1])) + rho.float() * sign
+        return Tile(levels, token_scale=norm.squeeze(-1).float())
+
+    def error_bound(self, x: torch.Tensor) -> torch.Tensor:
+        """|r - rho sign(r)|^2 <= |r|^2 + rho^2 D = 2 |r|^2 + 1e-8, and |r| is bounded by the widths of the cells."""
+        head_dim = x.shape[-1]
+        y = self.to_domain(x.float())
+        fit = _fit(y, 3)
+        rho = self._residual(fit)[1]
+        stored_rho = rho.to(x.dtype).float()
+        radius = cell_radius(fit.unit, _scaled(LEVELS[3], head_dim)).norm(dim=-1)
+        norm = fit.norm.squeeze(-1)
+        quantization = norm * (2 * radius.square() + _EPS).sqrt()
+        rounding = norm * (stored_rho - rho).abs().squeeze(-1) * head_dim**0.5
+        rounding += _norm_rounding(fit, x.dtype) * (fit.levels.norm(dim=-1) + stored_rho.squeeze(-1) * head_dim**0.5)
+        # float32 arithmetic, and boundaries that are midpoints to seven digits only.
+        return quantization + rounding + 2e-6 * norm
+
+
+@dataclass(frozen=True)
+class PlainLloydMaxCodec(Codec):
+    """Values: a 2-bit code, one number per token."""
+
+    def planes(self, head_dim: int) -> tuple[Plane, ...]:
+        return Plane("codes", torch.uint8, "token", head_dim // 4), Plane("norm", None, "token", 1)
+
+    def _encode(self, x: torch.Tensor, model_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        fit = _fit(x, 2)
+        return pack_fields(fit.codes, 2), round_saturating(fit.norm, model_dtype)
+
+    def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
+        codes = unpack_fields(planes[0], 2)
+        levels = lookup(codes, _scaled(LEVELS[2], codes.shape[-1]))
+        return Tile(levels, token_scale=planes[1].squeeze(-1).float())
+
+    def error_bound(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.to_domain(x.float())
+        fit = _fit(y, 2)
+        norm = fit.norm.squeeze(-1)
+        quantization = norm * cell_radius(fit.unit, _scaled(LEVELS[2], x.shape[-1])).norm(dim=-1)
+        # float32 arithmetic, and boundaries that are midpoints to seven digits only.
+        return quantization + _norm_rounding(fit, x.dtype) * fit.levels.norm(dim=-1) + 2e-6 * norm
+
+
+LLOYD3_SIGN = SignCorrectedCodec(
+    "lloyd3-sign",
+    4,
+    "3 bit Lloyd-Max and a residual sign, rotated",
+    "LMDeploy quant_policy 42, keys",
+    rotated=True,
+    head_dim_multiple=2,
+)
+LLOYD2_PLAIN = PlainLloydMaxCodec(
+    "lloyd2-plain",
+    2,
+    "2 bit Lloyd-Max, rotated, norm not corrected",
+    "LMDeploy quant_policy 42, values",
+    rotated=True,
+    head_dim_multiple=4,
+)
