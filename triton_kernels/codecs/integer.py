@@ -35,7 +35,7 @@ from typing import Literal
 import torch
 
 from .base import Codec, Plane, Tile
-from .packing import fp16_at_least, fp16_at_most, pack_fields, unpack_fields
+from .packing import INTEGERS, fp16_at_least, fp16_at_most, pack_fields, unpack_levels
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class IntegerCodec(Codec):
 
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         codes, step, offset = planes
-        levels = unpack_fields(codes, self.bits).float()
+        levels = codes.float() if self.bits == 8 else unpack_levels(codes, INTEGERS)
         if self.axis == "channel":
             return Tile(levels, channel_scale=step.float(), channel_offset=offset.float())
         return Tile(levels, token_scale=step.squeeze(-1).float(), token_offset=offset.squeeze(-1).float())

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import Codec, Plane, Tile
-from .packing import pack_fields, unpack_fields
+from .packing import INTEGERS, pack_fields, unpack_levels
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -68,7 +68,7 @@ class TokenZeroPointCodec(Codec):
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         codes, scale, zero = planes
         token_scale = scale.squeeze(-1).float()
-        levels = unpack_fields(codes, self.bits).float()
+        levels = codes.float() if self.bits == 8 else unpack_levels(codes, INTEGERS)
         return Tile(levels, token_scale=token_scale, token_offset=-zero.squeeze(-1).float() * token_scale)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,12 @@ channels j, j + D/n, j + 2 D/n, ... from the low bits up.  Each byte is then loa
 fraction of the query (LMDeploy packs the same way).
 """
 
+import functools
+
 import torch
+
+# What a 4-bit code of an integer codec stands for.
+INTEGERS = tuple(map(float, range(16)))
 
 
 def pack_fields(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -53,3 +58,20 @@ def fp16_at_least(x: torch.Tensor) -> torch.Tensor:
     """Smallest fp16 number >= ``x`` (float32).  Values outside the fp16 range saturate to its ends."""
     h = round_saturating(x, torch.float16)
     return torch.where((h.float() < x) & (h < _FP16_MAX), _neighbour(h, upwards=True), h)
+
+
+@functools.lru_cache(maxsize=64)
+def _byte_table(levels: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """What each byte stands for, field by field, float32 ``[256, fields]``; kept, because copies to a GPU stall it."""
+    bits = len(levels).bit_length() - 1
+    fields = [[levels[byte >> (i * bits) & (len(levels) - 1)] for i in range(8 // bits)] for byte in range(256)]
+    return torch.tensor(fields, dtype=torch.float32, device=device)
+
+
+def unpack_levels(packed: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
+    """``levels[code]`` for each packed code, float32 ``[..., D]`` from uint8 ``[..., D * bits / 8]``.
+
+    ``levels`` has 2, 4 or 16 entries.  One look-up per byte instead of one per code, and no shifting and masking.
+    """
+    table = _byte_table(levels, packed.device)
+    return torch.nn.functional.embedding(packed.int(), table).transpose(-1, -2).flatten(-2)

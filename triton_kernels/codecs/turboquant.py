@@ -42,7 +42,7 @@ import torch
 
 from .base import Codec, Plane, Tile
 from .lloyd_max import LEVELS, cell_radius, levels, quantize
-from .packing import pack_fields, round_saturating, unpack_fields
+from .packing import pack_fields, round_saturating, unpack_levels
 
 ScaleRule = Literal["norm", "least-squares", "unbiased"]
 
@@ -103,8 +103,9 @@ class LloydMaxCodec(Codec):
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         codes, scale = planes[:2]
         centre = planes[2].float() if self.centred else None
-        level = levels(unpack_fields(codes, self.bits), self.bits)
-        return Tile(level, token_scale=scale.squeeze(-1).float(), channel_offset=centre)
+        return Tile(
+            unpack_levels(codes, LEVELS[self.bits]), token_scale=scale.squeeze(-1).float(), channel_offset=centre
+        )
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         """Bound from the widths of the cells, plus what the stored scale differs from the ideal one.

@@ -40,7 +40,7 @@ import torch
 
 from .base import Codec, Plane, Tile
 from .lloyd_max import bucket, cell_radius, lookup
-from .packing import pack_fields, round_saturating, unpack_fields
+from .packing import pack_fields, round_saturating, unpack_levels
 
 # LMDeploy's own constants at sigma = 1: a few Lloyd iterations, equal to the optimal tables to about 1e-6.
 LEVELS: dict[int, tuple[float, ...]] = {
@@ -51,6 +51,7 @@ BOUNDARIES: dict[int, tuple[float, ...]] = {
     2: (-0.9815992, 0.0, 0.9815992),
     3: (-1.7479274, -1.0499573, -0.5005497, 0.0, 0.5005497, 1.0499573, 1.7479274),
 }
+_SIGNS = (-1.0,) * 8 + (1.0,) * 8  # of the residual, by nibble
 _EPS = 1e-8  # keeps both square roots away from zero
 
 
@@ -103,9 +104,8 @@ class SignCorrectedCodec(Codec):
 
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         codes, norm, rho = planes
-        nibbles = unpack_fields(codes, 4)
-        sign = (nibbles >> 3).float() * 2 - 1
-        levels = lookup(nibbles & 7, _scaled(LEVELS[3], nibbles.shape[-1])) + rho.float() * sign
+        table = _scaled(LEVELS[3], codes.shape[-1] * 2)
+        levels = unpack_levels(codes, table * 2) + rho.float() * unpack_levels(codes, _SIGNS)
         return Tile(levels, token_scale=norm.squeeze(-1).float())
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,8 +136,7 @@ class PlainLloydMaxCodec(Codec):
         return pack_fields(fit.codes, 2), round_saturating(fit.norm, model_dtype)
 
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
-        codes = unpack_fields(planes[0], 2)
-        levels = lookup(codes, _scaled(LEVELS[2], codes.shape[-1]))
+        levels = unpack_levels(planes[0], _scaled(LEVELS[2], planes[0].shape[-1] * 4))
         return Tile(levels, token_scale=planes[1].squeeze(-1).float())
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
