@@ -1,0 +1,59 @@
+"""Every test: one thread, fixed seeds, memory that shows when read unwritten, and a package that stays enabled."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation import configuration_utils
+from transformers.modeling_utils import AttentionInterface
+
+import kvquant_hf
+
+torch.set_num_threads(1)
+
+POISON_BYTE = 0xAB
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poisoned(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``original``, whose result is filled with NaN (0xAB for integers) when kvquant_hf asked for it."""
+
+    def empty(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = original(*args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("kvquant_hf"):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else POISON_BYTE)
+        return tensor
+
+    return empty
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that kvquant_hf allocates without writing it is full of NaN, so that reading it shows in any result."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def _stays_enabled() -> Iterator[None]:
+    """A test that disables the package or patches transformers has to clean up."""
+    yield
+    enabled = "kvquant" in configuration_utils.ALL_CACHE_IMPLEMENTATIONS and "kvquant" in AttentionInterface()
+    kvquant_hf.enable()
+    assert enabled, "the test left kvquant_hf disabled"

@@ -1,0 +1,245 @@
+"""Attention over packed pages in plain torch: the oracle of every kernel, and what runs where no kernel does.
+
+The loop is flash decoding with the scales folded out (see ``codecs/base.py``): a block of pages is unpacked to small
+levels, scored against the scaled query, and merged by the online softmax
+
+    m' = max(m, max_t s_t)
+    l' = l * e^(m - m') + sum_t e^(s_t - m')
+    o' = o * e^(m - m') + sum_t e^(s_t - m') v_t
+
+The open page (``tail``) is one more block, in the model's dtype.  Work memory is bounded by ``BLOCK_BYTES`` whatever
+the context: a dense copy of the cache never exists.  Arithmetic is float32, or float64 for float64 queries.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .codecs.base import Codec, Tile
+
+# Work memory of one block of pages or of scores.  Small enough to stay in a CPU's second-level cache for usual heads.
+BLOCK_BYTES = 4 << 20
+
+
+class PagedSide(NamedTuple):
+    """Keys or values of one layer.
+
+    ``planes`` are the codec's planes for all physical pages, ``[pages, heads, *Plane.shape(page_size)]``; ``tail`` is
+    the open page, ``[batch, heads, tail_length, head_dim]`` in the model's dtype; ``page_size`` is in tokens.
+    """
+
+    codec: Codec
+    planes: Sequence[torch.Tensor]
+    tail: torch.Tensor
+    page_size: int
+
+    @property
+    def head_dim(self) -> int:
+        """Elements per vector."""
+        return self.tail.shape[-1]
+
+
+class _Softmax:
+    """Online softmax over blocks; rows are ``[batch, heads, rows]``.
+
+    Two accumulators, because packed values may live in a rotated domain while the open page does not; both are rescaled
+    together.
+    """
+
+    def __init__(self, query: torch.Tensor, value_dim: int) -> None:
+        rows = query.shape[:-1]
+        self.maximum = query.new_full(rows, float("-inf"))
+        self.total = query.new_zeros(rows)
+        self.packed = query.new_zeros(*rows, value_dim)
+        self.exact = query.new_zeros(*rows, value_dim)
+
+    def weigh(self, scores: torch.Tensor) -> torch.Tensor:
+        """Take scores ``[batch, heads, rows, tokens]``, return the weights of these tokens, rescale what is there."""
+        maximum = torch.maximum(self.maximum, scores.amax(-1))
+        # A row that has seen no token yet keeps maximum -inf; measure from 0 there, so that no inf - inf arises.
+        origin = maximum.masked_fill(maximum == float("-inf"), 0.0)
+        weights = (scores - origin.unsqueeze(-1)).exp_()
+        decay = (self.maximum - origin).exp_()
+        self.total = self.total * decay + weights.sum(-1)
+        self.packed *= decay.unsqueeze(-1)
+        self.exact *= decay.unsqueeze(-1)
+        self.maximum = maximum
+        return weights
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Add one logit per row that takes probability and carries no value; ``[heads, rows]``."""
+        maximum = torch.maximum(self.maximum, sinks)
+        decay = (self.maximum - maximum).exp()
+        self.total = self.total * decay + (sinks - maximum).exp()
+        self.packed *= decay.unsqueeze(-1)
+        self.exact *= decay.unsqueeze(-1)
+        self.maximum = maximum
+
+
+def paged_attention_reference(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention of ``query`` over sealed pages and the open page.
+
+    Args:
+        query: ``[batch, query_heads, queries, key_dim]``; ``query_heads`` is a multiple of the key/value heads (GQA).
+        keys: packed and open keys.
+        values: packed and open values, as many tokens.
+        page_table: int ``[batch, sealed_pages]``, physical page of each logical page.
+        scale: multiplies the scores before the softmax.
+        causal: query i sees the keys up to ``tokens - queries + i`` (bottom-right alignment).
+        mask: ``[batch or 1, query_heads or 1, queries or 1, tokens]``; bool (True is seen) or added to the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        sinks: ``[query_heads]``, a logit per head that takes part in the softmax and carries no value.
+
+    Returns:
+        ``[batch, query_heads, queries, value_dim]`` in the query's dtype.  A row that sees no token is zero.
+    """
+    batch, query_heads, queries, _ = query.shape
+    rows_per_query = batch * query_heads * keys.page_size * 4
+    step = max(1, BLOCK_BYTES // rows_per_query)
+    parts = []
+    tokens = page_table.shape[1] * keys.page_size + keys.tail.shape[2]
+    for start in range(0, queries, step):
+        part = query[:, :, start : start + step]
+        part_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start : start + step]
+        # Absolute position of each query of this part, for the causal rule; None where every key is seen.
+        offset = tokens - queries + start
+        positions = torch.arange(part.shape[2], device=query.device) + offset if causal and queries > 1 else None
+        parts.append(
+            _attend(part, keys, values, page_table, scale, positions, part_mask, softcap, sinks).to(query.dtype)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    scale: float,
+    positions: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One part of the queries; arguments as in :func:`paged_attention_reference`."""
+    batch, query_heads, queries, key_dim = query.shape
+    heads = keys.tail.shape[1]
+    group = query_heads // heads
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    # The query heads of one key/value head are rows of one product: [batch, heads, group * queries, key_dim].
+    q = query.to(dtype).reshape(batch, heads, group * queries, key_dim) * scale
+    q_packed = keys.codec.to_domain(q) if page_table.shape[1] else q
+    softmax = _Softmax(q, values.head_dim)
+
+    def finish(scores: torch.Tensor, first: int) -> torch.Tensor:
+        """Softcap and masks on scores ``[batch, heads, group * queries, tokens]`` of the tokens from ``first`` on."""
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask is None and positions is None:
+            return scores
+        count = scores.shape[-1]
+        scores = scores.reshape(batch, heads, group, queries, count)
+        if positions is not None:
+            seen = torch.arange(first, first + count, device=q.device) <= positions.unsqueeze(-1)
+            scores = scores.masked_fill(~seen, float("-inf"))
+        if mask is not None:
+            block = mask[..., first : first + count]
+            # [batch or 1, query_heads or 1, queries or 1, tokens] -> the same with heads and group apart
+            block = block.unflatten(1, (heads, group) if block.shape[1] == query_heads > 1 else (1, block.shape[1]))
+            scores = scores.masked_fill(~block, float("-inf")) if block.dtype == torch.bool else scores + block
+        return scores.reshape(batch, heads, group * queries, count)
+
+    for first, last in _blocks(keys, values, page_table, rows=group * queries):
+        scores = _score_pages(q_packed, keys, page_table[:, first:last], dtype)
+        weights = softmax.weigh(finish(scores, first * keys.page_size))
+        softmax.packed += _weigh_pages(weights, values, page_table[:, first:last], dtype)
+    if keys.tail.shape[2]:
+        scores = q @ keys.tail.to(dtype).transpose(-1, -2)
+        weights = softmax.weigh(finish(scores, page_table.shape[1] * keys.page_size))
+        softmax.exact += weights @ values.tail.to(dtype)
+    if sinks is not None:
+        softmax.add_sinks(sinks.to(dtype).reshape(heads, group, 1).expand(-1, -1, queries).reshape(heads, -1))
+
+    output = softmax.exact
+    if page_table.shape[1]:
+        output = output + values.codec.from_domain(softmax.packed)
+    output = output / softmax.total.masked_fill(softmax.total == 0, 1.0).unsqueeze(-1)
+    return output.reshape(batch, query_heads, queries, values.head_dim)
+
+
+def _blocks(keys: PagedSide, values: PagedSide, page_table: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of logical pages whose unpacked levels and scores stay within ``BLOCK_BYTES``."""
+    batch, pages = page_table.shape
+    widest = max(keys.head_dim, values.head_dim, rows)
+    page_bytes = batch * keys.tail.shape[1] * keys.page_size * widest * 4
+    step = max(1, BLOCK_BYTES // page_bytes)
+    for first in range(0, pages, step):
+        yield first, min(first + step, pages)
+
+
+def _tile(side: PagedSide, page_ids: torch.Tensor, dtype: torch.dtype) -> Tile:
+    """Unpack the pages ``page_ids`` ``[batch, n]``; the leading dimensions become ``[batch, heads, n]``."""
+    planes = [plane[page_ids].transpose(1, 2) for plane in side.planes]
+    tile = side.codec.tile(planes)
+    return Tile(tile.levels.to(dtype), *(None if part is None else part.to(dtype) for part in tile[1:]))
+
+
+def _score_pages(q: torch.Tensor, keys: PagedSide, page_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scores ``[batch, heads, rows, n * page_size]`` of ``q`` ``[batch, heads, rows, dim]``, in the keys' domain."""
+    tile = _tile(keys, page_ids, dtype)
+    q = q.unsqueeze(2)  # [batch, heads, 1, rows, dim] against pages [batch, heads, n, ...]
+    scaled = q if tile.channel_scale is None else q * tile.channel_scale.unsqueeze(-2)
+    scores = scaled @ tile.levels.transpose(-1, -2)  # [batch, heads, n, rows, page_size]
+    if tile.token_scale is not None:
+        scores = scores * tile.token_scale.unsqueeze(-2)
+    if tile.token_offset is not None:
+        scores = scores + q.sum(-1, keepdim=True) * tile.token_offset.unsqueeze(-2)
+    if tile.channel_offset is not None:
+        scores = scores + (q * tile.channel_offset.unsqueeze(-2)).sum(-1, keepdim=True)
+    return scores.transpose(2, 3).flatten(-2)
+
+
+def _weigh_pages(weights: torch.Tensor, values: PagedSide, page_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum of values ``[batch, heads, rows, dim]``, in the values' domain, under ``weights`` ``[.., rows, tokens]``."""
+    tile = _tile(values, page_ids, dtype)
+    weights = weights.unflatten(-1, (page_ids.shape[1], values.page_size)).transpose(2, 3)  # [b, heads, n, rows, page]
+    scaled = weights if tile.token_scale is None else weights * tile.token_scale.unsqueeze(-2)
+    out = scaled @ tile.levels  # [batch, heads, n, rows, dim]
+    if tile.channel_scale is not None:
+        out = out * tile.channel_scale.unsqueeze(-2)
+    if tile.token_offset is not None:
+        out = out + (weights * tile.token_offset.unsqueeze(-2)).sum(-1, keepdim=True)
+    if tile.channel_offset is not None:
+        out = out + weights.sum(-1, keepdim=True) * tile.channel_offset.unsqueeze(-2)
+    return out.sum(2)
+
+
+def gather_dense(side: PagedSide, page_table: torch.Tensor) -> torch.Tensor:
+    """The whole side multiplied out, ``[batch, heads, tokens, head_dim]`` contiguous, in the open page's dtype.
+
+    For readers that cannot attend to pages; its cost is what the paged path avoids.
+    """
+    batch, pages = page_table.shape
+    heads, tail_length, head_dim = side.tail.shape[1:]
+    packed_tokens = pages * side.page_size
+    dense = side.tail.new_empty(batch, heads, packed_tokens + tail_length, head_dim)
+    step = max(1, BLOCK_BYTES // (batch * heads * side.page_size * head_dim * 4))
+    for first in range(0, pages, step):
+        planes = [plane[page_table[:, first : first + step]].transpose(1, 2) for plane in side.planes]
+        block = side.codec.decode(planes).flatten(2, 3)  # [batch, heads, n * page_size, head_dim]
+        start = first * side.page_size
+        dense[:, :, start : start + block.shape[2]] = block
+    dense[:, :, packed_tokens:] = side.tail
+    return dense
