@@ -1,0 +1,41 @@
+"""Everything this package raises on purpose.  Each message is one sentence that ends with the remedy."""
+
+
+class KVQuantError(Exception):
+    """Base of all errors raised by kvquant_hf."""
+
+
+class UnknownPolicyError(KVQuantError, ValueError):
+    """The policy, codec or option asked for does not exist."""
+
+
+class UnsupportedModelError(KVQuantError, ValueError):
+    """The model has no cache that could be quantized, or a head_dim that a codec cannot store."""
+
+
+class UnsupportedVersionError(KVQuantError, ImportError):
+    """The installed transformers is outside the tested range."""
+
+
+class CacheMismatchError(KVQuantError, ValueError):
+    """Keys and values do not fit what the cache already holds (heads, head_dim, dtype or device)."""
+
+
+class BatchSizeError(CacheMismatchError):
+    """The batch size changed between two calls."""
+
+
+class WrongModelError(CacheMismatchError):
+    """The cache was filled by another model."""
+
+
+class InterruptedForwardError(KVQuantError, RuntimeError):
+    """The last forward pass stopped half way, so the layers hold different numbers of tokens."""
+
+
+class GradientError(KVQuantError, RuntimeError):
+    """Keys or values carry a gradient; rounding has none."""
+
+
+class StaleCarrierError(KVQuantError, RuntimeError):
+    """Keys or values returned by an earlier ``update`` were read after the cache had changed."""

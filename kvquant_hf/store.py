@@ -1,0 +1,300 @@
+"""The tokens of one layer: a page table over sealed pages, and one open page in the model's dtype.
+
+    logical tokens   0 ........ 63 | 64 ....... 127 | 128 ... 150
+    page table       page 7        | page 2         |               -> PagePool, packed planes
+    open page                                       | 23 tokens     -> ``tail``, exact
+
+The open page is sealed (quantized into the pool) by the first token that does not fit in it, not by the one that fills
+it: the most recent 1 to ``page_size`` tokens are always exact, taking back the last few tokens is exact, and a chunk of
+one page attends to exactly what the same tokens attend to one by one.  A sealed page is never written again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
+from .paging import PagePool
+from .triton_kernels.codecs import Codec
+from .triton_kernels.ops import PagedSide, gather_dense
+
+# Pages encoded at a time, summed over the batch: bounds the float32 work memory of storing a long prompt.
+_SEAL_PAGES = 64
+
+
+class StoreView(NamedTuple):
+    """What attention reads; valid until the store changes."""
+
+    keys: PagedSide
+    values: PagedSide
+    page_table: torch.Tensor  # int32 [batch, sealed_pages]
+
+    def dense(self, side: str) -> torch.Tensor:
+        """``"keys"`` or ``"values"`` multiplied out, ``[batch, heads, tokens, head_dim]``."""
+        return gather_dense(self.keys if side == "keys" else self.values, self.page_table)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes held by one store.  ``packed``: its sealed pages, each once however many sequences share it, without those
+    of forks in the same pool.  ``unused``: pages of the pool that nobody holds."""
+
+    packed: int
+    open_page: int
+    unused: int
+    tables: int
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.packed + self.open_page + self.unused + self.tables
+
+
+class PagedStore:
+    """Keys and values of one layer.
+
+    Args:
+        keys: codec of the keys.
+        values: codec of the values.
+        page_size: tokens per page.
+        like_keys: a key tensor ``[batch, heads, any, key_dim]`` whose shape, dtype and device the store adopts.
+        like_values: the same for values.
+
+    Raises:
+        UnsupportedModelError: a head_dim that a codec cannot store.
+    """
+
+    def __init__(
+        self, keys: Codec, values: Codec, page_size: int, like_keys: torch.Tensor, like_values: torch.Tensor
+    ) -> None:
+        self.codecs = (keys, values)
+        self.page_size = page_size
+        planes = []
+        for codec, like in zip(self.codecs, (like_keys, like_values), strict=True):
+            heads, head_dim = like.shape[1], like.shape[3]
+            if head_dim % codec.head_dim_multiple:
+                raise UnsupportedModelError(
+                    f"codec {codec.name!r} needs a head_dim that is a multiple of {codec.head_dim_multiple}, "
+                    f"this model has {head_dim}; choose another policy."
+                )
+            planes += [(p.dtype or like.dtype, (heads, *p.shape(page_size))) for p in codec.planes(head_dim)]
+        self.pool = PagePool(planes, like_keys.device)
+        self._key_planes = len(keys.planes(like_keys.shape[3]))
+        self._table = np.zeros((like_keys.shape[0], 0), dtype=np.int32)
+        self._device_table: torch.Tensor | None = None
+        self._tail = tuple(
+            like.new_empty(*like.shape[:2], page_size, like.shape[3]) for like in (like_keys, like_values)
+        )
+        self._tail_shared = False
+        self.tail_length = 0
+        self.reopened_pages = 0
+        self.version = 0
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return self._table.shape[0]
+
+    @property
+    def sealed_pages(self) -> int:
+        """Sealed pages per sequence."""
+        return self._table.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.sealed_pages * self.page_size + self.tail_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages live."""
+        return self._tail[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype, as the keys arrive."""
+        return self._tail[0].dtype
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """int32 ``[batch, sealed_pages]`` on the store's device."""
+        if self._device_table is None:
+            self._device_table = torch.from_numpy(self._table.copy()).to(self.device)
+        return self._device_table
+
+    def view(self) -> StoreView:
+        """The current content, for attention."""
+        split = self._key_planes
+        planes = (self.pool.planes[:split], self.pool.planes[split:])
+        sides = [
+            PagedSide(codec, planes[i], self._tail[i][:, :, : self.tail_length], self.page_size)
+            for i, codec in enumerate(self.codecs)
+        ]
+        return StoreView(sides[0], sides[1], self.page_table)
+
+    def footprint(self) -> Footprint:
+        """Bytes held, measured on the tensors."""
+        packed = np.unique(self._table).size * self.pool.page_bytes
+        unused = self.pool.nbytes - self.pool.used * self.pool.page_bytes
+        open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
+        tables = self._table.nbytes + (0 if self._device_table is None else self._device_table.nbytes)
+        return Footprint(packed, open_page, unused, tables)
+
+    def elements_per_token(self) -> int:
+        """Key and value elements of one token of one sequence."""
+        return sum(tail.shape[1] * tail.shape[3] for tail in self._tail)
+
+    def dense_bytes(self) -> int:
+        """Bytes that the same tokens take in the model's dtype."""
+        per_token = sum(tail.shape[1] * tail.shape[3] * tail.element_size() for tail in self._tail)
+        return self.batch_size * self.length * per_token
+
+    # -- appending -----------------------------------------------------------------------------------------------------
+
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Refuse keys and values that do not fit, before anything is changed.
+
+        Raises:
+            BatchSizeError: another batch size than the sequences held.
+            CacheMismatchError: other heads, head_dim, dtype, device, or unequal numbers of tokens.
+        """
+        if keys.shape[0] != self.batch_size:
+            raise BatchSizeError(
+                f"this cache holds a batch of {self.batch_size}, the call has {keys.shape[0]}; "
+                "call cache.reset() or make a new cache."
+            )
+        for name, new, tail in zip(("keys", "values"), (keys, values), self._tail, strict=True):
+            held = (tail.shape[0], tail.shape[1], keys.shape[2], tail.shape[3])
+            if tuple(new.shape) != held or new.dtype != tail.dtype or new.device != tail.device:
+                raise CacheMismatchError(
+                    f"this cache holds {name} of shape {list(held)}, {tail.dtype} on {tail.device}; the call has "
+                    f"{list(new.shape)}, {new.dtype} on {new.device}; was it filled by another model? "
+                    "Call cache.reset() or make a new cache."
+                )
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store new tokens after those held; on an error the store is as before.
+
+        Args:
+            keys: ``[batch, heads, tokens, key_dim]``, any strides.
+            values: ``[batch, heads, tokens, value_dim]``.
+
+        Raises:
+            CacheMismatchError: see :meth:`check`.
+        """
+        self.check(keys, values)
+        new = (keys, values)
+        held, count = self.tail_length, keys.shape[2]
+        # A page is sealed only when a further token exists, hence the -1.
+        sealed = max(0, (held + count - 1) // self.page_size)
+        if sealed:
+            rest = held + count - sealed * self.page_size
+            # A new open page, not the old one overwritten: what stops this half way leaves the store as it was.
+            opened = self._new_tail([x[:, :, count - rest :] for x in new])
+            pages = self._seal(new, sealed)
+            self._table, self._device_table = np.concatenate([self._table, pages], axis=1), None
+            self._tail, self._tail_shared, self.tail_length = opened, False, rest
+        else:
+            if self._tail_shared:
+                self._tail, self._tail_shared = tuple(tail.clone() for tail in self._tail), False
+            for stored, x in zip(self._tail, new, strict=True):
+                stored[:, :, held : held + count] = x
+            self.tail_length = held + count
+        self.version += 1
+
+    def _seal(self, new: tuple[torch.Tensor, torch.Tensor], count: int) -> np.ndarray:
+        """Encode the open page and ``new`` into ``count`` pages per sequence; page ids ``[batch, count]``."""
+        batch, size, held = self.batch_size, self.page_size, self.tail_length
+        # Sequence by sequence, so that the pages of one sequence are neighbours in the pool.
+        pages = self.pool.allocate(batch * count).reshape(batch, count)
+        try:
+            step = max(1, _SEAL_PAGES // batch)
+            for first in range(0, count, step):
+                last = min(first + step, count)
+                ids = torch.from_numpy(pages[:, first:last].astype(np.int64).reshape(-1)).to(self.device)
+                planes: list[torch.Tensor] = []
+                for codec, x, tail in zip(self.codecs, new, self._tail, strict=True):
+                    part = x[:, :, max(0, first * size - held) : last * size - held]
+                    if first == 0 and held:
+                        part = torch.cat([tail[:, :, :held], part], dim=2)
+                    part = part.unflatten(2, (last - first, size)).transpose(1, 2)  # [batch, n, heads, size, dim]
+                    planes += [plane.flatten(0, 1) for plane in codec.encode(part)]
+                for stored, plane in zip(self.pool.planes, planes, strict=True):
+                    stored[ids] = plane
+        except BaseException:
+            self.pool.release(pages)
+            raise
+        return pages
+
+    def _new_tail(self, content: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Another open page that begins with ``content`` (keys, values)."""
+        tails = tuple(tail.new_empty(tail.shape) for tail in self._tail)
+        for tail, x in zip(tails, content, strict=True):
+            tail[:, :, : x.shape[2]] = x
+        return tails
+
+    # -- everything that only moves table entries ----------------------------------------------------------------------
+
+    def crop(self, count: int) -> None:
+        """Drop the last ``count`` tokens.  Within the open page this is exact; a sealed page that must be cut is
+        decoded once into the open page (``reopened_pages`` counts them)."""
+        pages, rest = divmod(max(0, self.length - count), self.page_size)
+        if count > self.tail_length:
+            table, dropped = self._table[:, :pages].copy(), self._table[:, pages:]
+            if rest:
+                view = self.view()
+                page = view.page_table[:, pages : pages + 1]
+                cut = [gather_dense(side._replace(tail=side.tail[:, :, :0]), page)[:, :, :rest] for side in view[:2]]
+                self._tail, self._tail_shared = self._new_tail(cut), False
+                self.reopened_pages += self.batch_size
+            self._table, self._device_table, self.tail_length = table, None, rest
+            self.pool.release(dropped)
+        else:
+            self.tail_length -= count
+        self.version += 1
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Make sequence ``indices[i]`` the new sequence i.  Sealed pages are shared, the open page is copied."""
+        rows = indices.to("cpu", torch.int64).numpy()
+        table, dropped = self._table[rows], self._table
+        tail = tuple(tail.index_select(0, indices.to(self.device)) for tail in self._tail)
+        self.pool.retain(table)
+        self._table, self._tail, self._tail_shared, self._device_table = table, tail, False, None
+        self.pool.release(dropped)
+        self.version += 1
+
+    def fork(self) -> "PagedStore":
+        """A second store with the same tokens.  Pages are shared; the open page is copied by whoever writes first."""
+        twin = object.__new__(PagedStore)
+        twin.__dict__.update(self.__dict__)
+        twin._table = self._table.copy()
+        self.pool.retain(twin._table)
+        self._tail_shared = twin._tail_shared = True
+        return twin
+
+    def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply ``move`` to every tensor held, for offloading."""
+        self.pool.planes = [move(plane) for plane in self.pool.planes]
+        self._tail = tuple(move(tail) for tail in self._tail)
+        self._device_table = None
+        self.version += 1
+
+    def clear(self) -> None:
+        """Drop all tokens and give the pages back."""
+        dropped, self._table = self._table, self._table[:, :0].copy()
+        self._device_table, self.tail_length = None, 0
+        self.pool.release(dropped)
+        self.version += 1
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "PagedStore":
+        return self.fork()
+
+    def __del__(self) -> None:
+        # Pages of a forked store go back to the pool they are shared with.  A store whose constructor failed has none.
+        if "_table" in self.__dict__ and self._table.size:
+            self.pool.release(self._table)
