@@ -1,0 +1,44 @@
+"""Quantized, paged KV caches for transformers' ``generate``.
+
+    import kvquant_hf
+    model.generate(**inputs, cache_implementation="kvquant", cache_config={"policy": "int4"})
+    model.generate(**inputs, past_key_values=kvquant_hf.QuantizedPagedCache(model.config, policy="int4"))
+
+Importing the package enables it; ``disable()`` puts transformers back exactly as it was.
+"""
+
+from .versions import check_version_on_import
+
+check_version_on_import()  # before anything is imported from transformers
+
+from .cache import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, TurboQuantPagedCache
+from .policy import POLICIES, KVPolicy
+from .transformers_api import install, uninstall
+
+__all__ = [
+    "POLICIES",
+    "Int4PagedCache",
+    "Int8PagedCache",
+    "KVPolicy",
+    "QuantizedPagedCache",
+    "TurboQuantPagedCache",
+    "disable",
+    "enable",
+]
+__version__ = "0.1.0"
+
+
+def enable() -> None:
+    """Make ``cache_implementation="kvquant"`` and the attention function "kvquant" known to transformers.
+
+    Does nothing when already enabled.
+    """
+    install(QuantizedPagedCache)
+
+
+def disable() -> None:
+    """Restore everything that :func:`enable` changed in transformers."""
+    uninstall()
+
+
+enable()

@@ -1,0 +1,62 @@
+"""Attention on what ``update`` returned: pages, or the exact keys and values of a first prompt."""
+
+import torch
+
+from .carrier import KVTensor
+from .triton_kernels.codecs import CODECS
+from .triton_kernels.ops import PagedSide, paged_attention
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of ``query`` ``[batch, query_heads, queries, key_dim]``, bounded in memory whatever the context.
+
+    Args:
+        query: the queries.
+        keys: a ``KVTensor``, or a plain tensor ``[batch, heads, tokens, key_dim]``.
+        values: the same for the values.
+        mask: ``[batch or 1, query_heads or 1, queries, tokens]``, bool (True is seen) or additive, or None.
+        scale: multiplies the scores; ``key_dim ** -0.5`` if None.
+        causal: whether to apply the causal rule where ``mask`` is None.
+        softcap: see ``paged_attention``.
+        sinks: see ``paged_attention``.
+        position_bias: ``[batch or 1, query_heads, queries, tokens]``, added to the scores (T5).
+
+    Returns:
+        ``[batch, query_heads, queries, value_dim]`` in the query's dtype.
+    """
+    if isinstance(keys, KVTensor):
+        key_side, value_side, page_table = keys.view_pages()
+        keys._log.paged += 1
+    else:
+        key_side, value_side = (PagedSide(CODECS["exact"], (), x, x.shape[2]) for x in (keys, values))
+        page_table = torch.empty(query.shape[0], 0, dtype=torch.int32, device=query.device)
+    causal = causal and mask is None
+    if position_bias is not None:
+        mask = position_bias if mask is None else _combine(mask, position_bias)
+    return paged_attention(
+        query,
+        key_side,
+        value_side,
+        page_table,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=causal,
+        mask=mask,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def _combine(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """One additive mask out of a mask and a position bias."""
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias

@@ -1,0 +1,195 @@
+"""``QuantizedPagedCache``: what users construct and ``generate`` fills."""
+
+import weakref
+from collections import Counter
+from typing import Any, Literal
+
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from .errors import InterruptedForwardError, UnknownPolicyError, WrongModelError
+from .layer import PagedLayer, StepGuard
+from .policy import PolicyLike, parse_policy
+from .report import CacheReport, CallLog
+from .store import PagedStore
+from .transformers_api import QuantizedPagedLayer, build_layers, fingerprint
+from .triton_kernels.ops import IMPLEMENTATION
+
+
+class QuantizedPagedCache(DynamicCache):
+    """A KV cache stored in compressed pages, for any place that takes a transformers ``Cache``.
+
+    Full-attention layers are paged and quantized; layers of other kinds keep transformers' own cache.
+
+    Args:
+        config: the model's config.
+        policy: a name (``"int4"``), ``"<keys>/<values>"``, one of LMDeploy's integers, or a ``KVPolicy``.
+        page_size: tokens per page, and the most tokens that are held exact; a multiple of 8.
+        prefill: ``"exact"``: the first prompt attends to its exact keys and values while they are stored;
+            ``"quantized"``: it attends to what was stored, which is what accuracy should be measured with.
+
+    Raises:
+        UnknownPolicyError: unknown policy, codec or option.
+        UnsupportedModelError: no full-attention layer in the model.
+
+    Example:
+        >>> cache = QuantizedPagedCache(model.config, policy="int4")
+        >>> model.generate(**inputs, past_key_values=cache)
+        >>> print(cache.report())
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        policy: PolicyLike = "int4",
+        *,
+        page_size: int = 64,
+        prefill: Literal["exact", "quantized"] = "exact",
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise UnknownPolicyError(
+                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size or prefill."
+            )
+        if prefill not in ("exact", "quantized"):
+            raise UnknownPolicyError(f"unknown prefill {prefill!r}; use 'exact' or 'quantized'.")
+        if not isinstance(page_size, int) or page_size < 8 or page_size % 8:
+            raise UnknownPolicyError(f"page_size must be a positive multiple of 8, got {page_size!r}.")
+        self.policy = parse_policy(policy)
+        self.page_size = page_size
+        self.prefill = prefill
+        self._log = CallLog()
+        guard = StepGuard()
+
+        def make_layer() -> PagedLayer:
+            return QuantizedPagedLayer(self.policy, page_size, prefill == "exact", guard, self._log)
+
+        # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
+        Cache.__init__(self, layers=build_layers(config, make_layer))
+        self._fingerprint = fingerprint(config)
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers that are stored in pages."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def stores(self) -> list[PagedStore]:
+        """The stores of the paged layers that hold something."""
+        return [layer.store for layer in self.paged_layers if layer.store is not None]
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Tie the cache to ``model``; ``generate`` does this.
+
+        Raises:
+            WrongModelError: the cache was made for another kind of model, or filled by another model.
+        """
+        bound = None if self._model is None else self._model()
+        if fingerprint(model.config) != self._fingerprint:
+            raise WrongModelError(
+                f"this cache was made for the config {self._fingerprint}, the model has {fingerprint(model.config)}; "
+                "make a cache from this model's config."
+            )
+        if bound is not None and bound is not model and self.get_seq_length() > 0:
+            raise WrongModelError(
+                "this cache was filled by another model; call cache.reset() or make a new cache for this one."
+            )
+        self._model = weakref.ref(model)
+
+    def reset(self) -> None:
+        """Drop all tokens and give the memory back; the cache can be used again, with any batch size."""
+        for layer in self.layers:
+            layer.reset()
+        fresh = StepGuard()
+        for layer in self.paged_layers:
+            layer.guard = fresh
+
+    def rollback(self) -> int:
+        """Drop the tokens that an interrupted forward pass left in some layers only.
+
+        Returns:
+            Tokens held afterwards.
+
+        Raises:
+            InterruptedForwardError: a layer that is not paged is ahead and cannot be cut; ``reset()`` then.
+        """
+        level = min(layer.length for layer in self.paged_layers)
+        ahead = [layer for layer in self.layers if not isinstance(layer, PagedLayer) and layer.get_seq_length() > level]
+        if ahead:
+            raise InterruptedForwardError(
+                f"{type(ahead[0]).__name__} cannot be taken back to {level} tokens; call cache.reset()."
+            )
+        for layer in self.paged_layers:
+            layer.drop(layer.length - level)
+        return level
+
+    def report(self) -> CacheReport:
+        """What the cache holds, in bytes measured on its tensors, and what ran on it."""
+        stores = self.stores
+        # Forks share pools: a pool's pages are counted once, in the first store that shows it.
+        prints = [store.footprint() for store in stores]
+        tokens = max((store.length for store in stores), default=0)
+        others = [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+        per_page = [store.elements_per_token() * store.batch_size for store in stores]
+        return CacheReport(
+            policy=self.policy.name,
+            page_size=self.page_size,
+            tokens=tokens,
+            batch_size=max((store.batch_size for store in stores), default=0),
+            paged_layers=len(self.paged_layers),
+            other_layers=dict(Counter(type(layer).__name__ for layer in others)),
+            bytes=sum(p.total for p in prints),
+            packed_bytes=sum(p.packed for p in prints),
+            open_page_bytes=sum(p.open_page for p in prints),
+            unused_bytes=sum(p.unused for p in prints),
+            other_bytes=sum(_dense_bytes(layer) for layer in others),
+            dense_bytes=sum(store.dense_bytes() for store in stores),
+            dtype=str(stores[0].dtype).removeprefix("torch.") if stores else "",
+            elements=sum(n * store.length for n, store in zip(per_page, stores, strict=True)),
+            sealed_elements=sum(
+                n * store.sealed_pages * self.page_size for n, store in zip(per_page, stores, strict=True)
+            ),
+            reopened_pages=sum(store.reopened_pages for store in stores),
+            implementation=IMPLEMENTATION,
+            paged_calls=self._log.paged,
+            prefill_calls=self._log.prefill,
+            fallback_calls=sum(self._log.fallbacks.values()),
+            fallback_reasons=dict(self._log.fallbacks),
+        )
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
+
+    def __repr__(self) -> str:
+        report = self.report()
+        return f"{type(self).__name__}(policy={report.policy!r}, tokens={report.tokens}, bytes={report.bytes})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The model is no part of a saved or copied cache.
+        return self.__dict__ | {"_model": None}
+
+
+class Int8PagedCache(QuantizedPagedCache):
+    """``QuantizedPagedCache`` with policy ``"int8"``."""
+
+    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
+        super().__init__(config, "int8", **options)
+
+
+class Int4PagedCache(QuantizedPagedCache):
+    """``QuantizedPagedCache`` with policy ``"int4"``."""
+
+    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
+        super().__init__(config, "int4", **options)
+
+
+class TurboQuantPagedCache(QuantizedPagedCache):
+    """``QuantizedPagedCache`` with policy ``"turboquant"``."""
+
+    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
+        super().__init__(config, "turboquant", **options)
+
+
+def _dense_bytes(layer: Any) -> int:
+    """Bytes of a layer of transformers' own."""
+    return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)

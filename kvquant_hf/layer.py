@@ -1,0 +1,167 @@
+"""One layer of a cache: a store that is made when the first keys arrive, and the checks around it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from .carrier import KVTensor
+from .errors import GradientError, InterruptedForwardError
+from .policy import KVPolicy
+from .report import CallLog
+from .store import PagedStore
+from .triton_kernels.codecs import CODECS
+
+
+class StepGuard:
+    """Notices that a forward pass stopped half way, by comparing the layers of one cache.
+
+    The first layer that is ever updated leads; layers that take as many tokens in the same step follow, and must hold
+    as many as the leader did.  Layers that go their own way (cross attention inside the same cache) are left alone.
+
+    Layers are referred to weakly: they hold the guard, and a cycle would keep the memory of a dropped cache until the
+    garbage collector runs.
+    """
+
+    def __init__(self) -> None:
+        self._leader: weakref.ref[PagedLayer] | None = None
+        self._followers: list[weakref.ref[PagedLayer]] = []
+        self._before = 0  # tokens the leader held before this step
+        self._step = 0  # tokens of this step
+
+    def enter(self, layer: PagedLayer, count: int) -> None:
+        """``layer`` is about to take ``count`` tokens.
+
+        Raises:
+            InterruptedForwardError: the layers are not level.
+        """
+        leader = None if self._leader is None else self._leader()
+        if leader is None:
+            leader, self._leader = layer, weakref.ref(layer)
+        followers = [follower for reference in self._followers if (follower := reference()) is not None]
+        if layer is leader:
+            lengths = [layer.length, *(follower.length for follower in followers)]
+            if min(lengths) != max(lengths):
+                raise InterruptedForwardError(self._message(lengths))
+            self._before, self._step = layer.length, count
+        elif count == self._step:
+            if layer.length != self._before:
+                raise InterruptedForwardError(self._message([self._before, layer.length]))
+            if not any(follower is layer for follower in followers):
+                self._followers.append(weakref.ref(layer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(StepGuard())  # weak references cannot be copied or saved; the copied layers make themselves known
+
+    @staticmethod
+    def _message(lengths: list[int]) -> str:
+        held = ", ".join(map(str, sorted(set(lengths), reverse=True)))
+        return (
+            f"the last forward pass was interrupted and the layers hold {held} tokens; call cache.rollback() to drop "
+            "the unfinished tokens, or cache.reset() to start again."
+        )
+
+
+class PagedLayer:
+    """Keys and values of one attention layer in pages.
+
+    Args:
+        policy: the codecs.
+        page_size: tokens per page.
+        exact_prefill: whether the first prompt attends to its exact keys and values.
+        guard: shared by the layers of one cache.
+        log: shared by the layers of one cache.
+    """
+
+    def __init__(self, policy: KVPolicy, page_size: int, exact_prefill: bool, guard: StepGuard, log: CallLog) -> None:
+        self.policy = policy
+        self.page_size = page_size
+        self.exact_prefill = exact_prefill
+        self.guard = guard
+        self.log = log
+        self.store: PagedStore | None = None
+        self.home: torch.device | None = None
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the first keys have arrived."""
+        return self.store is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return 0 if self.store is None else self.store.length
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; 0 before the first keys."""
+        return 0 if self.store is None else self.store.batch_size
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys, packed; for models that read a layer directly."""
+        return None if self.store is None else KVTensor(self.store, "keys", self.log)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values, packed."""
+        return None if self.store is None else KVTensor(self.store, "values", self.log)
+
+    def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Make an empty store for tensors like these."""
+        codecs = CODECS[self.policy.keys], CODECS[self.policy.values]
+        self.store = PagedStore(*codecs, self.page_size, keys, values)
+        self.home = keys.device
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens and return what attention is to read.
+
+        Args:
+            keys: ``[batch, heads, tokens, key_dim]``.
+            values: ``[batch, heads, tokens, value_dim]``.
+
+        Raises:
+            GradientError: they carry a gradient.
+            InterruptedForwardError: the last forward pass did not finish.
+            CacheMismatchError: they do not fit what is held.
+        """
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise GradientError(
+                "a quantized KV cache has no gradient: call the model under torch.no_grad(), or train with "
+                "use_cache=False."
+            )
+        if self.store is not None and self.store.length == 0 and self.store.batch_size != keys.shape[0]:
+            self.store = None  # emptied by reset(): the next batch may have another size
+        if self.store is not None:
+            self.store.check(keys, values)
+        self.guard.enter(self, keys.shape[2])
+        first_prompt = self.length == 0 and keys.shape[2] > 1
+        if self.store is None:
+            self.initialize(keys, values)
+        assert self.store is not None
+        self.store.append(keys, values)
+        if first_prompt and self.exact_prefill:
+            self.log.prefill += 1
+            return keys, values
+        return KVTensor(self.store, "keys", self.log), KVTensor(self.store, "values", self.log)
+
+    def drop(self, count: int) -> None:
+        """Drop the last ``count`` tokens."""
+        if self.store is not None and count:
+            self.store.crop(count)
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Make sequence ``indices[i]`` the new sequence i."""
+        if self.store is not None:
+            self.store.select(indices)
+
+    def clear(self) -> None:
+        """Drop all tokens; memory of the pages is given back."""
+        self.store = None
+
+    def move(self, device: torch.device | None) -> None:
+        """Move the pages to ``device``."""
+        if self.store is not None and device is not None and self.store.device != device:
+            self.store.to(lambda tensor: tensor.to(device, non_blocking=True))

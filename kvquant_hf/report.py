@@ -1,0 +1,151 @@
+"""What a cache holds and what ran on it."""
+
+import html
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class KVQuantFallbackWarning(UserWarning):
+    """Attention read the cache multiplied out instead of in pages."""
+
+
+@dataclass
+class CallLog:
+    """Counts attention calls of one cache by the path they took.
+
+    ``paged``: read the pages as they are stored.  ``prefill``: first prompt, on the exact keys and values.
+    ``fallbacks``: multiplied out first, by reason.
+    """
+
+    paged: int = 0
+    prefill: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def fallback(self, reason: str) -> None:
+        """Count one call that needed dense keys and values; the first one is said aloud."""
+        if not self.fallbacks:
+            warnings.warn(
+                f"the quantized KV cache was multiplied out for attention ({reason}): the result is right, but slower. "
+                "cache.report() counts these calls; model.set_attn_implementation('kvquant') avoids them where the "
+                "model allows it.",
+                KVQuantFallbackWarning,
+                stacklevel=2,
+            )
+        self.fallbacks[reason] += 1
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """A cache at one moment.
+
+    Args:
+        policy: name of the policy.
+        page_size: tokens per page.
+        tokens: tokens per sequence.
+        batch_size: number of sequences.
+        paged_layers: layers that are stored in pages.
+        other_layers: layers that keep transformers' own cache, by class name.
+        bytes: everything held for the paged layers: packed pages, open pages, unused pages of the pools, page tables.
+        packed_bytes: sealed pages in use, shared pages counted once.
+        open_page_bytes: open pages, in the model's dtype, full or not.
+        unused_bytes: reserved in the pools and not used.
+        other_bytes: bytes of the other layers.
+        dense_bytes: the paged layers' tokens in the model's dtype.
+        dtype: the model's dtype.
+        elements: key and value elements held by the paged layers.
+        sealed_elements: those of them that lie in sealed pages, counted for every sequence.
+        reopened_pages: sealed pages that a crop had to decode into the open page.
+        implementation: what computes attention over pages.
+        paged_calls, prefill_calls, fallback_calls: attention calls by path.
+        fallback_reasons: fallback calls by reason.
+    """
+
+    policy: str
+    page_size: int
+    tokens: int
+    batch_size: int
+    paged_layers: int
+    other_layers: dict[str, int]
+    bytes: int
+    packed_bytes: int
+    open_page_bytes: int
+    unused_bytes: int
+    other_bytes: int
+    dense_bytes: int
+    dtype: str
+    elements: int
+    sealed_elements: int
+    reopened_pages: int
+    implementation: str
+    paged_calls: int
+    prefill_calls: int
+    fallback_calls: int
+    fallback_reasons: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the model's dtype, everything held counted; 0 for an empty cache."""
+        return self.dense_bytes / self.bytes if self.bytes else 0.0
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits held per key or value element, everything counted; 0 for an empty cache."""
+        return 8 * self.bytes / self.elements if self.elements else 0.0
+
+    @property
+    def page_bits_per_element(self) -> float:
+        """Bits per element inside sealed pages; 0 while no page is sealed."""
+        return 8 * self.packed_bytes / self.sealed_elements if self.sealed_elements else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields and the three derived numbers, ready for JSON."""
+        derived = ("ratio", "bits_per_element", "page_bits_per_element")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and text of each line of the printed report."""
+        layers = f"{self.paged_layers} paged" + "".join(f", {n} {name}" for name, n in self.other_layers.items())
+        reasons = "".join(f"; {n} {reason}" for reason, n in self.fallback_reasons.items())
+        bits = f"{self.bits_per_element:.2f} held, {self.page_bits_per_element:.2f} in sealed pages"
+        return [
+            ("policy", f"{self.policy}, pages of {self.page_size} tokens"),
+            ("tokens", f"{self.tokens} x batch {self.batch_size}"),
+            ("layers", layers),
+            (
+                "held",
+                f"{_size(self.bytes)} against {_size(self.dense_bytes)} in {self.dtype}: ratio {self.ratio:.2f}",
+            ),
+            (
+                "of which",
+                f"pages {_size(self.packed_bytes)}, open pages {_size(self.open_page_bytes)}, "
+                f"unused {_size(self.unused_bytes)}",
+            ),
+            ("bits per element", bits),
+            (
+                "attention calls",
+                f"{self.paged_calls} in pages ({self.implementation}), {self.prefill_calls} exact prefill, "
+                f"{self.fallback_calls} multiplied out{reasons}",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label:<17} {text}" for label, text in self.rows())
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for label, text in self.rows()
+        )
+        return f"<table>{cells}</table>"
+
+
+def _size(count: float) -> str:
+    """Bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
