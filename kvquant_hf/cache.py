@@ -126,7 +126,6 @@ class QuantizedPagedCache(DynamicCache):
     def report(self) -> CacheReport:
         """What the cache holds, in bytes measured on its tensors, and what ran on it."""
         stores = self.stores
-        # Forks share pools: a pool's pages are counted once, in the first store that shows it.
         prints = [store.footprint() for store in stores]
         tokens = max((store.length for store in stores), default=0)
         others = [layer for layer in self.layers if not isinstance(layer, PagedLayer)]

@@ -27,6 +27,7 @@ class PagePool:
         self.page_bytes = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in planes)
         self._references = np.zeros(0, dtype=np.int32)
         self._free: list[int] = []
+        self._abandoned: list[np.ndarray] = []
 
     @property
     def capacity(self) -> int:
@@ -36,19 +37,23 @@ class PagePool:
     @property
     def used(self) -> int:
         """Pages that somebody holds."""
+        self._settle()
         return self.capacity - len(self._free)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pool's tensors, unused pages included."""
+        self._settle()
         return sum(plane.untyped_storage().nbytes() for plane in self.planes)
 
     def references(self, pages: np.ndarray) -> np.ndarray:
         """Number of holders of each of ``pages`` (any shape)."""
+        self._settle()
         return self._references[pages]
 
     def allocate(self, count: int) -> np.ndarray:
         """Take ``count`` unused pages, each with one reference; int32 ``[count]``, lowest ids first."""
+        self._settle()
         if count > len(self._free):
             self._grow(self.used + count)
         # The free list is kept in descending order of id, so that prompts get consecutive pages.
@@ -65,6 +70,21 @@ class PagePool:
 
         An empty pool gives its memory back.
         """
+        self._settle()
+        self._drop(pages)
+
+    def abandon(self, pages: np.ndarray) -> None:
+        """:meth:`release`, put off until the pool is next used.
+
+        For finalizers: the garbage collector may call one in the middle of any other method.
+        """
+        self._abandoned.append(pages)
+
+    def _settle(self) -> None:
+        while self._abandoned:
+            self._drop(self._abandoned.pop())
+
+    def _drop(self, pages: np.ndarray) -> None:
         if pages.size == 0:
             return
         touched, times = np.unique(pages, return_counts=True)
@@ -73,7 +93,7 @@ class PagePool:
             raise AssertionError("a page was released more often than it was retained")
         self._references[touched] = left
         self._free.extend(touched[left == 0].tolist())
-        if self.used == 0:
+        if len(self._free) == self.capacity:
             self.planes = [plane.new_empty(0, *plane.shape[1:]) for plane in self.planes]
             self._references = np.zeros(0, dtype=np.int32)
             self._free = []

@@ -297,4 +297,4 @@ class PagedStore:
     def __del__(self) -> None:
         # Pages of a forked store go back to the pool they are shared with.  A store whose constructor failed has none.
         if "_table" in self.__dict__ and self._table.size:
-            self.pool.release(self._table)
+            self.pool.abandon(self._table)

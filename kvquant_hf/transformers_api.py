@@ -192,7 +192,10 @@ def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..
         given = model_kwargs.get("past_key_values")
         wanted = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
         if given is not None or not wanted:
-            # transformers' own ways in: a cache that the user made, or cache_implementation="quantized".
+            # transformers' own ways in: a cache that the user made, or cache_implementation="quantized".  Before 5.23
+            # the latter takes "backend" out of the caller's dict, so it gets a copy.
+            if generation_config.cache_config:
+                generation_config.cache_config = dict(generation_config.cache_config)
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
             cache = model_kwargs.get("past_key_values")
             cache = getattr(cache, "self_attention_cache", cache)

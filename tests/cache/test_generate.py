@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from budgets import RELATIVE_NOISE
 from models import DECODERS, prompt, ragged_prompts, tiny_gemma2, tiny_llama, tiny_t5
-from packaging.version import Version
 from stores import chunks, same_bytes
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel
 
@@ -257,13 +255,7 @@ def test_ways_in(way: str, policy: str, llama: PreTrainedModel) -> None:
     "way",
     [
         "kvquant",
-        pytest.param(
-            "quantized",
-            marks=pytest.mark.xfail(
-                Version(transformers.__version__) < Version("5.18"),
-                reason="transformers 5.17 takes 'backend' out of the caller's cache_config, and we let it",
-            ),
-        ),
+        "quantized",
     ],
 )
 def test_cache_config_can_be_used_again(way: str, llama: PreTrainedModel) -> None:
