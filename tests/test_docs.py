@@ -1,0 +1,60 @@
+"""The documentation against the code: the policy table, the snippets, the commands."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvquant_hf.cli.policies import markdown_table
+from kvquant_hf.errors import KVQuantError
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+class Tokenizer:
+    """Answers the README's one call; the ids are in the tiny model's vocabulary."""
+
+    def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(3, 80).unsqueeze(0), "attention_mask": torch.ones(1, 77, dtype=torch.long)}
+
+
+def test_policy_table_is_what_the_command_prints() -> None:
+    table = markdown_table()
+    assert table in README, f"the README's table is out of date; it should be\n{table}"
+
+
+def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the order of the README and in one namespace, with a tiny random model instead of the hub's."""
+    import kvquant_hf
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Tokenizer())
+    namespace: dict[str, Any] = {}
+    assert len(SNIPPETS) == 2
+    try:
+        for snippet in SNIPPETS:
+            exec(snippet, namespace)
+    finally:
+        kvquant_hf.enable()  # the last line of the README's tour disables it
+    assert re.search(r"policy +int4, pages of 64 tokens\ntokens +176 x batch 1", capsys.readouterr().out)
+
+
+def test_make_targets_and_files_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    assert targets == {"demo", "test"}
+    assert all(re.search(rf"^{target}\b.*:", makefile, re.MULTILINE) for target in targets)
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_every_error_has_a_docstring() -> None:
+    """They are the reference of what can go wrong."""
+    classes = [KVQuantError, *KVQuantError.__subclasses__()]
+    assert len(classes) > 5 and all(cls.__doc__ for cls in classes)
