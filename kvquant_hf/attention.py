@@ -3,6 +3,7 @@
 import torch
 
 from .carrier import KVTensor
+from .errors import CacheMismatchError
 from .triton_kernels.codecs import CODECS
 from .triton_kernels.ops import PagedSide, paged_attention
 
@@ -34,7 +35,11 @@ def attend(
 
     Returns:
         ``[batch, query_heads, queries, value_dim]`` in the query's dtype.
+
+    Raises:
+        CacheMismatchError: the mask or the batch size does not fit the keys.
     """
+    _check_mask(mask, query.shape, keys.shape)
     if isinstance(keys, KVTensor):
         key_side, value_side, page_table = keys.view_pages()
         keys._log.paged += 1
@@ -55,6 +60,26 @@ def attend(
         softcap=softcap,
         sinks=sinks,
     )
+
+
+def _check_mask(mask: torch.Tensor | None, query: torch.Size, keys: torch.Size) -> None:
+    """Refuse what broadcasting would turn into a wrong result.
+
+    Raises:
+        CacheMismatchError: the mask or the queries are not of these keys.
+    """
+    if query[0] != keys[0]:
+        raise CacheMismatchError(f"{query[0]} sequences of queries meet {keys[0]} in the cache; use equal batch sizes.")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise CacheMismatchError(f"an attention mask of {mask.dtype} is ambiguous; use a bool mask (True is seen).")
+    fits = all(size in (1, wanted) for size, wanted in zip(mask.shape, query[:3], strict=False))
+    if mask.dim() != 4 or mask.shape[3] != keys[2] or not fits:
+        raise CacheMismatchError(
+            f"the attention mask has shape {list(mask.shape)}, the call needs {[*query[:3], keys[2]]} (1 where all are "
+            "alike); pass a mask over all tokens, those in the cache included."
+        )
 
 
 def _combine(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

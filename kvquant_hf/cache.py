@@ -1,9 +1,11 @@
 """``QuantizedPagedCache``: what users construct and ``generate`` fills."""
 
+import copy
 import weakref
 from collections import Counter
 from typing import Any, Literal
 
+import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .errors import InterruptedForwardError, UnknownPolicyError, WrongModelError
@@ -163,8 +165,16 @@ class QuantizedPagedCache(DynamicCache):
         report = self.report()
         return f"{type(self).__name__}(policy={report.policy!r}, tokens={report.tokens}, bytes={report.bytes})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedPagedCache":
+        # A copy of the layers forks their pages; the model that filled them stays the same.
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value if name == "_model" else copy.deepcopy(value, memo)
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
-        # The model is no part of a saved or copied cache.
+        # The model is no part of a saved cache.
         return self.__dict__ | {"_model": None}
 
 
@@ -190,5 +200,7 @@ class TurboQuantPagedCache(QuantizedPagedCache):
 
 
 def _dense_bytes(layer: Any) -> int:
-    """Bytes of a layer of transformers' own."""
-    return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)
+    """Bytes of a layer of transformers' own: keys and values, and the tensors in its dicts of states."""
+    held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    held += [x for value in vars(layer).values() if isinstance(value, dict) for x in value.values()]
+    return sum(x.nbytes for x in held if isinstance(x, torch.Tensor))

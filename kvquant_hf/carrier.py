@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.utils._pytree import tree_map
 
-from .errors import StaleCarrierError
+from .errors import CacheMismatchError, StaleCarrierError
 from .report import CallLog
 from .store import PagedStore, StoreView
 
@@ -70,7 +70,13 @@ class KVTensor(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Any operation that nobody handles: on the dense tensor."""
+        """Any operation that nobody handles: on the dense tensor.
+
+        Raises:
+            CacheMismatchError: it would write, and the pages would not know.
+        """
+        if func._schema.is_mutable:
+            raise CacheMismatchError(f"{func} would write into packed keys or values; write into a clone() of them.")
 
         def unwrap(value: Any) -> Any:
             return value.dense(f"read by {func}") if isinstance(value, KVTensor) else value

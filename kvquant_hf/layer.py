@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,13 @@ from .policy import KVPolicy
 from .report import CallLog
 from .store import PagedStore
 from .triton_kernels.codecs import CODECS
+
+
+@contextlib.contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Make tensors that can be written later, also when the caller is in inference mode now and not then."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class StepGuard:
@@ -112,7 +121,8 @@ class PagedLayer:
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""
         codecs = CODECS[self.policy.keys], CODECS[self.policy.values]
-        self.store = PagedStore(*codecs, self.page_size, keys, values)
+        with _plain_tensors():
+            self.store = PagedStore(*codecs, self.page_size, keys, values)
         self.home = keys.device
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +151,8 @@ class PagedLayer:
         if self.store is None:
             self.initialize(keys, values)
         assert self.store is not None
-        self.store.append(keys, values)
+        with _plain_tensors():
+            self.store.append(keys, values)
         if first_prompt and self.exact_prefill:
             self.log.prefill += 1
             return keys, values
@@ -150,12 +161,14 @@ class PagedLayer:
     def drop(self, count: int) -> None:
         """Drop the last ``count`` tokens."""
         if self.store is not None and count:
-            self.store.crop(count)
+            with _plain_tensors():
+                self.store.crop(count)
 
     def select(self, indices: torch.Tensor) -> None:
         """Make sequence ``indices[i]`` the new sequence i."""
         if self.store is not None:
-            self.store.select(indices)
+            with _plain_tensors():
+                self.store.select(indices)
 
     def clear(self) -> None:
         """Drop all tokens; memory of the pages is given back."""

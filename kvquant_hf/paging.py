@@ -6,7 +6,9 @@ a prompt needs, then by 1/32 at a time: at most 3.2 % (or one page) of it is eve
 moved fewer than 33 times in its life however long the context becomes.
 """
 
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,9 @@ class PagePool:
         self._references = np.zeros(0, dtype=np.int32)
         self._free: list[int] = []
         self._abandoned: list[np.ndarray] = []
+        # Forks share a pool and may run in threads of their own.  Held from taking pages until they are written, so
+        # that no other thread moves the planes in between.
+        self.lock = threading.RLock()
 
     @property
     def capacity(self) -> int:
@@ -53,25 +58,28 @@ class PagePool:
 
     def allocate(self, count: int) -> np.ndarray:
         """Take ``count`` unused pages, each with one reference; int32 ``[count]``, lowest ids first."""
-        self._settle()
-        if count > len(self._free):
-            self._grow(self.used + count)
-        # The free list is kept in descending order of id, so that prompts get consecutive pages.
-        pages = np.array([self._free.pop() for _ in range(count)], dtype=np.int32)
-        self._references[pages] = 1
+        with self.lock:
+            self._settle()
+            if count > len(self._free):
+                self._grow(self.used + count)
+            # The free list is kept in descending order of id, so that prompts get consecutive pages.
+            pages = np.array([self._free.pop() for _ in range(count)], dtype=np.int32)
+            self._references[pages] = 1
         return pages
 
     def retain(self, pages: np.ndarray) -> None:
         """Add one reference for every occurrence of a page in ``pages`` (any shape)."""
-        np.add.at(self._references, pages.reshape(-1), 1)
+        with self.lock:
+            np.add.at(self._references, pages.reshape(-1), 1)
 
     def release(self, pages: np.ndarray) -> None:
         """Drop one reference for every occurrence of a page; pages without references become free.
 
         An empty pool gives its memory back.
         """
-        self._settle()
-        self._drop(pages)
+        with self.lock:
+            self._settle()
+            self._drop(pages)
 
     def abandon(self, pages: np.ndarray) -> None:
         """:meth:`release`, put off until the pool is next used.
@@ -81,8 +89,9 @@ class PagePool:
         self._abandoned.append(pages)
 
     def _settle(self) -> None:
-        while self._abandoned:
-            self._drop(self._abandoned.pop())
+        with self.lock:
+            while self._abandoned:
+                self._drop(self._abandoned.pop())
 
     def _drop(self, pages: np.ndarray) -> None:
         if pages.size == 0:
@@ -113,3 +122,9 @@ class PagePool:
             del plane
         self._references = np.concatenate([self._references, np.zeros(capacity - old, dtype=np.int32)])
         self._free = list(range(capacity - 1, old - 1, -1)) + self._free
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())

@@ -122,6 +122,11 @@ class CacheReport:
                 f"pages {_size(self.packed_bytes)}, open pages {_size(self.open_page_bytes)}, "
                 f"unused {_size(self.unused_bytes)}",
             ),
+            *(
+                [("other layers", f"{_size(self.other_bytes)} in transformers' own caches")]
+                if self.other_layers
+                else []
+            ),
             ("bits per element", bits),
             (
                 "attention calls",

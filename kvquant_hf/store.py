@@ -129,13 +129,12 @@ class PagedStore:
 
     def view(self) -> StoreView:
         """The current content, for attention."""
-        split = self._key_planes
-        planes = (self.pool.planes[:split], self.pool.planes[split:])
-        sides = [
-            PagedSide(codec, planes[i], self._tail[i][:, :, : self.tail_length], self.page_size)
-            for i, codec in enumerate(self.codecs)
-        ]
-        return StoreView(sides[0], sides[1], self.page_table)
+        n, planes = self._key_planes, tuple(self.pool.planes)  # a snapshot: another fork may make the pool grow
+        keys, values = (
+            PagedSide(codec, part, tail[:, :, : self.tail_length], self.page_size)
+            for codec, part, tail in zip(self.codecs, (planes[:n], planes[n:]), self._tail, strict=True)
+        )
+        return StoreView(keys, values, self.page_table)
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
@@ -196,7 +195,8 @@ class PagedStore:
             rest = held + count - sealed * self.page_size
             # A new open page, not the old one overwritten: what stops this half way leaves the store as it was.
             opened = self._new_tail([x[:, :, count - rest :] for x in new])
-            pages = self._seal(new, sealed)
+            with self.pool.lock:
+                pages = self._seal(new, sealed)
             self._table, self._device_table = np.concatenate([self._table, pages], axis=1), None
             self._tail, self._tail_shared, self.tail_length = opened, False, rest
         else:

@@ -129,8 +129,8 @@ def attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -140,6 +140,8 @@ def attention_forward(
     """The attention function "kvquant"; arguments and result as transformers' ``sdpa_attention_forward``."""
     packed = isinstance(key, KVTensor) and isinstance(value, KVTensor)
     foreign = [name for name in _UNKNOWN_TO_PAGES if kwargs.get(name) is not None]
+    if dropout > 0:
+        foreign.append("dropout")
     special = softcap is not None or s_aux is not None
     if foreign or not (packed or special):
         reason = f"argument {foreign[0]!r}" if foreign else "keys or values were changed after the cache"

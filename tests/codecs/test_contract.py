@@ -115,7 +115,7 @@ def test_hard_pages_are_finite_and_within_the_bound(codec: Codec, head_dim: int,
 @codecs
 def test_zero_vectors_come_back_as_zeros(codec: Codec) -> None:
     x = torch.zeros(16, 64)
-    # The seeds' sqrt(sum + 1e-8) gives a zero vector the length 1e-4; everything else is exact.
+    # LMDeploy's sqrt(sum + 1e-8) gives a zero vector the length 1e-4; everything else is exact.
     limit = 1e-4 if codec.name in ("lloyd3-sign", "lloyd2-plain") else 0.0
     assert codec.decode(codec.encode(x)).norm(dim=-1).max() <= limit
 

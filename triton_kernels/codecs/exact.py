@@ -29,7 +29,8 @@ class ExactCodec(Codec):
         return (x,)
 
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
-        return Tile(planes[0].float())
+        vectors = planes[0]
+        return Tile(vectors if vectors.dtype == torch.float64 else vectors.float())
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
