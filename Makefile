@@ -17,7 +17,7 @@ READY_MIN := .venv-min/.ready
 test test-min: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-all lint format wheel clean
+.PHONY: help demo test test-min test-all lint format docs wheel clean
 
 help:  ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ lint: $(READY)  ## ruff, formatting, mypy
 format: $(READY)  ## sort imports, apply safe fixes, format
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
+
+docs: $(READY)  ## compile every kernel for every GPU and rewrite the tables of docs/kernels.md
+	.venv/bin/python benchmarks/kernel_docs.py
 
 wheel: $(READY)  ## build dist/kvquant_hf-*.whl
 	@rm -rf build/lib build/bdist.*

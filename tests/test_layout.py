@@ -36,10 +36,19 @@ class Rule(NamedTuple):
 
 RULES = {
     "the bare name triton_kernels is somebody else's package": Rule(("*",), banned=("triton_kernels",)),
-    "codecs know tensors and the rotation, nothing else": Rule(
+    "codecs know tensors, the rotation and the arithmetic of tiles, nothing else": Rule(
         ("kvquant_hf.triton_kernels.codecs", "kvquant_hf.triton_kernels.codecs.*"),
         banned=("",),
-        allowed=("torch", "numpy", "kvquant_hf.triton_kernels.codecs", "kvquant_hf.triton_kernels.hadamard", *STDLIB),
+        allowed=(
+            "torch",
+            "numpy",
+            "kvquant_hf.triton_kernels.codecs",
+            *(
+                f"kvquant_hf.triton_kernels.{name}"
+                for name in ("hadamard", "target", "tile_math", "unpack", "pack", "ptx")
+            ),
+            *STDLIB,
+        ),
     ),
     "kernels know tensors and pages, not models": Rule(
         ("kvquant_hf.triton_kernels", "kvquant_hf.triton_kernels.*"),

@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..hadamard import hadamard
+from .jit import KernelCodec
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ class Codec(ABC):
     @abstractmethod
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         """Unpack stored planes (each ``[..., *Plane.shape(page_size)]``) without multiplying scales in."""
+
+    @property
+    @abstractmethod
+    def kernel(self) -> KernelCodec:
+        """How kernels read the planes."""
 
     @abstractmethod
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:

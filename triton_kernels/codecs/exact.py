@@ -11,7 +11,50 @@ from dataclasses import dataclass
 
 import torch
 
+from ..target import tl, triton
 from .base import Codec, Plane, Tile
+from .jit import KernelCodec, no_channels
+
+
+@triton.jit
+def _exact_tile(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    channel = tl.arange(0, WORDS)
+    base = planes[0] + page_head * (PAGE * HEAD_DIM)
+    if TRANSPOSED:
+        pointers = base + offs_n[None, :] * HEAD_DIM + channel[:, None]
+        mask = (channel < HEAD_DIM)[:, None]
+    else:
+        pointers = base + offs_n[:, None] * HEAD_DIM + channel[None, :]
+        mask = (channel < HEAD_DIM)[None, :]
+    vectors = tl.load(pointers, mask=mask, other=0.0)  # [N, WORDS] or [WORDS, N]
+    return (vectors.to(DTYPE),), offs_n, offs_n
+
+
+@triton.jit
+def _exact_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    channel = tl.arange(0, BYTES)
+    pointers = planes[0] + page_head * (PAGE * HEAD_DIM) + offs_n[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(pointers, x, mask=(channel < HEAD_DIM)[None, :])
 
 
 @dataclass(frozen=True)
@@ -31,6 +74,10 @@ class ExactCodec(Codec):
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         vectors = planes[0]
         return Tile(vectors if vectors.dtype == torch.float64 else vectors.float())
+
+    @property
+    def kernel(self) -> KernelCodec:
+        return KernelCodec(_exact_tile, no_channels, _exact_encode, byte_codes=False)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)

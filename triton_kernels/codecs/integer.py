@@ -34,8 +34,116 @@ from typing import Literal
 
 import torch
 
+from ..pack import byte_columns, store_codes
+from ..target import tl, triton
+from ..tile_math import fp16_at_least as tile_at_least
+from ..tile_math import fp16_at_most as tile_at_most
+from ..tile_math import round_half_even
+from ..unpack import load_channels, load_words, unpack_codes
 from .base import Codec, Plane, Tile
-from .packing import INTEGERS, fp16_at_least, fp16_at_most, pack_fields, unpack_levels
+from .jit import KernelCodec, no_channels
+from .packing import INTEGERS, expand_levels, fp16_at_least, fp16_at_most, pack_fields
+
+
+@triton.jit
+def _channel_tile(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    return unpack_codes(words, FIELDS, DTYPE, PTX), offs_n, offs_n
+
+
+@triton.jit
+def _channel_range(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    step = load_channels(planes[1], page_head, HEAD_DIM, FIELDS, WORDS)
+    return step, load_channels(planes[2], page_head, HEAD_DIM, FIELDS, WORDS)
+
+
+@triton.jit
+def _token_tile(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    step = tl.load(planes[1] + page_head * PAGE + offs_n)  # [N]
+    offset = tl.load(planes[2] + page_head * PAGE + offs_n)  # [N]
+    return unpack_codes(words, FIELDS, DTYPE, PTX), step.to(tl.float32), offset.to(tl.float32)
+
+
+@triton.jit
+def _step_and_offset(low, high, FIELDS: tl.constexpr):
+    """``IntegerCodec._range`` from minima and maxima (float32); two of their shape, fp16."""
+    LAST: tl.constexpr = (1 << (8 // FIELDS)) - 1
+    offset = tile_at_most(low)
+    width = tl.maximum(high - offset.to(tl.float32), 0.0)
+    return tile_at_least(tl.div_rn(width, LAST * 1.0)), offset
+
+
+@triton.jit
+def _codes(x, step, offset, FIELDS: tl.constexpr):
+    """Codes of ``x`` (float32); ``step`` and ``offset`` (float32) broadcast to it."""
+    LAST: tl.constexpr = (1 << (8 // FIELDS)) - 1
+    scaled = tl.div_rn(x - offset, tl.where(step > 0.0, step, 1.0))
+    return round_half_even(tl.minimum(tl.maximum(scaled, 0.0), LAST * 1.0)).to(tl.int32)
+
+
+@triton.jit
+def _channel_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    x = x.to(tl.float32)
+    channel, exists = byte_columns(HEAD_DIM, FIELDS, BYTES)
+    step, offset = _step_and_offset(tl.min(x, 0), tl.max(x, 0), FIELDS)  # [COLUMNS]
+    codes = _codes(x, step.to(tl.float32)[None, :], offset.to(tl.float32)[None, :], FIELDS)
+    store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
+    tl.store(planes[1] + page_head * HEAD_DIM + channel, step, mask=exists)
+    tl.store(planes[2] + page_head * HEAD_DIM + channel, offset, mask=exists)
+
+
+@triton.jit
+def _token_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    x = x.to(tl.float32)
+    exists = byte_columns(HEAD_DIM, FIELDS, BYTES)[1][None, :]
+    low = tl.min(tl.where(exists, x, float("inf")), 1)
+    high = tl.max(tl.where(exists, x, float("-inf")), 1)
+    step, offset = _step_and_offset(low, high, FIELDS)  # [N]
+    codes = _codes(x, step.to(tl.float32)[:, None], offset.to(tl.float32)[:, None], FIELDS)
+    store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
+    tl.store(planes[1] + page_head * PAGE + offs_n, step)
+    tl.store(planes[2] + page_head * PAGE + offs_n, offset)
 
 
 @dataclass(frozen=True)
@@ -74,10 +182,27 @@ class IntegerCodec(Codec):
 
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         codes, step, offset = planes
-        levels = codes.float() if self.bits == 8 else unpack_levels(codes, INTEGERS)
+        levels = codes.float() if self.bits == 8 else expand_levels(codes, INTEGERS)
         if self.axis == "channel":
             return Tile(levels, channel_scale=step.float(), channel_offset=offset.float())
         return Tile(levels, token_scale=step.squeeze(-1).float(), token_offset=offset.squeeze(-1).float())
+
+    @property
+    def kernel(self) -> KernelCodec:
+        fields = 8 // self.bits
+        if self.axis == "channel":
+            return KernelCodec(
+                _channel_tile,
+                _channel_range,
+                _channel_encode,
+                fields,
+                channel_scale=True,
+                channel_offset=True,
+                integer_codes=True,
+            )
+        return KernelCodec(
+            _token_tile, no_channels, _token_encode, fields, token_scale=True, token_offset=True, integer_codes=True
+        )
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         y = self.to_domain(x.float())

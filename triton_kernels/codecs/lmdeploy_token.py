@@ -33,10 +33,72 @@ from dataclasses import dataclass
 
 import torch
 
+from ..pack import byte_columns, store_codes
+from ..target import tl, triton
+from ..tile_math import round_to
+from ..unpack import load_words, unpack_codes
 from .base import Codec, Plane, Tile
-from .packing import INTEGERS, pack_fields, unpack_levels
+from .jit import KernelCodec, no_channels
+from .packing import INTEGERS, expand_levels, pack_fields
 
 _FLOAT32 = torch.finfo(torch.float32)
+
+
+@triton.jit
+def _zero_point_tile(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    scale = tl.load(planes[1] + page_head * PAGE + offs_n).to(tl.float32)  # [N]
+    zero = tl.load(planes[2] + page_head * PAGE + offs_n).to(tl.float32)  # [N]
+    return unpack_codes(words, FIELDS, DTYPE, PTX), scale, -zero * scale
+
+
+@triton.jit
+def _zero_point_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    LAST: tl.constexpr = (1 << (8 // FIELDS)) - 1
+    SMALLEST: tl.constexpr = 1.1754943508222875e-38  # normal float32
+    x = x.to(tl.float32)
+    exists = byte_columns(HEAD_DIM, FIELDS, BYTES)[1][None, :]
+    low = tl.min(tl.where(exists, x, float("inf")), 1)  # [N]
+    high = tl.max(tl.where(exists, x, float("-inf")), 1)  # [N]
+    scale = tl.div_rn(high - low, LAST * 1.0)
+    # * -1.0 and not a minus, which Triton computes as 0 - x: that has another sign of zero than torch.
+    zero = tl.div_rn(low * -1.0, tl.where(scale >= SMALLEST, scale, 1.0))
+    dtype: tl.constexpr = planes[1].dtype.element_ty
+    stored = round_to(scale, dtype).to(tl.float32)
+    regular = (scale >= SMALLEST) & (stored > 0.0) & (stored < float("inf"))
+    regular = regular & (tl.abs(round_to(zero, dtype).to(tl.float32)) < float("inf"))
+    middle = low * 0.5 + high * 0.5
+    sign = tl.where(middle > 0.0, 1.0, tl.where(middle < 0.0, -1.0, 0.0))
+
+    divisor = tl.where(regular, scale, 1.0)
+    codes = tl.div_rn(x, divisor[:, None]) + zero[:, None] + 0.5
+    codes = tl.minimum(tl.maximum(codes, 0.0), LAST * 1.0).to(tl.int32)
+    codes = tl.where(regular[:, None], codes, 0)
+    store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
+    scale = tl.where(regular, scale, tl.abs(middle))
+    zero = tl.where(regular, zero, sign * -1.0)
+    tl.store(planes[1] + page_head * PAGE + offs_n, round_to(scale, dtype))
+    tl.store(planes[2] + page_head * PAGE + offs_n, round_to(zero, dtype))
 
 
 @dataclass(frozen=True)
@@ -68,8 +130,14 @@ class TokenZeroPointCodec(Codec):
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         codes, scale, zero = planes
         token_scale = scale.squeeze(-1).float()
-        levels = codes.float() if self.bits == 8 else unpack_levels(codes, INTEGERS)
+        levels = codes.float() if self.bits == 8 else expand_levels(codes, INTEGERS)
         return Tile(levels, token_scale=token_scale, token_offset=-zero.squeeze(-1).float() * token_scale)
+
+    @property
+    def kernel(self) -> KernelCodec:
+        return KernelCodec(
+            _zero_point_tile, no_channels, _zero_point_encode, 8 // self.bits, token_scale=True, token_offset=True
+        )
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         y = x.float()

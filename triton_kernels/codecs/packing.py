@@ -68,7 +68,7 @@ def _byte_table(levels: tuple[float, ...], device: torch.device) -> torch.Tensor
     return torch.tensor(fields, dtype=torch.float32, device=device)
 
 
-def unpack_levels(packed: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
+def expand_levels(packed: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     """``levels[code]`` for each packed code, float32 ``[..., D]`` from uint8 ``[..., D * bits / 8]``.
 
     ``levels`` has 2, 4 or 16 entries.  One look-up per byte instead of one per code, and no shifting and masking.

@@ -40,9 +40,16 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ..pack import byte_columns, store_codes
+from ..ptx import nibble_lookup, pair_lookup
+from ..target import tl, triton
+from ..tile_math import bucket_levels
+from ..tile_math import round_saturating as tile_saturating
+from ..unpack import load_channels, load_words, unpack_levels
 from .base import Codec, Plane, Tile
-from .lloyd_max import LEVELS, cell_radius, levels, quantize
-from .packing import pack_fields, round_saturating, unpack_levels
+from .jit import KernelCodec, no_channels
+from .lloyd_max import BOUNDARIES, LEVELS, cell_radius, levels, quantize
+from .packing import expand_levels, pack_fields, round_saturating
 
 ScaleRule = Literal["norm", "least-squares", "unbiased"]
 
@@ -56,6 +63,124 @@ class _Fit(NamedTuple):
     centre: torch.Tensor | None  # fp16 [..., head_dim]
     residual: torch.Tensor  # [..., page_size, head_dim]
     unit: torch.Tensor  # the residual at length sqrt(head_dim), [..., page_size, head_dim]
+
+
+_LEVELS_2 = tl.constexpr(LEVELS[2])
+_LEVELS_4 = tl.constexpr(LEVELS[4])
+_LOOKUP_2 = tl.constexpr(pair_lookup(LEVELS[2]))
+_LOOKUP_4 = tl.constexpr(nibble_lookup(LEVELS[4]))
+_BOUNDARIES_2 = tl.constexpr(BOUNDARIES[2])
+_BOUNDARIES_4 = tl.constexpr(BOUNDARIES[4])
+
+
+@triton.jit
+def _lloyd_max_tile(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    if FIELDS == 2:
+        levels = unpack_levels(words, _LEVELS_4, _LOOKUP_4, FIELDS, DTYPE, PTX)
+    else:
+        levels = unpack_levels(words, _LEVELS_2, _LOOKUP_2, FIELDS, DTYPE, PTX)
+    scale = tl.load(planes[1] + page_head * PAGE + offs_n)  # [N]
+    return levels, scale.to(tl.float32), offs_n
+
+
+@triton.jit
+def _centre(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    centre = load_channels(planes[2], page_head, HEAD_DIM, FIELDS, WORDS)
+    return centre, centre
+
+
+@triton.jit
+def _lloyd_max_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+    RULE: tl.constexpr,
+):
+    CENTRED: tl.constexpr = len(planes) == 3
+    channel, exists = byte_columns(HEAD_DIM, FIELDS, BYTES)
+    if CENTRED:
+        centre = tile_saturating(tl.sum(x, 0) * (1.0 / PAGE), tl.float16)  # [COLUMNS]
+        tl.store(planes[2] + page_head * HEAD_DIM + channel, centre, mask=exists)
+        x = x - centre.to(tl.float32)[None, :]
+    squares = tl.sum(x * x, 1)  # [N]
+    norm = tl.sqrt_rn(squares)
+    unit = x * (tl.div_rn(1.0, tl.where(norm > 0.0, norm, 1.0)) * (HEAD_DIM**0.5))[:, None]
+    if FIELDS == 2:
+        codes, levels = bucket_levels(unit, _BOUNDARIES_4, _LEVELS_4, 16, 1.0)
+    else:
+        codes, levels = bucket_levels(unit, _BOUNDARIES_2, _LEVELS_2, 4, 1.0)
+    levels = tl.where(exists[None, :], levels, 0.0)
+    if RULE == "norm":
+        scale = tl.div_rn(norm, tl.sqrt_rn(tl.sum(levels * levels, 1)))
+    elif RULE == "least-squares":
+        scale = tl.div_rn(tl.sum(x * levels, 1), tl.sum(levels * levels, 1))
+    else:
+        product = tl.sum(x * levels, 1)
+        scale = tl.div_rn(squares, tl.where(product > 0.0, product, 1.0))
+    store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
+    tl.store(planes[1] + page_head * PAGE + offs_n, tile_saturating(scale, tl.float16))
+
+
+@triton.jit
+def _norm_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    _lloyd_max_encode(planes, page_head, x, offs_n, HEAD_DIM, PAGE, FIELDS, BYTES, "norm")
+
+
+@triton.jit
+def _least_squares_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    _lloyd_max_encode(planes, page_head, x, offs_n, HEAD_DIM, PAGE, FIELDS, BYTES, "least-squares")
+
+
+@triton.jit
+def _unbiased_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    _lloyd_max_encode(planes, page_head, x, offs_n, HEAD_DIM, PAGE, FIELDS, BYTES, "unbiased")
+
+
+_ENCODE = {"norm": _norm_encode, "least-squares": _least_squares_encode, "unbiased": _unbiased_encode}
 
 
 @dataclass(frozen=True)
@@ -104,8 +229,15 @@ class LloydMaxCodec(Codec):
         codes, scale = planes[:2]
         centre = planes[2].float() if self.centred else None
         return Tile(
-            unpack_levels(codes, LEVELS[self.bits]), token_scale=scale.squeeze(-1).float(), channel_offset=centre
+            expand_levels(codes, LEVELS[self.bits]), token_scale=scale.squeeze(-1).float(), channel_offset=centre
         )
+
+    @property
+    def kernel(self) -> KernelCodec:
+        channels = _centre if self.centred else no_channels
+        encode = _ENCODE[self.scale_rule]
+        fields = 8 // self.bits
+        return KernelCodec(_lloyd_max_tile, channels, encode, fields, token_scale=True, channel_offset=self.centred)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         """Bound from the widths of the cells, plus what the stored scale differs from the ideal one.

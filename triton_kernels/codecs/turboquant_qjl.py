@@ -38,9 +38,16 @@ from typing import NamedTuple
 
 import torch
 
+from ..pack import byte_columns, store_codes
+from ..ptx import octet_lookup, pair_lookup
+from ..target import tl, triton
+from ..tile_math import bucket_levels, round_to
+from ..tile_math import round_saturating as tile_saturating
+from ..unpack import load_words, unpack_levels, unpack_signed_levels
 from .base import Codec, Plane, Tile
+from .jit import KernelCodec, no_channels
 from .lloyd_max import bucket, cell_radius, lookup
-from .packing import pack_fields, round_saturating, unpack_levels
+from .packing import expand_levels, pack_fields, round_saturating
 
 # LMDeploy's own constants at sigma = 1: a few Lloyd iterations, equal to the optimal tables to about 1e-6.
 LEVELS: dict[int, tuple[float, ...]] = {
@@ -53,6 +60,14 @@ BOUNDARIES: dict[int, tuple[float, ...]] = {
 }
 _SIGNS = (-1.0,) * 8 + (1.0,) * 8  # of the residual, by nibble
 _EPS = 1e-8  # keeps both square roots away from zero
+
+
+_LEVELS_2 = tl.constexpr(LEVELS[2])
+_LEVELS_3 = tl.constexpr(LEVELS[3])
+_LOOKUP_2 = tl.constexpr(pair_lookup(LEVELS[2]))
+_LOOKUP_3 = tl.constexpr(octet_lookup(LEVELS[3]))
+_BOUNDARIES_2 = tl.constexpr(BOUNDARIES[2])
+_BOUNDARIES_3 = tl.constexpr(BOUNDARIES[3])
 
 
 @functools.lru_cache(maxsize=32)
@@ -82,6 +97,95 @@ def _norm_rounding(fit: _Fit, model_dtype: torch.dtype) -> torch.Tensor:
     return (round_saturating(fit.norm, model_dtype).float() - fit.norm).abs().squeeze(-1)
 
 
+@triton.jit
+def _sign_tile(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    # Levels at unit sigma, and rho to match: the factor sigma goes into the token's scale.
+    sigma: tl.constexpr = HEAD_DIM**-0.5
+    rho = (tl.load(planes[2] + page_head * PAGE + offs_n).to(tl.float32) / sigma).to(DTYPE)  # [N]
+    rho = rho[None, :] if TRANSPOSED else rho[:, None]
+    unpacked = unpack_signed_levels(words, _LEVELS_3, _LOOKUP_3, DTYPE, PTX)
+    levels = ()
+    for part in tl.static_range(2 * FIELDS):
+        levels = levels + (unpacked[part] + unpacked[part + 4] * rho,)
+    norm = tl.load(planes[1] + page_head * PAGE + offs_n)  # [N]
+    return levels, norm.to(tl.float32) * sigma, offs_n
+
+
+@triton.jit
+def _plain_tile(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    levels = unpack_levels(words, _LEVELS_2, _LOOKUP_2, FIELDS, DTYPE, PTX)
+    sigma: tl.constexpr = HEAD_DIM**-0.5
+    norm = tl.load(planes[1] + page_head * PAGE + offs_n)  # [N]
+    return levels, norm.to(tl.float32) * sigma, offs_n
+
+
+@triton.jit
+def _sign_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    exists = byte_columns(HEAD_DIM, FIELDS, BYTES)[1][None, :]
+    norm = tl.sqrt_rn(tl.sum(x * x, 1) + 1e-8)  # [N]
+    unit = tl.div_rn(x, norm[:, None])
+    codes, levels = bucket_levels(unit, _BOUNDARIES_3, _LEVELS_3, 8, HEAD_DIM**-0.5)
+    residual = tl.where(exists, unit - levels, 0.0)
+    rho = tl.div_rn(tl.sqrt_rn(tl.sum(residual * residual, 1) + 1e-8), HEAD_DIM**0.5)  # [N]
+    codes = codes | ((residual >= 0.0).to(tl.int32) << 3)
+    store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
+    dtype: tl.constexpr = planes[1].dtype.element_ty
+    tl.store(planes[1] + page_head * PAGE + offs_n, tile_saturating(norm, dtype))
+    tl.store(planes[2] + page_head * PAGE + offs_n, round_to(rho, dtype))
+
+
+@triton.jit
+def _plain_encode(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    norm = tl.sqrt_rn(tl.sum(x * x, 1) + 1e-8)  # [N]
+    unit = tl.div_rn(x, norm[:, None])
+    codes, _ = bucket_levels(unit, _BOUNDARIES_2, _LEVELS_2, 4, HEAD_DIM**-0.5)
+    store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
+    dtype: tl.constexpr = planes[1].dtype.element_ty
+    tl.store(planes[1] + page_head * PAGE + offs_n, tile_saturating(norm, dtype))
+
+
 @dataclass(frozen=True)
 class SignCorrectedCodec(Codec):
     """Keys: a 3-bit code and the sign of its residual in one nibble, two numbers per token."""
@@ -105,8 +209,12 @@ class SignCorrectedCodec(Codec):
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         codes, norm, rho = planes
         table = _scaled(LEVELS[3], codes.shape[-1] * 2)
-        levels = unpack_levels(codes, table * 2) + rho.float() * unpack_levels(codes, _SIGNS)
+        levels = expand_levels(codes, table * 2) + rho.float() * expand_levels(codes, _SIGNS)
         return Tile(levels, token_scale=norm.squeeze(-1).float())
+
+    @property
+    def kernel(self) -> KernelCodec:
+        return KernelCodec(_sign_tile, no_channels, _sign_encode, fields=2, token_scale=True)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         """|r - rho sign(r)|^2 <= |r|^2 + rho^2 D = 2 |r|^2 + 1e-8, and |r| is bounded by the widths of the cells."""
@@ -136,8 +244,12 @@ class PlainLloydMaxCodec(Codec):
         return pack_fields(fit.codes, 2), round_saturating(fit.norm, model_dtype)
 
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
-        levels = unpack_levels(planes[0], _scaled(LEVELS[2], planes[0].shape[-1] * 4))
+        levels = expand_levels(planes[0], _scaled(LEVELS[2], planes[0].shape[-1] * 4))
         return Tile(levels, token_scale=planes[1].squeeze(-1).float())
+
+    @property
+    def kernel(self) -> KernelCodec:
+        return KernelCodec(_plain_tile, no_channels, _plain_encode, fields=4, token_scale=True)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         y = self.to_domain(x.float())

@@ -1,0 +1,202 @@
+"""Compile the kernels ahead of time and write the tables of docs/kernels.md, between its markers.
+
+    make docs        or: python benchmarks/kernel_docs.py
+
+No GPU is needed: registers and shared memory are read off the compiled kernels, instructions off the disassembly, and
+bytes off the codecs' planes.  The counts belong to one version of Triton and its assembler, named in the document.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Tests show how to compile for a GPU that is not there; they are no package.
+sys.path.insert(0, str(ROOT / "tests"))
+
+import torch
+import triton
+from kernels.aot import TARGETS, Built, Case, Loop, compile_cases, main_loop
+
+from kvquant_hf.triton_kernels.codecs import CODECS
+from kvquant_hf.triton_kernels.launch import launch_config, split_count
+
+DOCUMENT = ROOT / "docs" / "kernels.md"
+PAIRS = {
+    "exact": ("exact", "exact"),
+    "int8": ("int8-channel", "int8-affine"),
+    "int4": ("int4-channel", "int4-hadamard"),
+    "turboquant": ("lloyd4-centred", "lloyd2"),
+    "int8-token": ("int8-token", "int8-token"),
+    "int4-token": ("int4-token", "int4-token"),
+    "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),
+}
+
+# The workload of the count: Llama-3-8B's attention.
+BATCH, TOKENS, HEADS, GROUP, DIM, PAGE = 8, 32768, 8, 4, 128, 64
+# Data-sheet bandwidth, and what the counts assume of an H100's issue and tensor cores.
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
+PROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.7e9
+# fp16 multiply-adds per clock of a multiprocessor through `mma.sync`: half of what warp-group products reach.
+MMA_RATE = 1024
+
+KINDS = {
+    "copies of pages (16 bytes a thread)": r"LDGSTS\.E.*\.128",
+    "other copies and loads from memory": r"LDGSTS|LDG",
+    "tensor-core products": r"HMMA|HGMMA|IMMA",
+    "shared memory": r"LDSM|LDS|STS",
+    "bit operations and byte permutations": r"LOP3|SHF\.|PRMT",
+    "exchange between threads": r"SHFL",
+    "float32 arithmetic": r"F(FMA|MUL|ADD|MNMX|SEL|SETP|CHK)|MUFU",
+    "fp16 arithmetic and conversions": r"H(FMA2|MUL2|ADD2|MNMX2|SET2)|F2FP|F2F|I2F",
+}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table, numbers to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def decode_kernel(built: list[Built] | str) -> Built:
+    """The decode kernel among those of a call."""
+    if isinstance(built, str):
+        raise RuntimeError(built)
+    return next(kernel for kernel in built if "decode" in kernel.name)
+
+
+def half(target: str) -> str:
+    """The 16-bit dtype that models use on a GPU."""
+    return "float16" if target == "sm_75" else "bfloat16"
+
+
+def resources() -> str:
+    """Registers, stack and shared memory of every pair on every GPU."""
+    cases = {(t, n): Case(t, *PAIRS[n], dtype=half(t)) for t in TARGETS for n in PAIRS}
+    built = compile_cases(list(cases.values()))
+
+    def cell(case: Case) -> str:
+        kernel = decode_kernel(built[case])
+        stack = f" + {kernel.spilled} B" if kernel.spilled else ""
+        return f"{kernel.warps} × {kernel.registers}{stack}, {kernel.shared / 1024:.0f} K"
+
+    return table(["", *PAIRS], [[f"`{t}`", *(cell(cases[t, n]) for n in PAIRS)] for t in TARGETS])
+
+
+def shapes() -> str:
+    """The same on sm_90 for other head_dims and more rows."""
+    columns = {
+        "head_dim 64": {"head_dim": 64},
+        "head_dim 256": {"head_dim": 256},
+        "16 queries": {"queries": 16},
+        "bool mask": {"mask": "bool"},
+        "pages of 128": {"page_size": 128},
+    }
+    cases = {(n, c): Case("sm_90", *PAIRS[n], **fields) for n in PAIRS for c, fields in columns.items()}
+    built = compile_cases(list(cases.values()))
+
+    def cell(case: Case) -> str:
+        kernel = decode_kernel(built[case])
+        stack = f" + {kernel.spilled} B" if kernel.spilled else ""
+        return f"{kernel.warps} × {kernel.registers}{stack}, {kernel.shared / 1024:.0f} K"
+
+    return table(["sm_90", *columns], [[n, *(cell(cases[n, c]) for c in columns)] for n in PAIRS])
+
+
+def page_bytes(name: str) -> float:
+    """Bytes of keys and values of one page of one head, scales included."""
+    return sum(CODECS[codec].bytes_per_token(DIM, PAGE, torch.bfloat16) for codec in PAIRS[name]) * PAGE
+
+
+def sm_90_loops(names: Iterable[str] = PAIRS) -> dict[str, tuple[Built, Loop]]:
+    """The decode kernels for sm_90 at the workload's shape, and their loops over pages."""
+    cases = {name: Case("sm_90", *PAIRS[name], head_dim=DIM, group=GROUP, page_size=PAGE) for name in names}
+    built = compile_cases(list(cases.values()), sass=True)
+    kernels = {name: decode_kernel(built[case]) for name, case in cases.items()}
+    return {name: (kernel, main_loop(kernel.sass)) for name, kernel in kernels.items()}
+
+
+def loop_rows(name: str, kernel: Built, loop: Loop) -> list[str]:
+    """A pair's column of the table of loops."""
+    threads, elements = kernel.warps * 32, 2 * PAGE * DIM
+    left, counts = dict(loop.opcodes), []
+    for pattern in KINDS.values():
+        hits = {opcode: n for opcode, n in left.items() if re.match(pattern, opcode)}
+        counts.append(str(sum(hits.values())))
+        left = {opcode: n for opcode, n in left.items() if opcode not in hits}
+    per_element = loop.instructions * threads / elements
+    per_byte = loop.instructions * threads / page_bytes(name)
+    return [*counts, str(sum(left.values())), f"**{loop.instructions}**", f"{per_element:.2f}", f"{per_byte:.2f}"]
+
+
+def loops_table(loops: dict[str, tuple[Built, Loop]]) -> str:
+    """Instructions of a warp for one page of one head, by kind."""
+    columns = [loop_rows(name, *loops[name]) for name in loops]
+    titles = [*KINDS, "addresses, moves, control", "all", "per element (thread)", "per stored byte (thread)"]
+    return table(
+        ["", *loops], [[title, *cells] for title, cells in zip(titles, zip(*columns, strict=True), strict=True)]
+    )
+
+
+def floors_table(loops: dict[str, tuple[Built, Loop]]) -> str:
+    """What a decode step of one layer cannot be faster than, in microseconds."""
+    rows = []
+    pages = BATCH * HEADS * TOKENS // PAGE
+    for name, (kernel, loop) in loops.items():
+        bits = sum(CODECS[codec].bits for codec in PAIRS[name])
+        config = launch_config("sm_90", 2, PAGE * DIM, GROUP, bits)
+        splits = split_count(config, BATCH * HEADS, TOKENS // PAGE, PROCESSORS)
+        # Every split writes its accumulator and two numbers per row, and combine reads them.
+        merged = 2 * BATCH * HEADS * (splits + 1) * GROUP * (DIM + 2) * 4
+        traffic = pages * page_bytes(name) + merged
+        issue = pages * loop.instructions * kernel.warps / (PROCESSORS * SCHEDULERS * CLOCK)
+        # A product instruction multiplies 16 x 8 by 8 x 16, or the like.
+        products = pages * kernel.warps * loop.count("HMMA") * 16 * 8 * 16 / (PROCESSORS * MMA_RATE * CLOCK)
+        times = [traffic / bandwidth for bandwidth in BANDWIDTH.values()]
+        binds = ["memory" if time >= max(issue, products) else "issue" for time in times]
+        rows.append(
+            [
+                name,
+                f"{traffic / 1e6:.0f}",
+                *(f"{time * 1e6:.0f}" for time in times),
+                f"{issue * 1e6:.0f}",
+                f"{products * 1e6:.0f}",
+                " / ".join(binds) if binds[0] != binds[1] else binds[0],
+                f"{issue / times[0]:.2f}",
+            ]
+        )
+    header = ["", "MB", *(f"memory, {gpu}" for gpu in BANDWIDTH), "issue", "tensor cores", "binds", "share of slots"]
+    return table(header, rows)
+
+
+def versions() -> str:
+    """What the counts belong to."""
+    ptxas = re.search(r"V([\d.]+)", triton.backends.nvidia.compiler.get_ptxas_version(90))
+    return f"Triton {triton.__version__}, ptxas {ptxas[1] if ptxas else 'unknown'}."
+
+
+def replace(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the markers ``name``."""
+    pattern = rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)"
+    if not re.search(pattern, text, re.DOTALL):
+        raise ValueError(f"{DOCUMENT.name} has no markers for {name}")
+    return re.sub(pattern, lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    loops = sm_90_loops()
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, content in {
+        "versions": versions(),
+        "resources": resources(),
+        "shapes": shapes(),
+        "loops": loops_table(loops),
+        "floors": floors_table(loops),
+    }.items():
+        text = replace(text, name, content)
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

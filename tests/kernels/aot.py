@@ -1,0 +1,267 @@
+"""Compile kernels for GPUs that are not there, exactly as their launchers would, and read what came out.
+
+A launcher is called with tensors that have shapes and no memory (device "meta"), while Triton is told that it drives
+another GPU and every launch is turned into a compilation.  So signatures, specialization, constants and the launch
+table are those of a real call; nothing is written down twice.
+
+Triton decides on its interpreter for a whole process, so tests call ``compile_cases``, which runs this file in
+processes of its own.  ``KERNELS`` is the table of what can be compiled: a launcher to call for a ``Case``.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Target(NamedTuple):
+    """A GPU: Triton's name for it, threads of a warp, and bytes of shared memory that one program may have."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+
+
+TARGETS: dict[str, Target] = {
+    "sm_75": Target("cuda", 75, 32, 64 << 10),
+    "sm_80": Target("cuda", 80, 32, 163 << 10),
+    "sm_86": Target("cuda", 86, 32, 99 << 10),
+    "sm_89": Target("cuda", 89, 32, 99 << 10),
+    "sm_90": Target("cuda", 90, 32, 227 << 10),
+    "sm_100": Target("cuda", 100, 32, 227 << 10),
+    "sm_120": Target("cuda", 120, 32, 99 << 10),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher.
+
+    Args:
+        target: name in ``TARGETS``; ``kernel``: name in ``KERNELS``.
+        keys, values: names of codecs.
+        dtype: the model's, without "torch.".
+        group: query heads per key/value head; ``queries`` new tokens of each sequence.
+        mask: dtype of an attention mask, or "" for none.
+        config: fields of ``LaunchConfig`` that replace the table's, as pairs.
+    """
+
+    target: str
+    keys: str
+    values: str
+    kernel: str = "attention"
+    dtype: str = "bfloat16"
+    head_dim: int = 128
+    group: int = 4
+    queries: int = 1
+    page_size: int = 64
+    mask: str = ""
+    softcap: float | None = None
+    window: int = 0
+    config: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        parts = [self.target, self.kernel, f"{self.keys}/{self.values}", self.dtype, f"D{self.head_dim}"]
+        parts += [f"G{self.group}", f"Q{self.queries}", f"P{self.page_size}"]
+        return "-".join(parts + [f"mask:{self.mask}"] * bool(self.mask) + [f"{k}={v}" for k, v in self.config])
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled kernel.  ``registers`` and ``spilled`` (bytes of stack of a thread) are None where no tool reads
+    them."""
+
+    name: str
+    warps: int
+    stages: int
+    shared: int
+    registers: int | None
+    spilled: int | None
+    sass: str = ""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The longest loop of a disassembled kernel."""
+
+    opcodes: dict[str, int]
+
+    @property
+    def instructions(self) -> int:
+        """Instructions of one pass, over all opcodes."""
+        return sum(self.opcodes.values())
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose opcode matches the regular expression from its start."""
+        return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
+
+
+def main_loop(sass: str) -> Loop:
+    """The longest loop in ``nvdisasm``'s text: what lies between a label and the last jump back to it."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    longest: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            text = re.sub(r"^@!?\w+\s+", "", instruction[1])
+            instructions.append(text.split()[0])
+            jump = re.search(r"^BRA.*`\((\.L_x_\d+)\)", text)
+            if jump and jump[1] in labels and len(instructions) - labels[jump[1]] > len(longest):
+                longest = instructions[labels[jump[1]] :]
+    return Loop(dict(Counter(longest)))
+
+
+class _Driver:
+    """What Triton asks of a driver to compile and not to launch."""
+
+    def __init__(self, target: Target) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget(target.backend, target.arch, target.warp)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return str(self._target)
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(target: Target) -> Iterator[list[Any]]:
+    """Launches inside the ``with`` block compile for ``target`` and append Triton's compiled kernel to the list."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    launch, compiled = JITFunction.run, []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    JITFunction.run = run
+    triton.runtime.driver.set_active(_Driver(target))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+
+
+def attention(case: Case) -> None:
+    """Launch ``decode`` and ``combine``."""
+    from kvquant_hf.triton_kernels.codecs import CODECS
+    from kvquant_hf.triton_kernels.reference import PagedSide
+    from kvquant_hf.triton_kernels.triton_attention import paged_attention_triton
+
+    dtype, batch, heads, pages = getattr(torch, case.dtype), 2, 8, 32
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def side(name: str) -> PagedSide:
+        planes = CODECS[name].planes(case.head_dim)
+        stored = [empty(pages, heads, *p.shape(case.page_size), dtype=p.dtype or dtype) for p in planes]
+        return PagedSide(CODECS[name], stored, empty(batch, heads, case.page_size, case.head_dim), case.page_size)
+
+    tokens = pages * case.page_size
+    paged_attention_triton(
+        empty(batch, heads * case.group, case.queries, case.head_dim),
+        side(case.keys),
+        side(case.values),
+        empty(batch, pages, dtype=torch.int32),
+        empty(batch, 2, dtype=torch.int32),
+        scale=0.1,
+        mask=empty(batch, 1, case.queries, tokens, dtype=getattr(torch, case.mask)) if case.mask else None,
+        softcap=case.softcap,
+        window=case.window,
+    )
+
+
+KERNELS: dict[str, Callable[[Case], None]] = {"attention": attention}
+
+
+def _tool(name: str, *args: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(kernel: Any, sass: bool = False) -> Built:
+    """Read registers, stack and, if wanted, the disassembly of one of Triton's compiled kernels."""
+    metadata = kernel.metadata
+    registers = spilled = None
+    text = ""
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = _tool("cuobjdump", "-res-usage", file.name)
+            text = _tool("nvdisasm", "-c", file.name) if sass else ""
+        registers, spilled = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    elif "amdgcn" in kernel.asm:
+        # Vector registers; what does not fit goes to scratch memory.
+        registers, spilled = (
+            int(re.search(rf"\.{word}:\s+(\d+)", kernel.asm["amdgcn"])[1])
+            for word in ("vgpr_count", "private_segment_fixed_size")
+        )
+    return Built(metadata.name, metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled, text)
+
+
+def compile_case(case: Case, sass: bool = False) -> list[Built]:
+    """The kernels of one call, compiled in this process, which must not be interpreting."""
+    from kvquant_hf.triton_kernels.launch import override_launch
+
+    with compiling_for(TARGETS[case.target]) as compiled, override_launch(**dict(case.config)):
+        KERNELS[case.kernel](case)
+    return [inspect(kernel, sass) for kernel in compiled]
+
+
+def compile_cases(cases: Sequence[Case], sass: bool = False) -> dict[Case, list[Built] | str]:
+    """The kernels of each case, or the error that it ended with; compiled one after the other in another process."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        environment["TRITON_CACHE_DIR"] = folder
+        request = json.dumps({"sass": sass, "cases": [dataclasses.asdict(case) for case in cases]})
+        done = subprocess.run(
+            [sys.executable, __file__], input=request, env=environment, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise RuntimeError(f"the compiling process failed:\n{done.stderr}")
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", '"'))]
+    return {
+        case: answer if isinstance(answer, str) else [Built(**built) for built in answer]
+        for case, answer in zip(cases, answers, strict=True)
+    }
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    for fields in request["cases"]:
+        fields["config"] = tuple(map(tuple, fields["config"]))
+        try:
+            answer: Any = [dataclasses.asdict(built) for built in compile_case(Case(**fields), request["sass"])]
+        except Exception as error:  # whatever stops a compiler is the answer
+            answer = f"{type(error).__name__}: {error}"
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,190 @@
+"""The attention kernels against float64, for every policy's codec pair and the shapes that hurt.
+
+The budget: at most twice the error that eager attention makes in the model's dtype on the same dequantized keys and
+values, plus a rounding band.  Kernels round the scaled query and the scaled probabilities to fp16 (eager rounds the
+dequantized keys and the probabilities instead), which is one more unit in the last place of each product:
+
+    band = eps * (|scores|_max + 1) * size      eps: of the dtype that enters the product
+
+``size`` is the largest value, or for rotated values twice the length of the longest: a rotation spreads the rounding of
+a vector's largest element over all of them, for the codes and for the offset that they are counted from.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from kvquant_hf.triton_kernels.codecs import CODECS
+from kvquant_hf.triton_kernels.launch import override_launch
+from kvquant_hf.triton_kernels.reference import PagedSide, gather_dense
+from kvquant_hf.triton_kernels.triton_attention import paged_attention_triton
+
+PAIRS = (
+    ("exact", "exact"),
+    ("int8-channel", "int8-affine"),
+    ("int4-channel", "int4-hadamard"),
+    ("lloyd4-centred", "lloyd2"),
+    ("int8-token", "int8-token"),
+    ("int4-token", "int4-token"),
+    ("lloyd3-sign", "lloyd2-plain"),
+)
+PAGE = 64
+
+
+class Case(NamedTuple):
+    """``tokens``: per sequence, the last page is open; lazily sealed, so it holds 1 to PAGE of them."""
+
+    tokens: tuple[int, ...] = (200, 200)
+    key_dim: int = 64
+    value_dim: int = 64
+    group: int = 4
+    queries: int = 1
+    dtype: torch.dtype = torch.float16
+    mask: str = "none"
+    softcap: float | None = None
+    sinks: bool = False
+    window: int = 0
+    splits: int = 3
+
+    def __str__(self) -> str:
+        dims = f"D{self.key_dim}" + (f"v{self.value_dim}" if self.value_dim != self.key_dim else "")
+        extra = [self.mask] * (self.mask != "none") + ["softcap"] * (self.softcap is not None) + ["sinks"] * self.sinks
+        extra += [f"W{self.window}"] * (self.window > 0) + [f"S{self.splits}"] * (self.splits != 3)
+        tokens = "_".join(map(str, dict.fromkeys(self.tokens)))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return "-".join([dims, f"G{self.group}", f"Q{self.queries}", f"T{tokens}", dtype, *extra])
+
+
+FLOAT32 = torch.float32
+COMMON = (
+    Case(tokens=(1, 1)),
+    Case(tokens=(PAGE, PAGE), queries=3),
+    Case(tokens=(PAGE + 1, PAGE - 1), dtype=FLOAT32),
+    Case(tokens=(1000, 130), key_dim=128, value_dim=128, mask="bool", dtype=FLOAT32),
+    Case(tokens=(200, 70), key_dim=80, value_dim=96, group=7, queries=5, mask="bool", softcap=20.0, sinks=True),
+    Case(tokens=(300, 300), key_dim=128, value_dim=64, group=1, queries=70, splits=1),
+)
+FEATURES = (
+    Case(tokens=(200, 70), mask="float", dtype=FLOAT32),
+    Case(tokens=(200, 70), mask="heads", queries=4, dtype=FLOAT32),
+    Case(tokens=(333, 257), window=100, queries=16, dtype=FLOAT32),
+    Case(tokens=(333, 257), sinks=True, splits=6, dtype=FLOAT32),
+    Case(tokens=(200, 200), key_dim=256, value_dim=256, group=16),
+    Case(tokens=(200, 200), key_dim=192, value_dim=128, group=2, queries=33),
+    Case(tokens=(200, 66), mask="rows", queries=4, dtype=FLOAT32),
+)
+
+
+def side(codec: str, case: Case, dim: int, pages: int, device: torch.device) -> PagedSide:
+    """Random pages; slots that nobody may read hold NaN."""
+    heads = 2
+    vectors = torch.randn(pages, heads, PAGE, dim, device=device).to(case.dtype)
+    planes = [plane.contiguous() for plane in CODECS[codec].encode(vectors)]
+    for plane in planes:
+        plane[-1] = float("nan") if plane.dtype.is_floating_point else 0xAB
+    tail = torch.full((len(case.tokens), heads, PAGE, dim), float("nan"), dtype=case.dtype, device=device)
+    for batch, tokens in enumerate(case.tokens):
+        held = (tokens - 1) % PAGE + 1
+        tail[batch, :, :held] = torch.randn(heads, held, dim, device=device).to(case.dtype)
+    return PagedSide(CODECS[codec], planes, tail, PAGE)
+
+
+def masks(case: Case, query_heads: int, device: torch.device) -> torch.Tensor | None:
+    longest = max(case.tokens)
+    if case.mask == "none":
+        return None
+    if case.mask == "float":
+        return torch.randn(2, 1, case.queries, longest, device=device)
+    shape = (2, query_heads if case.mask == "heads" else 1, case.queries, longest)
+    mask = torch.rand(shape, device=device) > 0.3
+    if case.mask == "rows":
+        mask[0, :, 1] = False  # a query that sees nothing
+    return mask
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, mask: torch.Tensor | None, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention of one sequence in the dtype of ``q``, and the scores; ``k``, ``v`` ``[heads, tokens, dim]``."""
+    tokens, group = k.shape[1], q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    scores = q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5
+    if case.softcap is not None:
+        scores = torch.tanh(scores / case.softcap) * case.softcap
+    raw = scores
+    position = torch.arange(case.queries, device=q.device).unsqueeze(1) + tokens - case.queries
+    token = torch.arange(tokens, device=q.device)
+    if case.mask == "none" or case.window:
+        scores = scores.masked_fill(token > position, float("-inf"))
+    if case.window:
+        scores = scores.masked_fill(token <= position - case.window, float("-inf"))
+    if mask is not None:
+        part = mask[..., :tokens]
+        scores = scores.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else scores + part.to(q.dtype)
+    if sinks is not None:
+        column = sinks.to(q.dtype).view(-1, 1, 1).expand(-1, case.queries, 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :tokens]
+    return weights @ v, raw
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+@pytest.mark.parametrize("case", COMMON, ids=str)
+def test_every_pair(pair: tuple[str, str], case: Case, device: torch.device) -> None:
+    check(pair, case, device)
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_every_feature(case: Case, device: torch.device) -> None:
+    check(("int4-channel", "int4-hadamard"), case, device)
+
+
+def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
+    torch.manual_seed(0)
+    heads, batch = 2, len(case.tokens)
+    query_heads = heads * case.group
+    sealed = [(tokens - 1) // PAGE for tokens in case.tokens]
+    pages = sum(sealed) + 1  # the last one is nobody's
+    keys, values = side(pair[0], case, case.key_dim, pages, device), side(pair[1], case, case.value_dim, pages, device)
+    order = torch.randperm(pages - 1, device=device).int()
+    table = torch.full((batch, max(sealed)), pages - 1, dtype=torch.int32, device=device)
+    table[0, : sealed[0]], table[1, : sealed[1]] = order[: sealed[0]], order[sealed[0] :]
+    lengths = torch.tensor(
+        [[n, tokens - n * PAGE] for n, tokens in zip(sealed, case.tokens, strict=True)],
+        dtype=torch.int32,
+        device=device,
+    )
+    query = torch.randn(batch, query_heads, case.queries, case.key_dim, device=device).to(case.dtype)
+    mask = masks(case, query_heads, device)
+    sinks = torch.randn(query_heads, device=device) if case.sinks else None
+    with override_launch(splits=case.splits):
+        out = paged_attention_triton(
+            query,
+            keys,
+            values,
+            table,
+            lengths,
+            scale=case.key_dim**-0.5,
+            causal=mask is None or case.window > 0,
+            mask=mask,
+            softcap=case.softcap,
+            sinks=sinks,
+            window=case.window,
+        )
+    assert out.shape == (batch, query_heads, case.queries, case.value_dim) and out.dtype == case.dtype
+    for b, tokens in enumerate(case.tokens):
+        held = tokens - sealed[b] * PAGE
+        k, v = (
+            gather_dense(s._replace(tail=s.tail[b : b + 1, :, :held].double()), table[b : b + 1, : sealed[b]])[0]
+            for s in (keys, values)
+        )
+        part = None if mask is None else mask[b]
+        expected, scores = attention(query[b].double(), k, v, case, part, sinks)
+        eager, _ = attention(query[b], k.to(case.dtype), v.to(case.dtype), case, part, sinks)
+        budget = 2 * (eager.double() - expected).abs().max()
+        eps = torch.finfo(torch.float16 if case.dtype != torch.float32 else torch.float32).eps
+        size = 2 * v.norm(dim=-1).max() if values.codec.rotated else v.abs().max()
+        band = eps * (scores.abs().max() + 1) * size
+        error = (out[b].double() - expected).abs().max()
+        assert error <= budget + band, f"sequence {b}: error {error:.2e}, budget {budget:.2e} + {band:.2e}"

@@ -1,0 +1,108 @@
+"""The PTX of ``ptx.py``, run by a small emulator over all words, gives the levels of the generic path bit for bit."""
+
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kvquant_hf.triton_kernels import ptx
+from kvquant_hf.triton_kernels.codecs import lloyd_max, turboquant_qjl
+
+WORDS = np.arange(1 << 16, dtype=np.uint32)
+# The word in the upper half: all of them too, in another order.
+OTHERS = (WORDS * 40503 + 12345) & 0xFFFF
+
+
+def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Four bytes of the eight of ``b:a``, each chosen by a nibble; its highest bit asks for the byte's sign instead."""
+    pool = [(source >> (8 * i)) & 0xFF for source in (a, b) for i in range(4)]
+    out = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
+    for i in range(4):
+        nibble = (selector >> (4 * i)) & 0xF
+        byte = np.choose(nibble & 7, pool)
+        out |= np.where(nibble & 8, np.where(byte & 0x80, 0xFF, 0), byte).astype(np.uint32) << (8 * i)
+    return out
+
+
+def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Any function of three bits, given by its values at (1, 1, 1) down to (0, 0, 0)."""
+    out = np.zeros(np.broadcast(a, b, c).shape, np.uint32)
+    for i in range(8):
+        if int(table.item()) >> i & 1:
+            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return out
+
+
+OPERATIONS = {
+    "prmt": prmt,
+    "lop3": lop3,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "sub": lambda a, b: a - b,
+    "shl": lambda a, n: a << n,
+    "shr": lambda a, n: a >> n,
+    "mov": lambda a: a,
+}
+
+
+def run(asm: str, parts: int) -> list[np.ndarray]:
+    """The result registers after ``asm`` on all words; lane 0, so that %lanemask_lt is 0 (else its top bit is)."""
+    registers: dict[str, np.ndarray] = {f"${parts}": WORDS | (OTHERS << 16), "%lanemask_lt": np.zeros(1, np.uint32)}
+
+    def value(operand: str) -> np.ndarray:
+        return registers[operand] if operand in registers else np.array([int(operand, 0)], np.uint32)
+
+    for statement in asm.strip("{}\n ").split(";"):
+        if not statement.strip() or ".reg" in statement:
+            continue
+        opcode, operands = statement.split(maxsplit=1)
+        target, *sources = re.split(r"\s*,\s*", operands.strip())
+        assert target not in (f"${parts}", "%lanemask_lt"), "an input is overwritten"
+        registers[target] = OPERATIONS[opcode.split(".")[0]](*map(value, sources))
+    return [registers[f"${part}"] for part in range(parts)]
+
+
+def check(asm: str, fields: int, table: np.ndarray, first: int = 0, parts: int | None = None) -> None:
+    """``asm`` gives ``table[code]`` (fp16) in parts ``first`` and following, each of both words in one register."""
+    results = run(asm, parts or 2 * fields)
+    bits = 8 // fields
+    for part in range(2 * fields):
+        shift = part // 2 * bits + part % 2 * 8
+        low, high = (table[(words >> shift) & ((1 << bits) - 1)].view(np.uint16) for words in (WORDS, OTHERS))
+        expected = low.astype(np.uint32) | high.astype(np.uint32) << 16
+        np.testing.assert_array_equal(results[first + part], expected, err_msg=f"part {part}")
+
+
+@pytest.mark.parametrize(("asm", "fields"), [(ptx.WHOLE_BYTES, 1), (ptx.NIBBLES, 2)], ids=["bytes", "nibbles"])
+def test_integer_codes_are_subnormal(asm: str, fields: int) -> None:
+    codes = np.arange(256, dtype=np.float64)
+    table = (codes * 2.0**-24).astype(np.float16)
+    np.testing.assert_array_equal(table.astype(np.float64) * 2.0**24, codes)
+    check(asm, fields, table)
+
+
+@pytest.mark.parametrize("levels", [lloyd_max.LEVELS[2], turboquant_qjl.LEVELS[2]], ids=["lloyd", "lmdeploy"])
+def test_pair_lookup(levels: tuple[float, ...]) -> None:
+    check(ptx.pair_lookup(levels), 4, np.array(levels, np.float16))
+
+
+def test_nibble_lookup() -> None:
+    check(ptx.nibble_lookup(lloyd_max.LEVELS[4]), 2, np.array(lloyd_max.LEVELS[4], np.float16))
+
+
+def test_nibble_lookup_needs_symmetry() -> None:
+    with pytest.raises(ValueError, match="symmetric"):
+        ptx.nibble_lookup(tuple(float(i) for i in range(16)))
+
+
+def test_octet_lookup() -> None:
+    asm = ptx.octet_lookup(turboquant_qjl.LEVELS[3])
+    check(asm, 2, np.array(turboquant_qjl.LEVELS[3] * 2, np.float16), parts=8)
+    check(asm, 2, np.array((-1.0,) * 8 + (1.0,) * 8, np.float16), first=4, parts=8)
+
+
+def test_the_held_register_is_zero_in_every_lane() -> None:
+    """``%lanemask_lt`` has the bits of the lower lanes, so its highest bit is set in none."""
+    assert all(((1 << lane) - 1) >> 31 == 0 for lane in range(32))

@@ -1,0 +1,343 @@
+"""Append new tokens: seal the pages that they complete, keep the rest in the open page.  One launch for both sides.
+
+The open page is sealed by the first token that does not fit in it (*lazy* sealing), so it always ends with 1 to
+``page_size`` tokens.  With ``held`` tokens in it, of which new token number ``s`` is the ``held + s``-th:
+
+    sealed by this call    n = max(0, (held + tokens - 1) // page_size)
+    page j of these        reads the old open page for its first held tokens (j = 0 only), new tokens otherwise
+    new open page          n = 0: the new tokens go behind the old ones;  n > 0: the last of the new tokens alone
+
+``held`` differs between sequences and is read on the device, so nothing waits for the host and a CUDA graph can hold
+the call: the grid has as many page slots as any ``held`` could need, and those that seal nothing end at once.  Slot 0
+alone reads the old open page and writes the new one, with a barrier in between.
+
+Planes equal those of the torch codec bit for bit where no rotation is involved: the same IEEE operations in the same
+order, which is why divisions and roots are the correctly rounded ones and the launch forbids the compiler to fuse a
+multiplication with an addition.  The rotation sums in another order than a matrix product in torch, so a code that is a
+float32 rounding away from a boundary may fall on the other side of it.
+
+The rotation is a product with the Hadamard signs, made in registers, in slices of the head's channels: its operands are
+signs and vectors as the model made them, so products are exact in the model's dtype and only the float32 sums round.
+"""
+
+import torch
+
+from .codecs.base import Codec
+from .codecs.jit import KernelCodec
+from .hadamard import hadamard_block
+from .pack import byte_columns
+from .target import interpreting, tl, triton
+from .tile_math import hadamard_signs
+
+
+@triton.jit
+def _page_rows(
+    new_ptr,
+    tail_ptr,
+    source,
+    offs_n,
+    offs_d,
+    mask_d,
+    stride_new_n,
+    stride_new_d,
+    stride_tail_n,
+):
+    """Vectors ``[N, columns]`` in the model's dtype: new token ``source`` or, where that is negative, row ``offs_n`` of
+    the old open page."""
+    is_new = (source >= 0)[:, None]
+    pointers = new_ptr + source.to(tl.int64)[:, None] * stride_new_n + offs_d.to(tl.int64)[None, :] * stride_new_d
+    new = tl.load(pointers, mask=is_new & mask_d[None, :], other=0.0)  # [N, columns]
+    pointers = tail_ptr + offs_n[:, None] * stride_tail_n + offs_d[None, :]
+    old = tl.load(pointers, mask=(source < 0)[:, None] & mask_d[None, :], other=0.0)  # [N, columns]
+    return tl.where(is_new, new, old)
+
+
+@triton.jit
+def _append_side(
+    planes,
+    new_ptr,
+    tail_ptr,
+    table_ptr,
+    lengths_ptr,
+    heads,
+    tokens,
+    stride_new_b,
+    stride_new_h,
+    stride_new_n,
+    stride_new_d,
+    stride_tail_b,
+    stride_tail_h,
+    stride_tail_n,
+    stride_table_b,
+    ENCODE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ORDER: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    TAIL_ROWS: tl.constexpr,
+):
+    """Keys or values of one page slot of one head of one sequence.  ``ORDER``: blocks of the rotation, 0 for none."""
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    slot = tl.program_id(1)
+    sealed = tl.load(lengths_ptr + batch * 2)
+    held = tl.load(lengths_ptr + batch * 2 + 1)
+    new_ptr += batch * stride_new_b + head * stride_new_h
+    tail_ptr += batch * stride_tail_b + head * stride_tail_h
+
+    if held + tokens > (slot + 1) * PAGE:
+        page = tl.load(table_ptr + batch * stride_table_b + sealed + slot)
+        page_head = page.to(tl.int64) * heads + head
+        offs_n = tl.arange(0, PAGE)
+        source = slot * PAGE + offs_n - held  # [PAGE]
+        channel, exists = byte_columns(HEAD_DIM, FIELDS, BYTES)
+        if ORDER > 0:
+            SLICE: tl.constexpr = 16 if HEAD_DIM <= 16 else 32
+            x = tl.zeros([PAGE, FIELDS * BYTES], tl.float32)
+            for first in range(0, HEAD_DIM, SLICE):
+                offs_d = first + tl.arange(0, SLICE)
+                rows = _page_rows(
+                    new_ptr,
+                    tail_ptr,
+                    source,
+                    offs_n,
+                    offs_d,
+                    offs_d < HEAD_DIM,
+                    stride_new_n,
+                    stride_new_d,
+                    stride_tail_n,
+                )
+                signs = hadamard_signs(offs_d, tl.where(exists, channel, 1 << 24), ORDER)  # [SLICE, columns]
+                x = tl.dot(rows.to(DOT_DTYPE), signs.to(DOT_DTYPE), x, input_precision="ieee")  # [PAGE, columns]
+            x = x * (ORDER**-0.5)
+        else:
+            x = _page_rows(
+                new_ptr, tail_ptr, source, offs_n, channel, exists, stride_new_n, stride_new_d, stride_tail_n
+            )
+        ENCODE(planes, page_head, x, offs_n, HEAD_DIM, PAGE, FIELDS, BYTES)
+
+    if slot == 0:
+        # Every thread has read the old open page before any of them overwrites it.
+        tl.debug_barrier()
+        first_token = tl.maximum((held + tokens - 1) // PAGE, 0) * PAGE
+        row = tl.maximum(held - first_token, 0) + tl.arange(0, TAIL_ROWS)
+        source = first_token + row - held
+        offs_d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+        mask = (source < tokens)[:, None] & (offs_d < HEAD_DIM)[None, :]  # bounds row, too: at most PAGE tokens stay
+        pointers = new_ptr + source.to(tl.int64)[:, None] * stride_new_n + offs_d.to(tl.int64)[None, :] * stride_new_d
+        rows = tl.load(pointers, mask=mask, other=0.0)  # [TAIL_ROWS, HEAD_DIM]
+        tl.store(tail_ptr + row[:, None] * stride_tail_n + offs_d[None, :], rows, mask=mask)
+
+
+@triton.jit
+def _append_kernel(
+    k_planes,
+    v_planes,
+    k_new_ptr,
+    v_new_ptr,
+    k_tail_ptr,
+    v_tail_ptr,
+    table_ptr,
+    lengths_ptr,
+    new_lengths_ptr,
+    heads,
+    tokens,
+    stride_k_new_b,
+    stride_k_new_h,
+    stride_k_new_n,
+    stride_k_new_d,
+    stride_v_new_b,
+    stride_v_new_h,
+    stride_v_new_n,
+    stride_v_new_d,
+    stride_k_tail_b,
+    stride_k_tail_h,
+    stride_k_tail_n,
+    stride_v_tail_b,
+    stride_v_tail_h,
+    stride_v_tail_n,
+    stride_table_b,
+    K_ENCODE: tl.constexpr,
+    K_FIELDS: tl.constexpr,
+    K_BYTES: tl.constexpr,
+    K_ORDER: tl.constexpr,
+    V_ENCODE: tl.constexpr,
+    V_FIELDS: tl.constexpr,
+    V_BYTES: tl.constexpr,
+    V_ORDER: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    TAIL_ROWS: tl.constexpr,
+):
+    """Grid: (batch * heads, page slots, 2 sides)."""
+    if tl.program_id(2) == 0:
+        _append_side(
+            k_planes,
+            k_new_ptr,
+            k_tail_ptr,
+            table_ptr,
+            lengths_ptr,
+            heads,
+            tokens,
+            stride_k_new_b,
+            stride_k_new_h,
+            stride_k_new_n,
+            stride_k_new_d,
+            stride_k_tail_b,
+            stride_k_tail_h,
+            stride_k_tail_n,
+            stride_table_b,
+            K_ENCODE,
+            K_FIELDS,
+            K_BYTES,
+            KEY_DIM,
+            K_ORDER,
+            DOT_DTYPE,
+            PAGE,
+            TAIL_ROWS,
+        )
+        if (tl.program_id(0) % heads == 0) & (tl.program_id(1) == 0):
+            at = (tl.program_id(0) // heads).to(tl.int64) * 2
+            sealed = tl.load(lengths_ptr + at)
+            held = tl.load(lengths_ptr + at + 1)
+            count = tl.maximum((held + tokens - 1) // PAGE, 0)
+            tl.store(new_lengths_ptr + at, sealed + count)
+            tl.store(new_lengths_ptr + at + 1, held + tokens - count * PAGE)
+    else:
+        _append_side(
+            v_planes,
+            v_new_ptr,
+            v_tail_ptr,
+            table_ptr,
+            lengths_ptr,
+            heads,
+            tokens,
+            stride_v_new_b,
+            stride_v_new_h,
+            stride_v_new_n,
+            stride_v_new_d,
+            stride_v_tail_b,
+            stride_v_tail_h,
+            stride_v_tail_n,
+            stride_table_b,
+            V_ENCODE,
+            V_FIELDS,
+            V_BYTES,
+            VALUE_DIM,
+            V_ORDER,
+            DOT_DTYPE,
+            PAGE,
+            TAIL_ROWS,
+        )
+
+
+def padded_bytes(codec: KernelCodec, head_dim: int) -> int:
+    """Bytes (elements of whole vectors) of one token, padded to a power of two and to 16 columns of a product."""
+    fields = max(1, codec.fields)
+    return max(triton.next_power_of_2(head_dim // fields), 16 // fields)
+
+
+def append(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_codec: Codec,
+    value_codec: Codec,
+    key_planes: list[torch.Tensor],
+    value_planes: list[torch.Tensor],
+    key_tail: torch.Tensor,
+    value_tail: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    new_lengths: torch.Tensor,
+) -> None:
+    """Store new tokens behind those held: pages that they complete go to the planes, the rest to the open pages.
+
+    Args:
+        keys, values: new tokens ``[batch, heads, tokens, dim]`` in the model's dtype, any strides.
+        key_codec, value_codec: storage formats.
+        key_planes, value_planes: planes of all pages, ``[pages, heads, *Plane.shape(page_size)]`` contiguous; written.
+        key_tail, value_tail: open pages ``[batch, heads, page_size, dim]``, last dimension contiguous; written.
+        page_table: int32 ``[batch, pages]``; holds a page of its own for each logical page that may be sealed.
+        lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence before this call.
+        new_lengths: int32 ``[batch, 2]``, another tensor: the same after this call; written.
+    """
+    batch, heads, tokens, key_dim = keys.shape
+    value_dim, page_size = values.shape[3], key_tail.shape[2]
+    k, v = key_codec.kernel, value_codec.kernel
+    slots = max(1, triton.cdiv(tokens, page_size))  # held <= page_size: never more pages are completed
+    wide = page_size * max(key_dim, value_dim) > 64 * 128
+    _append_kernel[(batch * heads, slots, 2)](
+        tuple(key_planes),
+        tuple(value_planes),
+        keys,
+        values,
+        key_tail,
+        value_tail,
+        page_table,
+        lengths,
+        new_lengths,
+        heads,
+        tokens,
+        *keys.stride(),
+        *values.stride(),
+        *key_tail.stride()[:3],
+        *value_tail.stride()[:3],
+        page_table.stride(0),
+        K_ENCODE=k.encode,
+        K_FIELDS=max(1, k.fields),
+        K_BYTES=padded_bytes(k, key_dim),
+        K_ORDER=hadamard_block(key_dim) if key_codec.rotated else 0,
+        V_ENCODE=v.encode,
+        V_FIELDS=max(1, v.fields),
+        V_BYTES=padded_bytes(v, value_dim),
+        V_ORDER=hadamard_block(value_dim) if value_codec.rotated else 0,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        DOT_DTYPE=_dot_dtype(keys.dtype),
+        PAGE=page_size,
+        TAIL_ROWS=1 if tokens == 1 else page_size,
+        num_warps=8 if wide else 4,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+
+
+def _dot_dtype(model_dtype: torch.dtype) -> "tl.dtype":
+    """Dtype of the rotation's operands; vectors and signs are exact in the model's own."""
+    if model_dtype == torch.float32 or interpreting():  # the interpreter multiplies bf16 as if it were integers
+        return tl.float32
+    return tl.float16 if model_dtype == torch.float16 else tl.bfloat16
+
+
+def append_reference(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_codec: Codec,
+    value_codec: Codec,
+    key_planes: list[torch.Tensor],
+    value_planes: list[torch.Tensor],
+    key_tail: torch.Tensor,
+    value_tail: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    new_lengths: torch.Tensor,
+) -> None:
+    """``append`` in plain torch, sequence by sequence; lengths are read on the host."""
+    tokens, page_size = keys.shape[2], key_tail.shape[2]
+    sides = ((keys, key_codec, key_planes, key_tail), (values, value_codec, value_planes, value_tail))
+    for b, (sealed, held) in enumerate(lengths.tolist()):
+        count = max(0, (held + tokens - 1) // page_size)
+        pages = page_table[b, sealed : sealed + count].long()
+        rest = held + tokens - count * page_size
+        for new, codec, planes, tail in sides:
+            content = torch.cat([tail[b, :, :held], new[b]], dim=1)  # [heads, held + tokens, dim]
+            if count:
+                full = content[:, : count * page_size].unflatten(1, (count, page_size)).transpose(0, 1)
+                for stored, plane in zip(planes, codec.encode(full), strict=True):
+                    stored[pages] = plane
+            tail[b, :, :rest] = content[:, count * page_size :]
+        new_lengths[b] = new_lengths.new_tensor([sealed + count, rest])

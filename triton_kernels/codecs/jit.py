@@ -1,0 +1,58 @@
+"""What a codec tells the kernels: the functions that read and write its planes, and which parts of a tile it has.
+
+``tile``, ``channels`` and ``encode`` are ``@triton.jit`` functions that kernels receive as ``tl.constexpr``:
+
+    tile(planes, page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, DTYPE, TRANSPOSED, PTX)
+        -> levels, token_scale, token_offset: a tuple of parts (``unpack.py``), each [N, WORDS] of DTYPE or, TRANSPOSED,
+        [WORDS, N]; and two [N], float32.  PTX: the target is an NVIDIA GPU and DTYPE is fp16
+    channels(planes, page_head, HEAD_DIM, FIELDS, WORDS)
+        -> channel_scale, channel_offset: tuples of parts, each [WORDS], float32
+    encode(planes, page_head, x, offs_n, HEAD_DIM, PAGE, FIELDS, BYTES)
+        stores every plane of one full page, given as x [PAGE, BYTES * FIELDS] in byte order (``pack.py``): float32 and
+        rotated where the codec is, else in the model's dtype; padded columns are zero
+
+``planes`` is the tuple of plane pointers, ``page_head`` = page * heads + head as int64.  A part that the codec does not
+have (see the flags) may be anything; kernels never use it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..target import tl, triton
+
+
+@dataclass(frozen=True)
+class KernelCodec:
+    """One codec as kernels see it.
+
+    Args:
+        tile: reads levels and token vectors of one page.
+        channels: reads channel vectors of one page.
+        encode: writes one page.
+        fields: codes per byte.
+        byte_codes: whether levels are unpacked from bytes; otherwise they are vectors in the model's dtype.
+        token_scale, token_offset, channel_scale, channel_offset: which parts of ``Tile`` exist.
+        integer_codes: whether levels are the codes themselves.
+    """
+
+    tile: Any
+    channels: Any
+    encode: Any
+    fields: int = 1
+    byte_codes: bool = True
+    token_scale: bool = False
+    token_offset: bool = False
+    channel_scale: bool = False
+    channel_offset: bool = False
+    integer_codes: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Tiles of levels that a tile of 16-bit words becomes; 1 for vectors."""
+        return 2 * self.fields if self.byte_codes else 1
+
+
+@triton.jit
+def no_channels(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    """``channels`` of a codec that has none."""
+    return (), ()

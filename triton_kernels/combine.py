@@ -1,0 +1,137 @@
+"""Merge the splits of ``decode.py`` by log-sum-exp, rotate packed values back, divide.
+
+    m = max_s m_s      out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s
+
+One program serves one row and reads its splits ``BLOCK`` at a time, as wide loads: with few rows it is the number of
+loads in flight that decides.  Splits over pages hold their accumulator part by part (``unpack.py``) and in the values'
+domain; the last split (the open page) is in natural order and not rotated.  For rotated values the merged accumulator
+is multiplied by the Hadamard signs, made in registers ``SLICE`` channels at a time: once per row, not once per split.
+"""
+
+import torch
+
+from .codecs.jit import KernelCodec
+from .hadamard import hadamard_block
+from .target import tl, triton
+from .tile_math import hadamard_signs
+from .unpack import column_channels
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine_kernel(
+    out_ptr,
+    partial_ptr,
+    state_ptr,
+    sinks_ptr,
+    heads,
+    queries,
+    splits,
+    stride_out_b,
+    stride_out_h,
+    stride_out_q,
+    VALUE_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTIAL_COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
+    ROTATED: tl.constexpr,
+    ORDER: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """Grid: (batch * heads * rows,), rows = GROUP * queries."""
+    rows = GROUP * queries
+    row = tl.program_id(0) % rows
+    batch_head = (tl.program_id(0) // rows).to(tl.int64)
+    query_head = batch_head % heads * GROUP + row // queries
+    columns = tl.arange(0, COLUMNS)
+    offs_s = tl.arange(0, BLOCK)
+    first = batch_head * (splits + 1) * rows + row
+
+    # The open page first: it is there for every row.
+    at = first + splits.to(tl.int64) * rows
+    maximum = tl.load(state_ptr + at * 2)
+    if SINKS:
+        sink = tl.load(sinks_ptr + query_head).to(tl.float32) * 1.4426950408889634
+        maximum = tl.maximum(maximum, sink)
+    origin = tl.where(maximum == float("-inf"), 0.0, maximum)
+    tail_factor = tl.exp2(tl.load(state_ptr + at * 2) - origin)
+    total = tail_factor * tl.load(state_ptr + at * 2 + 1)
+    if SINKS:
+        total += tl.exp2(sink - origin)
+
+    packed = tl.zeros([COLUMNS], tl.float32)
+    for block in range(0, splits, BLOCK):
+        exists = block + offs_s < splits
+        here = first + (block + offs_s).to(tl.int64) * rows  # [BLOCK]
+        split_max = tl.load(state_ptr + here * 2, mask=exists, other=float("-inf"))  # [BLOCK]
+        new_max = tl.maximum(maximum, tl.max(split_max, 0))
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = tl.exp2(maximum - origin)
+        factor = tl.exp2(split_max - origin)  # [BLOCK]
+        maximum = new_max
+        split_sum = tl.load(state_ptr + here * 2 + 1, mask=exists, other=0.0)  # [BLOCK]
+        pointers = partial_ptr + here[:, None] * PARTIAL_COLUMNS + columns[None, :]
+        values = tl.load(pointers, mask=exists[:, None], other=0.0)  # [BLOCK, COLUMNS]
+        total = total * decay + tl.sum(factor * split_sum, 0)
+        packed = packed * decay + tl.sum(factor[:, None] * values, 0)
+        tail_factor = tail_factor * decay
+    total = tl.where(total == 0.0, 1.0, total)
+
+    channel, exists = column_channels(VALUE_DIM, FIELDS, COLUMNS)
+    out = out_ptr + (batch_head // heads) * stride_out_b + query_head * stride_out_h
+    out = out + (row % queries).to(tl.int64) * stride_out_q
+    tail = partial_ptr + at * PARTIAL_COLUMNS
+    if ROTATED:
+        for start in range(0, VALUE_DIM, SLICE):
+            offs_v = start + tl.arange(0, SLICE)
+            signs = hadamard_signs(tl.where(exists, channel, 1 << 24), offs_v, ORDER)  # [COLUMNS, SLICE]
+            values = tl.sum(packed[:, None] * signs, 0) * (1.0 / tl.sqrt(ORDER * 1.0))
+            values += tail_factor * tl.load(tail + offs_v, mask=offs_v < VALUE_DIM, other=0.0)  # [SLICE]
+            tl.store(out + offs_v, (values / total).to(out_ptr.dtype.element_ty), mask=offs_v < VALUE_DIM)
+    else:
+        values = packed + tail_factor * tl.load(tail + channel, mask=exists, other=0.0)  # [COLUMNS]
+        tl.store(out + channel, (values / total).to(out_ptr.dtype.element_ty), mask=exists)
+
+
+def combine(
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    state: torch.Tensor,
+    values: KernelCodec,
+    rotated: bool,
+    columns: int,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Write ``out`` ``[batch, query_heads, queries, value_dim]`` from what ``decode`` left.
+
+    Args:
+        partial: ``[batch, heads, splits + 1, rows, columns]`` float32.
+        state: ``[batch, heads, splits + 1, rows, 2]`` float32: maximum (base 2) and sum.
+        values: the values' codec; ``rotated`` whether its domain is rotated; ``columns`` its packed width.
+        sinks: ``[query_heads]`` logits that take probability and carry no value.
+    """
+    batch, query_heads, queries, value_dim = out.shape
+    heads, splits, rows = partial.shape[1], partial.shape[2] - 1, partial.shape[3]
+    _combine_kernel[(batch * heads * rows,)](
+        out,
+        partial,
+        state,
+        state if sinks is None else sinks,
+        heads,
+        queries,
+        splits,
+        *out.stride()[:3],
+        VALUE_DIM=value_dim,
+        FIELDS=values.fields if values.byte_codes else 0,
+        COLUMNS=columns,
+        PARTIAL_COLUMNS=partial.shape[-1],
+        GROUP=query_heads // heads,
+        BLOCK=16,
+        SLICE=32,
+        ROTATED=rotated,
+        ORDER=hadamard_block(value_dim),
+        SINKS=sinks is not None,
+        num_warps=4,
+    )

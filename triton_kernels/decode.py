@@ -1,0 +1,443 @@
+"""Attention of few or many queries over packed pages and the open page: split-KV flash decoding.
+
+One program serves one key/value head of one sequence, one block of rows, and one split of the pages; the query heads of
+the group and the queries are the rows of ``tl.dot``, so every packed byte is loaded once per row block.  Scales stay
+outside of the product (``codecs/base.py``): per-channel ones multiply the query once per page, per-token ones multiply
+scores and probabilities.  The open page is the last split of the same launch.  Each split leaves
+
+    accumulator [rows, columns] float32, maximum and sum [rows] float32 (base 2)
+
+and ``combine.py`` merges them, rotating packed values back once per row.  With one split this is flash attention over
+pages for long chunks of queries; row blocks are then larger (``launch.py``).
+"""
+
+import torch
+
+from .codecs.jit import KernelCodec
+from .launch import LaunchConfig
+from .target import has_ptx, tl, triton
+from .tile_math import online_softmax
+from .unpack import part_channels
+
+
+@triton.jit
+def _scores_to_base2(
+    scores,
+    offs_n,
+    first_token,
+    visible,
+    query_position,
+    mask_rows,
+    stride_mask_n,
+    row_exists,
+    scale,
+    softcap,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+):
+    """Scale, softcap and mask raw scores ``[N, ROWS]`` of tokens ``first_token + offs_n``; base-2 logits.
+
+    ``visible`` tokens exist; all of them if it is None.  ``mask_rows`` ``[ROWS]`` points to each row of the
+    mask, or to the one row of a SHARED_MASK.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (e^2x + 1), which saturates at both ends.
+        doubled = tl.exp2(scores * (scale * 2.0 * LOG2E / softcap))
+        logits = (softcap * LOG2E) * (1.0 - 2.0 / (doubled + 1.0))
+    else:
+        logits = scores * (scale * LOG2E)
+    token = first_token + offs_n
+    if visible is not None:
+        logits = tl.where((offs_n < visible)[:, None], logits, float("-inf"))
+    if CAUSAL:
+        logits = tl.where(token[:, None] <= query_position[None, :], logits, float("-inf"))
+    if WINDOW > 0:
+        logits = tl.where(token[:, None] > query_position[None, :] - WINDOW, logits, float("-inf"))
+    if MASK != 0:
+        if SHARED_MASK:
+            exists = (offs_n < visible) if visible is not None else (offs_n >= 0)
+            entry = tl.load(mask_rows + token * stride_mask_n, mask=exists, other=0)[:, None]  # [N, 1]
+        else:
+            pointers = mask_rows[None, :] + (token * stride_mask_n)[:, None]
+            seen = row_exists[None, :]
+            if visible is not None:
+                seen = seen & (offs_n < visible)[:, None]
+            entry = tl.load(pointers, mask=seen, other=0)  # [N, ROWS]
+        if MASK == 1:
+            logits = tl.where(entry != 0, logits, float("-inf"))
+        else:
+            logits = logits + entry.to(tl.float32) * LOG2E
+    return logits
+
+
+# Numbers that change while a cache grows must not make new kernels.
+_NOT_SPECIALIZED = ("splits", "stride_table_b", "stride_mask_b", "stride_mask_h", "stride_mask_q")
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _decode_kernel(
+    partial_ptr,
+    state_ptr,
+    query_ptr,
+    rotated_query_ptr,
+    k_planes,
+    v_planes,
+    k_tail_ptr,
+    v_tail_ptr,
+    table_ptr,
+    lengths_ptr,
+    mask_ptr,
+    scale,
+    softcap,
+    heads,
+    queries,
+    splits,
+    stride_query_b,
+    stride_query_h,
+    stride_query_q,
+    stride_rotated_b,
+    stride_rotated_h,
+    stride_rotated_q,
+    stride_k_tail_b,
+    stride_k_tail_h,
+    stride_k_tail_n,
+    stride_v_tail_b,
+    stride_v_tail_h,
+    stride_v_tail_n,
+    stride_table_b,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_q,
+    stride_mask_n,
+    K_TILE: tl.constexpr,
+    K_CHANNELS: tl.constexpr,
+    K_HAS: tl.constexpr,
+    K_PARTS: tl.constexpr,
+    K_FIELDS: tl.constexpr,
+    K_WORDS: tl.constexpr,
+    K_DTYPE: tl.constexpr,
+    K_UNIT: tl.constexpr,
+    V_TILE: tl.constexpr,
+    V_CHANNELS: tl.constexpr,
+    V_HAS: tl.constexpr,
+    V_PARTS: tl.constexpr,
+    V_FIELDS: tl.constexpr,
+    V_WORDS: tl.constexpr,
+    V_DTYPE: tl.constexpr,
+    V_UNIT: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
+    PARTIAL_COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: (batch * heads * row blocks, splits + 1).
+
+    ``*_HAS`` = (token_scale, token_offset, channel_scale, channel_offset), each a flag; ``*_UNIT`` is what levels are
+    to be multiplied by; KEY_COLUMNS and VALUE_COLUMNS are padded widths of the open page.  Tiles have tokens or
+    channels first and the rows of the queries second: with few rows, that wastes least of a tensor core.
+    """
+    program = tl.program_id(0)
+    split = tl.program_id(1)
+    row_blocks = tl.cdiv(GROUP * queries, ROWS)
+    row_block = program % row_blocks
+    head = (program // row_blocks) % heads
+    batch = program // row_blocks // heads
+
+    row = row_block * ROWS + tl.arange(0, ROWS)
+    row_exists = row < GROUP * queries
+    query_index = row % queries
+    query_head = head * GROUP + row // queries
+    sealed = tl.load(lengths_ptr + batch * 2)
+    tail = tl.load(lengths_ptr + batch * 2 + 1)
+    query_position = sealed * PAGE + tail - queries + query_index
+
+    running_max = tl.full([ROWS], float("-inf"), tl.float32)
+    running_sum = tl.zeros([ROWS], tl.float32)
+    out_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries) + row  # [ROWS]
+    offs_n = tl.arange(0, PAGE)
+    mask_rows = mask_ptr + batch.to(tl.int64) * stride_mask_b
+    if not SHARED_MASK:
+        mask_rows = mask_rows + query_head.to(tl.int64) * stride_mask_h
+        mask_rows = mask_rows + query_index.to(tl.int64) * stride_mask_q  # [ROWS]
+
+    if split < splits:
+        q = ()
+        q_sum = tl.zeros([ROWS], tl.float32)
+        accumulator = ()
+        for part in tl.static_range(K_PARTS):
+            channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
+            q_pointers = (
+                rotated_query_ptr + batch.to(tl.int64) * stride_rotated_b + query_head[None, :] * stride_rotated_h
+            )
+            q_pointers = q_pointers + query_index[None, :] * stride_rotated_q + channel[:, None]
+            q_part = tl.load(q_pointers, mask=mask_k[:, None] & row_exists[None, :], other=0.0)  # [K_WORDS, ROWS]
+            q = q + (q_part.to(tl.float32),)
+            q_sum += tl.sum(q[part], 0)
+        for _ in tl.static_range(V_PARTS):
+            accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
+        table_ptr += batch.to(tl.int64) * stride_table_b
+
+        per_split = tl.cdiv(sealed, splits)
+        first_page = split * per_split
+        for page_index in tl.range(first_page, tl.minimum(first_page + per_split, sealed), num_stages=STAGES):
+            page_head = tl.load(table_ptr + page_index).to(tl.int64) * heads + head
+
+            levels, token_scale, token_offset = K_TILE(
+                k_planes, page_head, offs_n, KEY_DIM, PAGE, K_FIELDS, K_WORDS, K_DTYPE, False, PTX
+            )
+            channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+            scores = tl.zeros([PAGE, ROWS], tl.float32)
+            for part in tl.static_range(K_PARTS):
+                scaled = q[part]
+                if K_HAS[2]:
+                    scaled = scaled * channel_scale[part][:, None]
+                scores = tl.dot(levels[part], scaled.to(K_DTYPE), scores, input_precision=PRECISION)  # [PAGE, ROWS]
+            if K_HAS[0]:
+                scores = scores * (token_scale * K_UNIT)[:, None]
+            elif K_UNIT != 1.0:
+                scores = scores * K_UNIT
+            if K_HAS[1]:
+                scores = scores + q_sum[None, :] * token_offset[:, None]
+            if K_HAS[3]:
+                shift = q[0] * channel_offset[0][:, None]
+                for part in tl.static_range(1, K_PARTS):
+                    shift += q[part] * channel_offset[part][:, None]
+                scores = scores + tl.sum(shift, 0)[None, :]
+
+            logits = _scores_to_base2(
+                scores,
+                offs_n,
+                page_index * PAGE,
+                None,
+                query_position,
+                mask_rows,
+                stride_mask_n,
+                row_exists,
+                scale,
+                softcap,
+                CAUSAL,
+                WINDOW,
+                SOFTCAP,
+                MASK,
+                SHARED_MASK,
+            )
+            weights, decay, running_max, running_sum = online_softmax(logits, running_max, running_sum)
+
+            levels, token_scale, token_offset = V_TILE(
+                v_planes, page_head, offs_n, VALUE_DIM, PAGE, V_FIELDS, V_WORDS, V_DTYPE, True, PTX
+            )
+            channel_scale, channel_offset = V_CHANNELS(v_planes, page_head, VALUE_DIM, V_FIELDS, V_WORDS)
+            if V_HAS[0]:
+                # Token scales reach into the subnormals of fp16; the page's largest is kept out of the product.
+                largest = tl.maximum(tl.max(tl.abs(token_scale), 0), 1e-30)
+                scaled = weights * (token_scale * (1.0 / largest))[:, None]
+                unit = largest * V_UNIT
+            else:
+                scaled = weights
+                unit = V_UNIT
+            scaled = scaled.to(V_DTYPE)
+            total_offset = tl.zeros([ROWS], tl.float32)
+            if V_HAS[1]:
+                total_offset = tl.sum(weights * token_offset[:, None], 0)
+            if V_HAS[3]:
+                total = tl.sum(weights, 0)
+            added = ()
+            for part in tl.static_range(V_PARTS):
+                product = tl.dot(levels[part], scaled, input_precision=PRECISION)  # [V_WORDS, ROWS]
+                if V_HAS[2]:
+                    product = product * channel_scale[part][:, None]
+                if V_HAS[0] or V_UNIT != 1.0:
+                    product = product * unit
+                if V_HAS[1]:
+                    product = product + total_offset[None, :]
+                if V_HAS[3]:
+                    product = product + total[None, :] * channel_offset[part][:, None]
+                added = added + (accumulator[part] * decay[None, :] + product,)
+            accumulator = added
+
+        for part in tl.static_range(V_PARTS):
+            columns = part * V_WORDS + tl.arange(0, V_WORDS)
+            out_pointers = partial_ptr + out_row[None, :] * PARTIAL_COLUMNS + columns[:, None]
+            tl.store(out_pointers, accumulator[part], mask=row_exists[None, :])  # [V_WORDS, ROWS]
+    else:
+        offs_k = tl.arange(0, KEY_COLUMNS)
+        offs_v = tl.arange(0, VALUE_COLUMNS)
+        tail_pointers = query_ptr + batch.to(tl.int64) * stride_query_b + query_head[None, :] * stride_query_h
+        tail_pointers = tail_pointers + query_index[None, :] * stride_query_q + offs_k[:, None]
+        q_mask = (offs_k < KEY_DIM)[:, None] & row_exists[None, :]
+        query = tl.load(tail_pointers, mask=q_mask, other=0.0)  # [KEY_COLUMNS, ROWS]
+        held = offs_n < tail
+        tail_pointers = k_tail_ptr + batch.to(tl.int64) * stride_k_tail_b + head * stride_k_tail_h
+        tail_pointers = tail_pointers + offs_n[:, None] * stride_k_tail_n + offs_k[None, :]
+        k = tl.load(tail_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)  # [PAGE, KEY_COLUMNS]
+        tail_logits = _scores_to_base2(
+            tl.dot(k, query.to(k.dtype), input_precision=PRECISION),
+            offs_n,
+            sealed * PAGE,
+            tail,
+            query_position,
+            mask_rows,
+            stride_mask_n,
+            row_exists,
+            scale,
+            softcap,
+            CAUSAL,
+            WINDOW,
+            SOFTCAP,
+            MASK,
+            SHARED_MASK,
+        )
+        tail_weights, tail_decay, running_max, running_sum = online_softmax(tail_logits, running_max, running_sum)
+        tail_pointers = v_tail_ptr + batch.to(tl.int64) * stride_v_tail_b + head * stride_v_tail_h
+        tail_pointers = tail_pointers + offs_n[:, None] * stride_v_tail_n + offs_v[None, :]
+        v = tl.load(
+            tail_pointers, mask=held[:, None] & (offs_v < VALUE_DIM)[None, :], other=0.0
+        )  # [PAGE, VALUE_COLUMNS]
+        gathered = tl.dot(tl.trans(v), tail_weights.to(v.dtype), input_precision=PRECISION)  # [VALUE_COLUMNS, ROWS]
+        tail_pointers = partial_ptr + out_row[:, None] * PARTIAL_COLUMNS + offs_v[None, :]
+        tl.store(tail_pointers, tl.trans(gathered), mask=row_exists[:, None])  # [ROWS, VALUE_COLUMNS]
+
+    tl.store(state_ptr + out_row * 2, running_max, mask=row_exists)
+    tl.store(state_ptr + out_row * 2 + 1, running_sum, mask=row_exists)
+
+
+def part_width(codec: KernelCodec, head_dim: int, least: int = 1) -> int:
+    """Elements of one part of a tile, padded to a power of two and to ``least``."""
+    if head_dim % codec.parts:
+        raise ValueError(
+            f"the kernels read two bytes at a time: head_dim {head_dim} must be a multiple of {codec.parts}"
+        )
+    return max(least, triton.next_power_of_2(head_dim // codec.parts))
+
+
+def level_dtype(codec: KernelCodec, model_dtype: torch.dtype) -> "tl.dtype":
+    """Dtype in which levels enter the product: fp16 holds every code exactly and leaves the query three more bits than
+    bf16; vectors in the model's dtype stay in it."""
+    if model_dtype == torch.float32:
+        return tl.float32
+    if codec.byte_codes or model_dtype == torch.float16:
+        return tl.float16
+    return tl.bfloat16
+
+
+def level_unit(codec: KernelCodec, ptx: bool) -> float:
+    """What levels are multiplied by in the kernel: integer codes from PTX are subnormal (``ptx.py``)."""
+    return 2.0**24 if ptx and codec.integer_codes else 1.0
+
+
+def decode(
+    partial: torch.Tensor,
+    state: torch.Tensor,
+    query: torch.Tensor,
+    rotated_query: torch.Tensor,
+    keys: KernelCodec,
+    values: KernelCodec,
+    key_planes: list[torch.Tensor],
+    value_planes: list[torch.Tensor],
+    key_tail: torch.Tensor,
+    value_tail: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float | None,
+    page_size: int,
+    splits: int,
+    config: LaunchConfig,
+) -> None:
+    """Fill ``partial`` ``[batch, heads, splits + 1, rows, columns]`` and ``state`` ``[.., rows, 2]``, both float32.
+
+    Args:
+        query: ``[batch, query_heads, queries, key_dim]``, last dimension contiguous.
+        rotated_query: the same in the keys' domain; ``query`` itself where keys are not rotated.
+        keys, values: codecs as kernels see them.
+        key_planes, value_planes: planes of all pages, ``[pages, heads, ...]`` contiguous.
+        key_tail, value_tail: open pages ``[batch, heads, page_size, dim]``, last dimension contiguous.
+        page_table: int32 ``[batch, pages]``.
+        lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence, on the device.
+        mask: broadcastable to ``[batch, query_heads, queries, tokens]``; bool or additive.
+    """
+    batch, query_heads, queries, key_dim = query.shape
+    heads, value_dim = value_tail.shape[1], value_tail.shape[3]
+    group = query_heads // heads
+    row_blocks = triton.cdiv(group * queries, config.rows)
+    strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, query_heads, queries, mask.shape[-1]).stride()
+    ptx = has_ptx(query.device) and query.dtype != torch.float32
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    _decode_kernel[(batch * heads * row_blocks, splits + 1)](
+        partial,
+        state,
+        query,
+        rotated_query,
+        tuple(key_planes),
+        tuple(value_planes),
+        key_tail,
+        value_tail,
+        page_table,
+        lengths,
+        partial if mask is None else mask.view(torch.uint8) if kind == 1 else mask,
+        scale,
+        0.0 if softcap is None else softcap,
+        heads,
+        queries,
+        splits,
+        *query.stride()[:3],
+        *rotated_query.stride()[:3],
+        *key_tail.stride()[:3],
+        *value_tail.stride()[:3],
+        page_table.stride(0),
+        *strides,
+        K_TILE=keys.tile,
+        K_CHANNELS=keys.channels,
+        K_HAS=(keys.token_scale, keys.token_offset, keys.channel_scale, keys.channel_offset),
+        K_PARTS=keys.parts,
+        K_FIELDS=keys.fields if keys.byte_codes else 0,
+        # A product of tensor cores sums over 16 elements at least.
+        K_WORDS=part_width(keys, key_dim, 16),
+        K_DTYPE=level_dtype(keys, query.dtype),
+        K_UNIT=level_unit(keys, ptx),
+        V_TILE=values.tile,
+        V_CHANNELS=values.channels,
+        V_HAS=(values.token_scale, values.token_offset, values.channel_scale, values.channel_offset),
+        V_PARTS=values.parts,
+        V_FIELDS=values.fields if values.byte_codes else 0,
+        V_WORDS=part_width(values, value_dim),
+        V_DTYPE=level_dtype(values, query.dtype),
+        V_UNIT=level_unit(values, ptx),
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        KEY_COLUMNS=max(16, triton.next_power_of_2(key_dim)),
+        VALUE_COLUMNS=max(16, triton.next_power_of_2(value_dim)),
+        PARTIAL_COLUMNS=partial.shape[-1],
+        GROUP=group,
+        PAGE=page_size,
+        ROWS=config.rows,
+        CAUSAL=causal and queries > 1,
+        WINDOW=window,
+        SOFTCAP=softcap is not None,
+        MASK=kind,
+        SHARED_MASK=queries == 1 and strides[1] == 0,
+        PRECISION="ieee",
+        PTX=ptx,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )

@@ -1,0 +1,150 @@
+"""How kernels are launched: row blocks, warps, stages and splits, from a literal table.
+
+Nothing is tuned at the first call: a table row answers, and ``override_launch`` replaces it for tests and tuning.
+
+What the rows follow from (registers and spills of every row: ``docs/kernels.md``; none is timed on a GPU yet):
+
+* A program works on one page of one head at a time.  With one warp it needs no barrier and passes nothing through
+  shared memory but the page itself; scores, weights and codes stay in registers.  A page of 64 x 128 elements then
+  fills the register file of a thread (up to 255), so 8 programs of one warp are on a multiprocessor at once.  Twice the
+  elements take two warps.
+* Eight rows are the least that a tensor core takes.  A block of 16 costs as many instructions per row and half the
+  traffic to the second-level cache, so that is for chunks of queries; for codes of few bits the look-up fills the
+  registers, and the traffic is small, so eight rows stay.
+* One stage ahead is enough: 8 programs x a page of 9 to 17 KB in flight are several times what bandwidth x latency
+  of an H100 asks of a multiprocessor.
+* Where products run without tensor cores (float32 models; GPUs before sm_80, by Triton's choice) registers decide:
+  eight warps and no pipelining.  AMD's matrix cores take 16 rows at least, and their waves have 64 threads.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Launch parameters of the attention kernel.
+
+    Args:
+        rows: rows (query heads of a group times queries) of one program; a power of two.
+        warps: warps of one program.
+        stages: software-pipelining depth of the loop over pages; 2 loads one page ahead.
+        residents: programs that a multiprocessor holds at once; the choice of splits fills them.
+    """
+
+    rows: int = 8
+    warps: int = 1
+    stages: int = 2
+    residents: int = 8
+
+
+@dataclass(frozen=True)
+class LaunchRow:
+    """A table row answers for an architecture (prefix), model elements of at least ``itemsize`` bytes, pages of up to
+    ``elements`` (tokens x head_dim), at least ``rows`` query rows, and key plus value codes of up to ``bits`` bits."""
+
+    architecture: str
+    itemsize: int
+    elements: int
+    rows: int
+    bits: int
+    config: LaunchConfig
+
+
+_ANY = 1 << 30
+LAUNCH_TABLE: tuple[LaunchRow, ...] = (
+    # The first row that fits wins.
+    LaunchRow("sm_7", 0, _ANY, 0, _ANY, LaunchConfig(rows=8, warps=8, stages=1, residents=1)),
+    LaunchRow("", 4, _ANY, 0, _ANY, LaunchConfig(rows=8, warps=8, stages=1, residents=1)),
+    LaunchRow("gfx", 0, 64 * 128, 0, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
+    LaunchRow("gfx", 0, _ANY, 0, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
+    # The same code takes a few registers more there than it has.
+    LaunchRow("sm_10", 0, 64 * 128, 0, 6, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
+    LaunchRow("", 0, 64 * 128, 0, 6, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
+    LaunchRow("", 0, 64 * 128, 9, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
+    LaunchRow("", 0, 64 * 128, 0, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
+    LaunchRow("", 0, 64 * 256, 9, 6, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    # Without the prefetch: with it, look-up tables and a page ahead do not fit in the registers together.
+    LaunchRow("", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4)),
+    LaunchRow("", 0, 64 * 256, 9, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
+    LaunchRow("", 0, 64 * 256, 0, 16, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
+    LaunchRow("", 0, _ANY, 0, _ANY, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+)
+
+MAX_SPLITS = 128
+# What a program costs besides its pages, in pages: reading its queries, writing and merging its accumulator.
+PROGRAM_COST = 1
+# What fewer splits, and so less to merge, may cost.
+TOLERANCE = 0.03
+
+_override: dict[str, int] = {}
+
+
+@contextlib.contextmanager
+def override_launch(**values: int) -> Iterator[None]:
+    """Replace fields of every ``LaunchConfig`` inside the ``with`` block; ``splits=n`` fixes the number of splits."""
+    unknown = values.keys() - {field.name for field in dataclasses.fields(LaunchConfig)} - {"splits"}
+    if unknown:
+        raise TypeError(f"override_launch takes fields of LaunchConfig and splits, not {', '.join(sorted(unknown))}")
+    before = dict(_override)
+    _override.update(values)
+    try:
+        yield
+    finally:
+        _override.clear()
+        _override.update(before)
+
+
+def launch_row(architecture: str, itemsize: int, elements: int, rows: int, bits: int) -> LaunchRow:
+    """The table's first row that fits; arguments as in ``launch_config``."""
+    for row in LAUNCH_TABLE:
+        fits = architecture.startswith(row.architecture) and itemsize >= row.itemsize and elements <= row.elements
+        if fits and rows >= row.rows and bits <= row.bits:
+            return row
+    raise AssertionError("the last row of LAUNCH_TABLE fits everything")
+
+
+def launch_config(architecture: str, itemsize: int, elements: int, rows: int, bits: int) -> LaunchConfig:
+    """How to launch.
+
+    Args:
+        architecture: ``"sm_90"``, ``"gfx942"``, or ``"cpu"`` under the interpreter.
+        itemsize: bytes of an element in the model's dtype.
+        elements: tokens of a page times the larger head_dim, padded to a power of two.
+        rows: query heads per key/value head times queries.
+        bits: bits of a code, keys plus values.
+    """
+    fields = {name: value for name, value in _override.items() if name != "splits"}
+    return dataclasses.replace(launch_row(architecture, itemsize, elements, rows, bits).config, **fields)
+
+
+def split_count(config: LaunchConfig, programs: int, pages: int, processors: int) -> int:
+    """Splits of the pages, each but the last of as many pages, none of them empty.
+
+    Programs run in waves of what the device holds, and a wave takes as long as one program: the choice is the fewest
+    splits whose waves x (pages of a split + ``PROGRAM_COST``) is the least, or close to it.
+
+    Args:
+        config: its ``residents`` is what a multiprocessor holds.
+        programs: programs of one split (batch x heads x row blocks).
+        pages: pages of the longest sequence.
+        processors: multiprocessors of the device.
+    """
+    if "splits" in _override:
+        return max(1, min(_override["splits"], max(pages, 1)))
+    return _fastest_splits(programs, max(pages, 1), processors * config.residents)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest_splits(programs: int, pages: int, held: int) -> int:
+    def cost(splits: int) -> int:
+        waves = -(-programs * splits // held)
+        return waves * (-(-pages // splits) + PROGRAM_COST)
+
+    choices = range(1, min(pages, MAX_SPLITS) + 1)
+    enough = min(map(cost, choices)) * (1 + TOLERANCE)
+    splits = next(n for n in choices if cost(n) <= enough)
+    return -(-pages // -(-pages // splits))

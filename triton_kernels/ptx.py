@@ -1,0 +1,152 @@
+"""Unpacking on NVIDIA GPUs: PTX on 32-bit registers of two words, in place of conversions and selections per code.
+
+A register holds the words of two neighbouring rows or columns; ``unpack.py`` says which codes are in them.  A result is
+one register for each part, with the level of the first word below that of the second.
+
+Integer codes   masked and moved to the low bits of each half.  The bit pattern of a small integer, read as fp16, is a
+                subnormal number: the integer times 2^-24.  Tensor cores take subnormals as they are, so no conversion
+                and no subtraction of a magic number is left.
+Table levels    ``prmt`` looks up four bytes at once: its selector is four nibbles, its table eight bytes.  fp16 levels
+                are looked up as low and as high bytes, and two more ``prmt`` put these together.  Sixteen levels are
+                symmetric around zero: the table has the eight magnitudes, and the sign is the code's highest bit.
+
+Instructions per level: whole bytes 0.5, nibbles 0.875, pairs of bits by table 1.375, nibbles by table 2.375.
+``tests/kernels/test_ptx.py`` runs these very strings over all inputs.
+"""
+
+import struct
+
+from .target import tl, triton
+
+WHOLE_BYTES = """{
+    prmt.b32 $0, $2, 0, 0x4240;
+    prmt.b32 $1, $2, 0, 0x4341;
+}"""
+
+NIBBLES = """{
+    .reg .b32 x4, x8, x12;
+    shr.u32 x4, $4, 4;
+    shr.u32 x8, $4, 8;
+    shr.u32 x12, $4, 12;
+    and.b32 $0, $4, 0x000f000f;
+    and.b32 $1, x8, 0x000f000f;
+    and.b32 $2, x4, 0x000f000f;
+    and.b32 $3, x12, 0x000f000f;
+}"""
+
+
+def _tables(levels: tuple[float, ...]) -> list[str]:
+    """Low bytes, then high bytes, of four or eight fp16 ``levels``, four in a word, as immediates."""
+    halves = [struct.unpack("<H", struct.pack("<e", level))[0] for level in levels]
+    planes = [bytes(half & 0xFF for half in halves), bytes(half >> 8 for half in halves)]
+    return [f"0x{int.from_bytes(plane[i : i + 4], 'little'):08x}" for plane in planes for i in range(0, len(plane), 4)]
+
+
+def _held(low: str, high: str) -> list[str]:
+    """The first four entries of both tables, in registers ``table_lo`` and ``table_hi``.
+
+    The lowest bit of what is 0, the highest bit of a mask of lower lanes, keeps them there: plain constants end up in
+    uniform registers, which ``prmt`` cannot read, and are then copied before every use.
+    """
+    return [
+        "    .reg .b32 nil, table_lo, table_hi;",
+        "    mov.u32 nil, %lanemask_lt;",
+        "    shr.u32 nil, nil, 31;",
+        f"    or.b32 table_lo, nil, {low};",
+        f"    or.b32 table_hi, nil, {high};",
+        "    .reg .b32 x, s, lo, hi;",
+    ]
+
+
+def pair_lookup(levels: tuple[float, ...]) -> str:
+    """PTX that looks up codes of 2 bits in four ``levels``."""
+    low, high = _tables(levels)
+    # Bytes 0, 2, 1, 3: those of the same part side by side, so that one selector serves fields f and f + 2 of a part.
+    lines = ["{", *_held(low, high), "    prmt.b32 x, $8, 0, 0x3120;"]
+    for field in (0, 1):
+        lines += ["    shr.u32 x, x, 2;"] if field else []
+        lines += ["    and.b32 s, x, 0x33333333;"]
+        for byte in (0, 1):
+            lines += ["    shr.u32 s, s, 16;"] if byte else []
+            lines += [
+                "    prmt.b32 lo, table_lo, 0, s;",
+                "    prmt.b32 hi, table_hi, 0, s;",
+                f"    prmt.b32 ${2 * field + byte}, lo, hi, 0x6240;",
+                f"    prmt.b32 ${2 * field + byte + 4}, lo, hi, 0x7351;",
+            ]
+    return "\n".join([*lines, "}"])
+
+
+def nibble_lookup(levels: tuple[float, ...]) -> str:
+    """PTX that looks up nibbles in sixteen ``levels`` with ``levels[15 - i] == -levels[i]``."""
+    if any(a != -b for a, b in zip(levels, reversed(levels), strict=True)):
+        raise ValueError("the sixteen levels of nibble_lookup must be symmetric around zero")
+    low, low_end, high, high_end = _tables(levels[8:])
+    lines = [
+        "{",
+        *_held(low, high),
+        "    .reg .b32 x4, t, u, sign;",
+        "    prmt.b32 x, $4, 0, 0x3120;",
+        # Codes below 8 count their magnitude downwards: flip the low 3 bits where the highest is 0.
+        "    lop3.b32 t, x, 0x88888888, 0, 0x0c;",
+        "    shr.u32 u, t, 3;",
+        "    sub.u32 u, t, u;",
+        "    lop3.b32 s, x, u, 0x77777777, 0x28;",
+        "    shl.b32 x4, x, 4;",
+    ]
+    for byte, selector in ((0, "0xd9c8"), (1, "0xfbea")):
+        lines += ["    shr.u32 s, s, 16;"] if byte else []
+        lines += [
+            f"    prmt.b32 lo, table_lo, {low_end}, s;",
+            f"    prmt.b32 hi, table_hi, {high_end}, s;",
+            # All bits of a byte from the highest bit of its code.
+            f"    prmt.b32 sign, x4, x, {selector};",
+            "    lop3.b32 hi, hi, sign, 0x80808080, 0xf2;",
+            f"    prmt.b32 ${byte}, lo, hi, 0x6240;",
+            f"    prmt.b32 ${byte + 2}, lo, hi, 0x7351;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
+def octet_lookup(levels: tuple[float, ...]) -> str:
+    """PTX that looks up the low 3 bits of nibbles in eight ``levels`` (parts 0 to 3), and gives +1 where the highest
+    bit is set and -1 elsewhere (parts 4 to 7)."""
+    low, low_end, high, high_end = _tables(levels)
+    lines = ["{", *_held(low, high), "    prmt.b32 x, $8, 0, 0x3120;", "    and.b32 s, x, 0x77777777;"]
+    for byte in (0, 1):
+        lines += ["    shr.u32 s, s, 16;"] if byte else []
+        lines += [
+            f"    prmt.b32 lo, table_lo, {low_end}, s;",
+            f"    prmt.b32 hi, table_hi, {high_end}, s;",
+            f"    prmt.b32 ${byte}, lo, hi, 0x6240;",
+            f"    prmt.b32 ${byte + 2}, lo, hi, 0x7351;",
+        ]
+    for part, shift in enumerate((12, 4, 8, 0), start=4):
+        lines += [f"    shl.b32 x, $8, {shift};", f"    lop3.b32 ${part}, x, 0x80008000, 0xbc00bc00, 0x6a;"]
+    return "\n".join([*lines, "}"])
+
+
+_WHOLE_BYTES, _NIBBLES = tl.constexpr(WHOLE_BYTES), tl.constexpr(NIBBLES)
+
+
+@triton.jit
+def run_on_words(words, ASM: tl.constexpr, PARTS: tl.constexpr):
+    """Run ``ASM`` on int16 ``words``; a tuple of ``PARTS`` fp16 tensors of their shape."""
+    if PARTS == 2:
+        return tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [words], (tl.float16,) * 2, True, 2)
+    elif PARTS == 4:
+        return tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,r", [words], (tl.float16,) * 4, True, 2)
+    else:
+        return tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [words], (tl.float16,) * 8, True, 2)
+
+
+@triton.jit
+def whole_bytes(words):
+    """Two parts of codes of 8 bits, times 2^-24."""
+    return run_on_words(words, _WHOLE_BYTES, 2)
+
+
+@triton.jit
+def nibbles(words):
+    """Four parts of codes of 4 bits, times 2^-24."""
+    return run_on_words(words, _NIBBLES, 4)

@@ -1,0 +1,70 @@
+"""Triton where it is installed, and what the device is; the one place that knows whether a kernel can run.
+
+Codecs and kernels import ``triton`` and ``tl`` from here, so that everything in plain torch works without Triton.
+"""
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+
+    class _Absent:
+        """Stands for ``triton`` and ``tl`` where kernels are defined and never run."""
+
+        def __getattr__(self, name: str) -> Any:
+            return _Absent()
+
+        def __call__(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return function
+
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+__all__ = ["HAS_TRITON", "architecture", "has_ptx", "interpreting", "processors", "tl", "triton", "why_not"]
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU (environment variable ``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of ``device``, as the end of a sentence with its remedy; None if they can."""
+    if not HAS_TRITON:
+        return "Triton is not installed; run: pip install triton"
+    if device.type != "cuda" and not interpreting():
+        return (
+            f"the tensors are on {device.type!r}; move the model to a GPU, or set TRITON_INTERPRET=1 to try it slowly"
+        )
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _architecture(driver: Any, device: int | None) -> str:
+    """What ``driver`` compiles for; kept, because asking takes longer than a launch."""
+    target = driver.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, or ``"cpu"`` under the interpreter: what Triton compiles for, on ``device``."""
+    return "cpu" if interpreting() else _architecture(triton.runtime.driver.active, device.index)
+
+
+def has_ptx(device: torch.device) -> bool:
+    """Whether kernels for ``device`` are compiled for an NVIDIA GPU, so that they may contain PTX."""
+    return architecture(device).startswith("sm_")
+
+
+@functools.lru_cache(maxsize=8)
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of ``device``; 1 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,65 @@
+"""Attention over packed pages by Triton kernels: rotate the query, ``decode``, ``combine``.  Three launches at most."""
+
+import torch
+
+from .combine import combine
+from .decode import decode, part_width
+from .hadamard import hadamard
+from .launch import launch_config, split_count
+from .reference import PagedSide
+from .target import architecture, processors, triton
+
+
+def paged_attention_triton(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    window: int = 0,
+) -> torch.Tensor:
+    batch, query_heads, queries, key_dim = query.shape
+    heads, value_dim = values.tail.shape[1], values.head_dim
+    rows = query_heads // heads * queries
+    k, v = keys.codec.kernel, values.codec.kernel
+    elements = keys.page_size * triton.next_power_of_2(max(key_dim, value_dim))
+    bits = keys.codec.bits + values.codec.bits
+    config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits)
+    programs = batch * heads * triton.cdiv(rows, config.rows)
+    splits = split_count(config, programs, page_table.shape[1], processors(query.device))
+    packed_columns = v.parts * part_width(v, value_dim)
+    columns = max(packed_columns, triton.next_power_of_2(value_dim), 16)
+    partial = query.new_empty(batch, heads, splits + 1, rows, columns, dtype=torch.float32)
+    state = query.new_empty(batch, heads, splits + 1, rows, 2, dtype=torch.float32)
+    out = query.new_empty(batch, query_heads, queries, value_dim)
+    rotated = hadamard(query.float()) if keys.codec.rotated else query
+    decode(
+        partial,
+        state,
+        query,
+        rotated,
+        k,
+        v,
+        list(keys.planes),
+        list(values.planes),
+        keys.tail,
+        values.tail,
+        page_table,
+        lengths,
+        mask,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        page_size=keys.page_size,
+        splits=splits,
+        config=config,
+    )
+    combine(out, partial, state, v, values.codec.rotated, packed_columns, sinks)
+    return out

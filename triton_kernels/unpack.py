@@ -1,0 +1,145 @@
+"""Packed bytes of a page as the operands of a tensor-core product.
+
+A row of codes is read as 16-bit words, the unit that a GPU can transpose on its way from shared memory to registers.
+A word holds ``2 * FIELDS`` codes, and a tile of words becomes as many tiles of levels, the *parts*:
+
+    part p of word w  =  channel (p // 2) * (D / FIELDS) + 2 w + p % 2        p = 0 .. 2 * FIELDS - 1
+
+    word     byte 1                  byte 0
+    int8     part 1                  part 0
+    int4     part 3      part 1      part 2      part 0
+    2 bit    7   5   3   1           6   4   2   0
+
+Each part goes into its own product with the same part of the query (keys), or has its own accumulator (values), so no
+code ever moves to another thread.  Codecs of whole vectors have one part in natural order.  ``WORDS`` is padded to a
+power of two, and words past the head are zero.
+
+Levels leave here in the dtype of the product.  On NVIDIA GPUs integer codes leave as fp16 *subnormals*, bit pattern =
+code, which is the code times 2^-24 exactly; ``level_unit`` in ``decode.py`` is what undoes it, in float32.
+"""
+
+from .ptx import nibbles, run_on_words, whole_bytes
+from .target import tl, triton
+
+
+@triton.jit
+def part_channels(PART: tl.constexpr, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    """Channel of each word's part and whether it exists; two ``[WORDS]``.  ``FIELDS`` = 0: whole vectors."""
+    words = tl.arange(0, WORDS)
+    if FIELDS == 0:
+        return words, words < HEAD_DIM
+    else:
+        within = words * 2 + PART % 2
+        return PART // 2 * (HEAD_DIM // FIELDS) + within, within < HEAD_DIM // FIELDS
+
+
+@triton.jit
+def column_channels(HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Channel of each column of an accumulator, parts one after the other, and whether it exists; two ``[COLUMNS]``."""
+    columns = tl.arange(0, COLUMNS)
+    if FIELDS == 0:
+        return columns, columns < HEAD_DIM
+    else:
+        WORDS: tl.constexpr = COLUMNS // (2 * FIELDS)
+        part = columns // WORDS
+        within = columns % WORDS * 2 + part % 2
+        return part // 2 * (HEAD_DIM // FIELDS) + within, within < HEAD_DIM // FIELDS
+
+
+@triton.jit
+def load_words(
+    codes_ptr,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """The codes of one page of one head as int16 ``[N, WORDS]``, or ``[WORDS, N]``; zero past the head."""
+    WIDTH: tl.constexpr = HEAD_DIM // FIELDS // 2
+    offs_w = tl.arange(0, WORDS)
+    words_ptr = codes_ptr.to(tl.pointer_type(tl.int16)) + page_head * (PAGE * WIDTH)
+    # Transposed pointers and not a transposed tile: this keeps the load asynchronous.
+    if TRANSPOSED:
+        pointers = words_ptr + offs_n[None, :] * WIDTH + offs_w[:, None]
+        mask_w = (offs_w < WIDTH)[:, None]
+    else:
+        pointers = words_ptr + offs_n[:, None] * WIDTH + offs_w[None, :]
+        mask_w = (offs_w < WIDTH)[None, :]
+    if WORDS == WIDTH:
+        return tl.load(pointers)  # [N, WORDS] or [WORDS, N]
+    else:
+        return tl.load(pointers, mask=mask_w, other=0)  # [N, WORDS] or [WORDS, N]
+
+
+@triton.jit
+def load_channels(vector_ptr, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    """fp16 numbers per channel of one page of one head, as a tuple of parts, each float32 ``[WORDS]``."""
+    WIDTH: tl.constexpr = HEAD_DIM // FIELDS // 2
+    offs_w = tl.arange(0, WORDS)
+    # Two numbers at a time: 4 bytes are the least that a GPU copies asynchronously.
+    pairs_ptr = vector_ptr.to(tl.pointer_type(tl.int32)) + page_head * (HEAD_DIM // 2)
+    parts = ()
+    for field in tl.static_range(FIELDS):
+        both = tl.load(pairs_ptr + field * WIDTH + offs_w, mask=offs_w < WIDTH, other=0)  # [WORDS]
+        even = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        parts = parts + (even, odd)
+    return parts
+
+
+@triton.jit
+def unpack_codes(words, FIELDS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Codes as a tuple of parts, each of the shape of ``words``; fp16 subnormals if ``PTX``."""
+    if PTX and FIELDS == 1:
+        return whole_bytes(words)
+    elif PTX and FIELDS == 2:
+        return nibbles(words)
+    else:
+        parts = ()
+        for part in tl.static_range(2 * FIELDS):
+            shift = part // 2 * (8 // FIELDS) + part % 2 * 8
+            parts = parts + (((words >> shift) & ((1 << (8 // FIELDS)) - 1)).to(DTYPE),)
+        return parts
+
+
+@triton.jit
+def select_levels(codes, TABLE: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """``TABLE[codes]`` in ``DTYPE``, by selection among ``COUNT`` entries."""
+    levels = tl.full(codes.shape, TABLE[0], DTYPE)
+    for i in tl.static_range(1, COUNT):
+        levels = tl.where(codes == i, tl.full(codes.shape, TABLE[i], DTYPE), levels)
+    return levels
+
+
+@triton.jit
+def unpack_levels(
+    words, TABLE: tl.constexpr, ASM: tl.constexpr, FIELDS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
+):
+    """``TABLE[code]`` as a tuple of parts, each of the shape of ``words``; ``ASM`` is the same in PTX."""
+    if PTX:
+        return run_on_words(words, ASM, 2 * FIELDS)
+    else:
+        parts = ()
+        for part in tl.static_range(2 * FIELDS):
+            shift = part // 2 * (8 // FIELDS) + part % 2 * 8
+            codes = (words >> shift) & ((1 << (8 // FIELDS)) - 1)
+            parts = parts + (select_levels(codes, TABLE, 1 << (8 // FIELDS), DTYPE),)
+        return parts
+
+
+@triton.jit
+def unpack_signed_levels(words, TABLE: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Nibbles of 3 bits and a sign: ``TABLE[low 3 bits]`` as 4 parts, then +1 or -1 (sign bit 1 or 0) as 4 more."""
+    if PTX:
+        return run_on_words(words, ASM, 8)
+    else:
+        levels = ()
+        signs = ()
+        for part in tl.static_range(4):
+            shift = part // 2 * 4 + part % 2 * 8
+            levels = levels + (select_levels((words >> shift) & 7, TABLE, 8, DTYPE),)
+            signs = signs + ((((words >> shift) & 8) // 4 - 1).to(DTYPE),)
+        return levels + signs
