@@ -34,7 +34,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     head_dim = x.shape[-1]
     order = hadamard_block(head_dim)
     blocks = x.reshape(*x.shape[:-1], head_dim // order, order)
-    if _fast_transform is not None and x.is_cuda:
+    if _fast_transform is not None and x.is_cuda and x.dtype != torch.float64:
         rotated = _fast_transform(blocks, order**-0.5)
     else:
         # One matrix product: at order <= 256 faster than log2(order) butterfly passes over memory.  The factor comes

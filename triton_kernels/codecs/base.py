@@ -134,7 +134,10 @@ class Codec(ABC):
         Returns:
             One tensor per plane, ``[..., *Plane.shape(page_size)]``, in the plane's dtype.
         """
-        return self._encode(self.to_domain(x.float()), x.dtype)
+        # Rotated in float64, where the sums of a rotation are all but always exact: codes must not depend on the order
+        # in which a matrix product adds, which changes with the shape of the call and with the machine.
+        domain = self.to_domain(x.double()).float() if self.rotated else x.float()
+        return self._encode(domain, x.dtype)
 
     def decode(self, planes: Sequence[torch.Tensor]) -> torch.Tensor:
         """Dense pages back in the model's domain, ``[..., page_size, head_dim]`` float32."""
