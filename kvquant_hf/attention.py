@@ -4,8 +4,7 @@ import torch
 
 from .carrier import KVTensor
 from .errors import CacheMismatchError
-from .triton_kernels.codecs import CODECS
-from .triton_kernels.ops import PagedSide, paged_attention
+from .triton_kernels.ops import choose, dense_attention, paged_attention
 
 
 def attend(
@@ -38,28 +37,32 @@ def attend(
 
     Raises:
         CacheMismatchError: the mask or the batch size does not fit the keys.
+        ImplementationError: the implementation that the cache was made with cannot run.
     """
     _check_mask(mask, query.shape, keys.shape)
-    if isinstance(keys, KVTensor):
-        key_side, value_side, page_table = keys.view_pages()
-        keys._log.paged += 1
-    else:
-        key_side, value_side = (PagedSide(CODECS["exact"], (), x, x.shape[2]) for x in (keys, values))
-        page_table = torch.empty(query.shape[0], 0, dtype=torch.int32, device=query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     causal = causal and mask is None
     if position_bias is not None:
         mask = position_bias if mask is None else _combine(mask, position_bias)
-    return paged_attention(
+    if not isinstance(keys, KVTensor):
+        return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
+    view, store = keys.view_pages(), keys.store
+    chosen = choose(store.impl, query.dtype, view.keys, view.values)
+    output = paged_attention(
         query,
-        key_side,
-        value_side,
-        page_table,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        view.keys,
+        view.values,
+        view.page_table,
+        view.lengths,
+        scale=scale,
         causal=causal,
         mask=mask,
         softcap=softcap,
         sinks=sinks,
+        impl=chosen.name,
     )
+    keys._log.attended(*chosen)
+    return output
 
 
 def _check_mask(mask: torch.Tensor | None, query: torch.Size, keys: torch.Size) -> None:

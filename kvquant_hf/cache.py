@@ -14,7 +14,7 @@ from .policy import PolicyLike, parse_policy
 from .report import CacheReport, CallLog
 from .store import PagedStore
 from .transformers_api import QuantizedPagedLayer, build_layers, fingerprint
-from .triton_kernels.ops import IMPLEMENTATION
+from .triton_kernels.ops import IMPLEMENTATIONS, Implementation
 
 
 class QuantizedPagedCache(DynamicCache):
@@ -28,6 +28,9 @@ class QuantizedPagedCache(DynamicCache):
         page_size: tokens per page, and the most tokens that are held exact; a multiple of 8.
         prefill: ``"exact"``: the first prompt attends to its exact keys and values while they are stored;
             ``"quantized"``: it attends to what was stored, which is what accuracy should be measured with.
+        impl: what works on the pages: ``"triton"`` (GPU kernels), ``"reference"`` (plain torch), or ``"auto"``: kernels
+            on a GPU, else plain torch; the report says what ran.  A forward pass raises ``ImplementationError`` where
+            ``"triton"`` cannot run.
 
     Raises:
         UnknownPolicyError: unknown policy, codec or option.
@@ -46,24 +49,28 @@ class QuantizedPagedCache(DynamicCache):
         *,
         page_size: int = 64,
         prefill: Literal["exact", "quantized"] = "exact",
+        impl: Implementation = "auto",
         **unknown: Any,
     ) -> None:
         if unknown:
             raise UnknownPolicyError(
-                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size or prefill."
+                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill or impl."
             )
         if prefill not in ("exact", "quantized"):
             raise UnknownPolicyError(f"unknown prefill {prefill!r}; use 'exact' or 'quantized'.")
+        if impl not in IMPLEMENTATIONS:
+            raise UnknownPolicyError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
         if not isinstance(page_size, int) or page_size < 8 or page_size % 8:
             raise UnknownPolicyError(f"page_size must be a positive multiple of 8, got {page_size!r}.")
         self.policy = parse_policy(policy)
         self.page_size = page_size
         self.prefill = prefill
+        self.impl = impl
         self._log = CallLog()
         guard = StepGuard()
 
         def make_layer() -> PagedLayer:
-            return QuantizedPagedLayer(self.policy, page_size, prefill == "exact", guard, self._log)
+            return QuantizedPagedLayer(self.policy, page_size, prefill == "exact", guard, self._log, impl)
 
         # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
         Cache.__init__(self, layers=build_layers(config, make_layer))
@@ -151,8 +158,9 @@ class QuantizedPagedCache(DynamicCache):
                 n * store.sealed_pages * self.page_size for n, store in zip(per_page, stores, strict=True)
             ),
             reopened_pages=sum(store.reopened_pages for store in stores),
-            implementation=IMPLEMENTATION,
-            paged_calls=self._log.paged,
+            implementation=" and ".join(sorted(self._log.paged)),
+            implementation_reason=self._log.reason,
+            paged_calls=self._log.paged.total(),
             prefill_calls=self._log.prefill,
             fallback_calls=sum(self._log.fallbacks.values()),
             fallback_reasons=dict(self._log.fallbacks),

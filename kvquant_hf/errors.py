@@ -39,3 +39,7 @@ class GradientError(KVQuantError, RuntimeError):
 
 class StaleCarrierError(KVQuantError, RuntimeError):
     """Keys or values returned by an earlier ``update`` were read after the cache had changed."""
+
+
+class ImplementationError(KVQuantError, RuntimeError):
+    """The implementation asked for does not exist or cannot run on this device, dtype or page."""

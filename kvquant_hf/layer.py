@@ -15,6 +15,7 @@ from .policy import KVPolicy
 from .report import CallLog
 from .store import PagedStore
 from .triton_kernels.codecs import CODECS
+from .triton_kernels.ops import Implementation
 
 
 @contextlib.contextmanager
@@ -82,14 +83,24 @@ class PagedLayer:
         exact_prefill: whether the first prompt attends to its exact keys and values.
         guard: shared by the layers of one cache.
         log: shared by the layers of one cache.
+        impl: what is to run on the pages.
     """
 
-    def __init__(self, policy: KVPolicy, page_size: int, exact_prefill: bool, guard: StepGuard, log: CallLog) -> None:
+    def __init__(
+        self,
+        policy: KVPolicy,
+        page_size: int,
+        exact_prefill: bool,
+        guard: StepGuard,
+        log: CallLog,
+        impl: Implementation = "auto",
+    ) -> None:
         self.policy = policy
         self.page_size = page_size
         self.exact_prefill = exact_prefill
         self.guard = guard
         self.log = log
+        self.impl = impl
         self.store: PagedStore | None = None
         self.home: torch.device | None = None
 
@@ -122,7 +133,7 @@ class PagedLayer:
         """Make an empty store for tensors like these."""
         codecs = CODECS[self.policy.keys], CODECS[self.policy.values]
         with _plain_tensors():
-            self.store = PagedStore(*codecs, self.page_size, keys, values)
+            self.store = PagedStore(*codecs, self.page_size, keys, values, self.impl)
         self.home = keys.device
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

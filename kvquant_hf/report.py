@@ -15,13 +15,19 @@ class KVQuantFallbackWarning(UserWarning):
 class CallLog:
     """Counts attention calls of one cache by the path they took.
 
-    ``paged``: read the pages as they are stored.  ``prefill``: first prompt, on the exact keys and values.
-    ``fallbacks``: multiplied out first, by reason.
+    ``paged``: read the pages as they are stored, by what ran.  ``prefill``: first prompt, on the exact keys and values.
+    ``fallbacks``: multiplied out first, by reason.  ``reason``: why the kernels did not run, where they did not.
     """
 
-    paged: int = 0
+    paged: Counter[str] = field(default_factory=Counter)
+    reason: str = ""
     prefill: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def attended(self, implementation: str, reason: str) -> None:
+        """Count one call that read the pages with ``implementation``."""
+        self.paged[implementation] += 1
+        self.reason = reason or self.reason
 
     def fallback(self, reason: str) -> None:
         """Count one call that needed dense keys and values; the first one is said aloud."""
@@ -57,7 +63,9 @@ class CacheReport:
         elements: key and value elements held by the paged layers.
         sealed_elements: those of them that lie in sealed pages, counted for every sequence.
         reopened_pages: sealed pages that a crop had to decode into the open page.
-        implementation: what computes attention over pages.
+        implementation: what computed attention over pages: ``"triton"``, ``"reference"`` (plain torch), both, or
+            ``""`` before the first call.
+        implementation_reason: why the kernels did not run, if they might have.
         paged_calls, prefill_calls, fallback_calls: attention calls by path.
         fallback_reasons: fallback calls by reason.
     """
@@ -79,6 +87,7 @@ class CacheReport:
     sealed_elements: int
     reopened_pages: int
     implementation: str
+    implementation_reason: str
     paged_calls: int
     prefill_calls: int
     fallback_calls: int
@@ -109,6 +118,7 @@ class CacheReport:
         layers = f"{self.paged_layers} paged" + "".join(f", {n} {name}" for name, n in self.other_layers.items())
         reasons = "".join(f"; {n} {reason}" for reason, n in self.fallback_reasons.items())
         bits = f"{self.bits_per_element:.2f} held, {self.page_bits_per_element:.2f} in sealed pages"
+        ran = f" ({self.implementation})" if self.implementation else ""
         return [
             ("policy", f"{self.policy}, pages of {self.page_size} tokens"),
             ("tokens", f"{self.tokens} x batch {self.batch_size}"),
@@ -130,9 +140,10 @@ class CacheReport:
             ("bits per element", bits),
             (
                 "attention calls",
-                f"{self.paged_calls} in pages ({self.implementation}), {self.prefill_calls} exact prefill, "
+                f"{self.paged_calls} in pages{ran}, {self.prefill_calls} exact prefill, "
                 f"{self.fallback_calls} multiplied out{reasons}",
             ),
+            *([("kernels", f"not used: {self.implementation_reason}")] if self.implementation_reason else []),
         ]
 
     def __str__(self) -> str:

@@ -19,10 +19,7 @@ import torch
 from .errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
 from .paging import PagePool
 from .triton_kernels.codecs import Codec
-from .triton_kernels.ops import PagedSide, gather_dense
-
-# Pages encoded at a time, summed over the batch: bounds the float32 work memory of storing a long prompt.
-_SEAL_PAGES = 64
+from .triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 
 
 class StoreView(NamedTuple):
@@ -31,10 +28,13 @@ class StoreView(NamedTuple):
     keys: PagedSide
     values: PagedSide
     page_table: torch.Tensor  # int32 [batch, sealed_pages]
+    lengths: torch.Tensor  # int32 [batch, 2]: sealed pages, tokens in the open page
+    tail_length: int
 
     def dense(self, side: str) -> torch.Tensor:
         """``"keys"`` or ``"values"`` multiplied out, ``[batch, heads, tokens, head_dim]``."""
-        return gather_dense(self.keys if side == "keys" else self.values, self.page_table)
+        paged = self.keys if side == "keys" else self.values
+        return gather_dense(paged._replace(tail=paged.tail[:, :, : self.tail_length]), self.page_table)
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,25 @@ class PagedStore:
         page_size: tokens per page.
         like_keys: a key tensor ``[batch, heads, any, key_dim]`` whose shape, dtype and device the store adopts.
         like_values: the same for values.
+        impl: what is to run on the pages.
 
     Raises:
         UnsupportedModelError: a head_dim that a codec cannot store.
+        ImplementationError: ``impl`` cannot run on such pages.
     """
 
     def __init__(
-        self, keys: Codec, values: Codec, page_size: int, like_keys: torch.Tensor, like_values: torch.Tensor
+        self,
+        keys: Codec,
+        values: Codec,
+        page_size: int,
+        like_keys: torch.Tensor,
+        like_values: torch.Tensor,
+        impl: Implementation = "auto",
     ) -> None:
         self.codecs = (keys, values)
         self.page_size = page_size
+        self.impl = impl
         planes = []
         for codec, like in zip(self.codecs, (like_keys, like_values), strict=True):
             heads, head_dim = like.shape[1], like.shape[3]
@@ -85,6 +94,7 @@ class PagedStore:
         self._key_planes = len(keys.planes(like_keys.shape[3]))
         self._table = np.zeros((like_keys.shape[0], 0), dtype=np.int32)
         self._device_table: torch.Tensor | None = None
+        self._lengths: torch.Tensor | None = None
         self._tail = tuple(
             like.new_empty(*like.shape[:2], page_size, like.shape[3]) for like in (like_keys, like_values)
         )
@@ -92,6 +102,7 @@ class PagedStore:
         self.tail_length = 0
         self.reopened_pages = 0
         self.version = 0
+        choose(impl, self.dtype, *self.view()[:2])
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -127,21 +138,31 @@ class PagedStore:
             self._device_table = torch.from_numpy(self._table.copy()).to(self.device)
         return self._device_table
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int32 ``[batch, 2]`` on the store's device: sealed pages and tokens in the open page of each sequence."""
+        if self._lengths is None:
+            lengths = torch.tensor([[self.sealed_pages, self.tail_length]], dtype=torch.int32)
+            self._lengths = lengths.repeat(self.batch_size, 1).to(self.device)
+        return self._lengths
+
     def view(self) -> StoreView:
         """The current content, for attention."""
+        keys, values = self._sides(self._tail)
+        return StoreView(keys, values, self.page_table, self.lengths, self.tail_length)
+
+    def _sides(self, tails: tuple[torch.Tensor, ...]) -> tuple[PagedSide, PagedSide]:
+        """Keys and values with ``tails`` for open pages."""
         n, planes = self._key_planes, tuple(self.pool.planes)  # a snapshot: another fork may make the pool grow
-        keys, values = (
-            PagedSide(codec, part, tail[:, :, : self.tail_length], self.page_size)
-            for codec, part, tail in zip(self.codecs, (planes[:n], planes[n:]), self._tail, strict=True)
-        )
-        return StoreView(keys, values, self.page_table)
+        keys = PagedSide(self.codecs[0], planes[:n], tails[0], self.page_size)
+        return keys, PagedSide(self.codecs[1], planes[n:], tails[1], self.page_size)
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
         packed = np.unique(self._table).size * self.pool.page_bytes
         unused = self.pool.nbytes - self.pool.used * self.pool.page_bytes
         open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
-        tables = self._table.nbytes + (0 if self._device_table is None else self._device_table.nbytes)
+        tables = self._table.nbytes + sum(x.nbytes for x in (self._device_table, self._lengths) if x is not None)
         return Footprint(packed, open_page, unused, tables)
 
     def elements_per_token(self) -> int:
@@ -187,56 +208,28 @@ class PagedStore:
             CacheMismatchError: see :meth:`check`.
         """
         self.check(keys, values)
-        new = (keys, values)
-        held, count = self.tail_length, keys.shape[2]
-        # A page is sealed only when a further token exists, hence the -1.
-        sealed = max(0, (held + count - 1) // self.page_size)
-        if sealed:
-            rest = held + count - sealed * self.page_size
-            # A new open page, not the old one overwritten: what stops this half way leaves the store as it was.
-            opened = self._new_tail([x[:, :, count - rest :] for x in new])
-            with self.pool.lock:
-                pages = self._seal(new, sealed)
-            self._table, self._device_table = np.concatenate([self._table, pages], axis=1), None
-            self._tail, self._tail_shared, self.tail_length = opened, False, rest
-        else:
-            if self._tail_shared:
-                self._tail, self._tail_shared = tuple(tail.clone() for tail in self._tail), False
-            for stored, x in zip(self._tail, new, strict=True):
-                stored[:, :, held : held + count] = x
-            self.tail_length = held + count
+        count = max(0, (self.tail_length + keys.shape[2] - 1) // self.page_size)  # lazily: see the module's docstring
+        rest = self.tail_length + keys.shape[2] - count * self.page_size
+        # Another open page instead of the old one overwritten: what stops this half way leaves the store as it was.
+        copied = count > 0 or self._tail_shared
+        tails = tuple(tail.clone() for tail in self._tail) if copied else self._tail
+        lengths = torch.empty_like(self.lengths)
+        with self.pool.lock:
+            # Sequence by sequence, so that the pages of one sequence are neighbours in the pool.
+            pages = self.pool.allocate(self.batch_size * count).reshape(self.batch_size, count)
+            try:
+                table, device_table = self._table, self.page_table
+                if count:
+                    table = np.concatenate([table, pages], axis=1)
+                    device_table = torch.from_numpy(table.copy()).to(self.device)
+                sides = self._sides(tails)
+                append_pages(keys, values, *sides, device_table, self.lengths, lengths, impl=self.impl)
+            except BaseException:
+                self.pool.release(pages)
+                raise
+        self._table, self._device_table, self._lengths = table, device_table, lengths
+        self._tail, self._tail_shared, self.tail_length = tails, self._tail_shared and not copied, rest
         self.version += 1
-
-    def _seal(self, new: tuple[torch.Tensor, torch.Tensor], count: int) -> np.ndarray:
-        """Encode the open page and ``new`` into ``count`` pages per sequence; page ids ``[batch, count]``."""
-        batch, size, held = self.batch_size, self.page_size, self.tail_length
-        # Sequence by sequence, so that the pages of one sequence are neighbours in the pool.
-        pages = self.pool.allocate(batch * count).reshape(batch, count)
-        try:
-            step = max(1, _SEAL_PAGES // batch)
-            for first in range(0, count, step):
-                last = min(first + step, count)
-                ids = torch.from_numpy(pages[:, first:last].astype(np.int64).reshape(-1)).to(self.device)
-                planes: list[torch.Tensor] = []
-                for codec, x, tail in zip(self.codecs, new, self._tail, strict=True):
-                    part = x[:, :, max(0, first * size - held) : last * size - held]
-                    if first == 0 and held:
-                        part = torch.cat([tail[:, :, :held], part], dim=2)
-                    part = part.unflatten(2, (last - first, size)).transpose(1, 2)  # [batch, n, heads, size, dim]
-                    planes += [plane.flatten(0, 1) for plane in codec.encode(part)]
-                for stored, plane in zip(self.pool.planes, planes, strict=True):
-                    stored[ids] = plane
-        except BaseException:
-            self.pool.release(pages)
-            raise
-        return pages
-
-    def _new_tail(self, content: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Another open page that begins with ``content`` (keys, values)."""
-        tails = tuple(tail.new_empty(tail.shape) for tail in self._tail)
-        for tail, x in zip(tails, content, strict=True):
-            tail[:, :, : x.shape[2]] = x
-        return tails
 
     # -- everything that only moves table entries ----------------------------------------------------------------------
 
@@ -249,13 +242,16 @@ class PagedStore:
             if rest:
                 view = self.view()
                 page = view.page_table[:, pages : pages + 1]
-                cut = [gather_dense(side._replace(tail=side.tail[:, :, :0]), page)[:, :, :rest] for side in view[:2]]
-                self._tail, self._tail_shared = self._new_tail(cut), False
+                tails = tuple(tail.new_empty(tail.shape) for tail in self._tail)
+                for tail, side in zip(tails, view[:2], strict=True):
+                    tail[:, :, :rest] = gather_dense(side._replace(tail=side.tail[:, :, :0]), page)[:, :, :rest]
+                self._tail, self._tail_shared = tails, False
                 self.reopened_pages += self.batch_size
             self._table, self._device_table, self.tail_length = table, None, rest
             self.pool.release(dropped)
         else:
             self.tail_length -= count
+        self._lengths = None
         self.version += 1
 
     def select(self, indices: torch.Tensor) -> None:
@@ -264,7 +260,8 @@ class PagedStore:
         table, dropped = self._table[rows], self._table
         tail = tuple(tail.index_select(0, indices.to(self.device)) for tail in self._tail)
         self.pool.retain(table)
-        self._table, self._tail, self._tail_shared, self._device_table = table, tail, False, None
+        self._table, self._tail, self._tail_shared = table, tail, False
+        self._device_table = self._lengths = None
         self.pool.release(dropped)
         self.version += 1
 
@@ -281,13 +278,13 @@ class PagedStore:
         """Apply ``move`` to every tensor held, for offloading."""
         self.pool.planes = [move(plane) for plane in self.pool.planes]
         self._tail = tuple(move(tail) for tail in self._tail)
-        self._device_table = None
+        self._device_table = self._lengths = None
         self.version += 1
 
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""
         dropped, self._table = self._table, self._table[:, :0].copy()
-        self._device_table, self.tail_length = None, 0
+        self._device_table, self._lengths, self.tail_length = None, None, 0
         self.pool.release(dropped)
         self.version += 1
 

@@ -43,7 +43,7 @@ def logical_planes(store: PagedStore) -> list[torch.Tensor]:
     """Bytes of every plane, sequence by sequence and page by page, and of both open pages."""
     view = store.view()
     planes = [raw(plane[view.page_table]) for plane in store.pool.planes]
-    return planes + [raw(side.tail) for side in (view.keys, view.values)]
+    return planes + [raw(side.tail[:, :, : view.tail_length]) for side in (view.keys, view.values)]
 
 
 def same_bytes(a: PagedStore, b: PagedStore) -> bool:

@@ -53,7 +53,7 @@ RULES = {
     "kernels know tensors and pages, not models": Rule(
         ("kvquant_hf.triton_kernels", "kvquant_hf.triton_kernels.*"),
         banned=("kvquant_hf", "transformers"),
-        allowed=("kvquant_hf.triton_kernels",),
+        allowed=("kvquant_hf.triton_kernels", "kvquant_hf.errors"),
     ),
     "pages and stores do not pick codecs by name": Rule(
         ("kvquant_hf.paging", "kvquant_hf.store"),

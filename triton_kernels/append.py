@@ -311,33 +311,3 @@ def _dot_dtype(model_dtype: torch.dtype) -> "tl.dtype":
     if model_dtype == torch.float32 or interpreting():  # the interpreter multiplies bf16 as if it were integers
         return tl.float32
     return tl.float16 if model_dtype == torch.float16 else tl.bfloat16
-
-
-def append_reference(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_codec: Codec,
-    value_codec: Codec,
-    key_planes: list[torch.Tensor],
-    value_planes: list[torch.Tensor],
-    key_tail: torch.Tensor,
-    value_tail: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    new_lengths: torch.Tensor,
-) -> None:
-    """``append`` in plain torch, sequence by sequence; lengths are read on the host."""
-    tokens, page_size = keys.shape[2], key_tail.shape[2]
-    sides = ((keys, key_codec, key_planes, key_tail), (values, value_codec, value_planes, value_tail))
-    for b, (sealed, held) in enumerate(lengths.tolist()):
-        count = max(0, (held + tokens - 1) // page_size)
-        pages = page_table[b, sealed : sealed + count].long()
-        rest = held + tokens - count * page_size
-        for new, codec, planes, tail in sides:
-            content = torch.cat([tail[b, :, :held], new[b]], dim=1)  # [heads, held + tokens, dim]
-            if count:
-                full = content[:, : count * page_size].unflatten(1, (count, page_size)).transpose(0, 1)
-                for stored, plane in zip(planes, codec.encode(full), strict=True):
-                    stored[pages] = plane
-            tail[b, :, :rest] = content[:, count * page_size :]
-        new_lengths[b] = new_lengths.new_tensor([sealed + count, rest])

@@ -12,7 +12,7 @@ the context: a dense copy of the cache never exists.  Arithmetic is float32, or 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ class PagedSide(NamedTuple):
     """Keys or values of one layer.
 
     ``planes`` are the codec's planes for all physical pages, ``[pages, heads, *Plane.shape(page_size)]``; ``tail`` is
-    the open page, ``[batch, heads, tail_length, head_dim]`` in the model's dtype; ``page_size`` is in tokens.
+    the open page, ``[batch, heads, page_size, head_dim]`` in the model's dtype; ``page_size`` is in tokens.
     """
 
     codec: Codec
@@ -38,6 +38,30 @@ class PagedSide(NamedTuple):
     def head_dim(self) -> int:
         """Elements per vector."""
         return self.tail.shape[-1]
+
+
+class _View(NamedTuple):
+    """What consecutive queries may see by their positions: ``first`` is the position of the first of ``queries``."""
+
+    first: int
+    queries: int
+    causal: bool
+    window: int  # the last so many positions up to the query's own; 0 for all
+
+    def pages(self, page_size: int, pages: int) -> tuple[int, int]:
+        """Range of pages that any of the queries sees."""
+        last = min(pages, (self.first + self.queries - 1) // page_size + 1) if self.causal else pages
+        first = max(0, self.first - self.window + 1) // page_size if self.window else 0
+        return min(first, last), last
+
+    def seen(self, first: int, count: int, device: torch.device) -> torch.Tensor | None:
+        """bool ``[queries, count]`` for the tokens from ``first`` on, or None where all are seen."""
+        if not (self.causal or self.window):
+            return None
+        position = torch.arange(self.first, self.first + self.queries, device=device).unsqueeze(-1)
+        token = torch.arange(first, first + count, device=device)
+        seen = token <= position if self.causal else torch.ones_like(token <= position)
+        return seen & (token > position - self.window) if self.window else seen
 
 
 class _Softmax:
@@ -82,43 +106,67 @@ def paged_attention_reference(
     keys: PagedSide,
     values: PagedSide,
     page_table: torch.Tensor,
+    lengths: torch.Tensor,
     *,
     scale: float,
     causal: bool = True,
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
-    """Softmax attention of ``query`` over sealed pages and the open page.
-
-    Args:
-        query: ``[batch, query_heads, queries, key_dim]``; ``query_heads`` is a multiple of the key/value heads (GQA).
-        keys: packed and open keys.
-        values: packed and open values, as many tokens.
-        page_table: int ``[batch, sealed_pages]``, physical page of each logical page.
-        scale: multiplies the scores before the softmax.
-        causal: query i sees the keys up to ``tokens - queries + i`` (bottom-right alignment).
-        mask: ``[batch or 1, query_heads or 1, queries or 1, tokens]``; bool (True is seen) or added to the scores.
-        softcap: scores become ``softcap * tanh(scores / softcap)``.
-        sinks: ``[query_heads]``, a logit per head that takes part in the softmax and carries no value.
-
-    Returns:
-        ``[batch, query_heads, queries, value_dim]`` in the query's dtype.  A row that sees no token is zero.
-    """
-    batch, query_heads, queries, _ = query.shape
-    rows_per_query = batch * query_heads * keys.page_size * 4
-    step = max(1, BLOCK_BYTES // rows_per_query)
+    """``ops.paged_attention``, which see.  Lengths are read on the host; ragged sequences run one by one."""
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "softcap": softcap, "window": window}
+    rows = lengths.tolist()
+    if all(row == rows[0] for row in rows):
+        return _attend_uniform(query, keys, values, page_table, *rows[0], mask=mask, sinks=sinks, **options)
     parts = []
-    tokens = page_table.shape[1] * keys.page_size + keys.tail.shape[2]
+    for b, (sealed, held) in enumerate(rows):
+        one = slice(b, b + 1)
+        parts.append(
+            _attend_uniform(
+                query[one],
+                keys._replace(tail=keys.tail[one]),
+                values._replace(tail=values.tail[one]),
+                page_table[one],
+                sealed,
+                held,
+                mask=mask if mask is None or mask.shape[0] == 1 else mask[one],
+                sinks=sinks,
+                **options,
+            )
+        )
+    return torch.cat(parts)
+
+
+def _attend_uniform(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    sealed: int,
+    held: int,
+    *,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    window: int,
+) -> torch.Tensor:
+    """Sequences of ``sealed`` pages and ``held`` open tokens each, in parts of the queries that bound the scores."""
+    batch, query_heads, queries, _ = query.shape
+    keys, values = (side._replace(tail=side.tail[:, :, :held]) for side in (keys, values))
+    page_table = page_table[:, :sealed]
+    step = max(1, BLOCK_BYTES // (batch * query_heads * keys.page_size * 4))
+    parts = []
     for start in range(0, queries, step):
         part = query[:, :, start : start + step]
         part_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start : start + step]
-        # Absolute position of each query of this part, for the causal rule; None where every key is seen.
-        offset = tokens - queries + start
-        positions = torch.arange(part.shape[2], device=query.device) + offset if causal and queries > 1 else None
-        parts.append(
-            _attend(part, keys, values, page_table, scale, positions, part_mask, softcap, sinks).to(query.dtype)
-        )
+        # Absolute position of each query of this part; the causal rule says nothing to a query at the end.
+        first = sealed * keys.page_size + held - queries + start
+        view = _View(first, part.shape[2], causal and queries > 1, window)
+        parts.append(_attend(part, keys, values, page_table, scale, view, part_mask, softcap, sinks).to(query.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -128,12 +176,12 @@ def _attend(
     values: PagedSide,
     page_table: torch.Tensor,
     scale: float,
-    positions: torch.Tensor | None,
+    view: _View,
     mask: torch.Tensor | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One part of the queries; arguments as in :func:`paged_attention_reference`."""
+    """One part of the queries; arguments as in ``ops.paged_attention``, open pages without their unused rows."""
     batch, query_heads, queries, key_dim = query.shape
     heads = keys.tail.shape[1]
     group = query_heads // heads
@@ -147,12 +195,12 @@ def _attend(
         """Softcap and masks on scores ``[batch, heads, group * queries, tokens]`` of the tokens from ``first`` on."""
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        if mask is None and positions is None:
-            return scores
         count = scores.shape[-1]
+        seen = view.seen(first, count, q.device)
+        if mask is None and seen is None:
+            return scores
         scores = scores.reshape(batch, heads, group, queries, count)
-        if positions is not None:
-            seen = torch.arange(first, first + count, device=q.device) <= positions.unsqueeze(-1)
+        if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
         if mask is not None:
             block = mask[..., first : first + count]
@@ -161,7 +209,7 @@ def _attend(
             scores = scores.masked_fill(~block, float("-inf")) if block.dtype == torch.bool else scores + block
         return scores.reshape(batch, heads, group * queries, count)
 
-    for first, last in _blocks(keys, values, page_table, rows=group * queries):
+    for first, last in _blocks(keys, values, page_table, group * queries, view):
         scores = _score_pages(q_packed, keys, page_table[:, first:last], dtype)
         weights = softmax.weigh(finish(scores, first * keys.page_size))
         softmax.packed += _weigh_pages(weights, values, page_table[:, first:last], dtype)
@@ -179,14 +227,17 @@ def _attend(
     return output.reshape(batch, query_heads, queries, values.head_dim)
 
 
-def _blocks(keys: PagedSide, values: PagedSide, page_table: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of logical pages whose unpacked levels and scores stay within ``BLOCK_BYTES``."""
+def _blocks(
+    keys: PagedSide, values: PagedSide, page_table: torch.Tensor, rows: int, view: _View
+) -> Iterator[tuple[int, int]]:
+    """Ranges of visible logical pages whose unpacked levels and scores stay within ``BLOCK_BYTES``."""
     batch, pages = page_table.shape
     widest = max(keys.head_dim, values.head_dim, rows)
     page_bytes = batch * keys.tail.shape[1] * keys.page_size * widest * 4
     step = max(1, BLOCK_BYTES // page_bytes)
-    for first in range(0, pages, step):
-        yield first, min(first + step, pages)
+    start, end = view.pages(keys.page_size, pages)
+    for first in range(start, end, step):
+        yield first, min(first + step, end)
 
 
 def _tile(side: PagedSide, page_ids: torch.Tensor, dtype: torch.dtype) -> Tile:
@@ -229,7 +280,8 @@ def _weigh_pages(weights: torch.Tensor, values: PagedSide, page_ids: torch.Tenso
 def gather_dense(side: PagedSide, page_table: torch.Tensor) -> torch.Tensor:
     """The whole side multiplied out, ``[batch, heads, tokens, head_dim]`` contiguous, in the open page's dtype.
 
-    For readers that cannot attend to pages; its cost is what the paged path avoids.
+    For readers that cannot attend to pages; its cost is what the paged path avoids.  All of ``page_table`` and all of
+    the open page are taken: give it a table without reserved pages and an open page without unused rows.
     """
     batch, pages = page_table.shape
     heads, tail_length, head_dim = side.tail.shape[1:]

@@ -1,13 +1,42 @@
-"""Attention over packed pages by Triton kernels: rotate the query, ``decode``, ``combine``.  Three launches at most."""
+"""Append and attention over packed pages by Triton kernels.
+
+Append is one launch, attention three at most: rotate the query, ``decode``, ``combine``.
+"""
 
 import torch
 
+from .append import append
 from .combine import combine
 from .decode import decode, part_width
-from .hadamard import hadamard
 from .launch import launch_config, split_count
 from .reference import PagedSide
+from .rotate import rotate
 from .target import architecture, processors, triton
+
+
+def append_triton(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_side: PagedSide,
+    value_side: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    new_lengths: torch.Tensor,
+) -> None:
+    """``ops.append_pages``, which see."""
+    append(
+        keys,
+        values,
+        key_side.codec,
+        value_side.codec,
+        list(key_side.planes),
+        list(value_side.planes),
+        key_side.tail,
+        value_side.tail,
+        page_table,
+        lengths,
+        new_lengths,
+    )
 
 
 def paged_attention_triton(
@@ -24,6 +53,9 @@ def paged_attention_triton(
     sinks: torch.Tensor | None = None,
     window: int = 0,
 ) -> torch.Tensor:
+    """``ops.paged_attention``, which see."""
+    if query.stride(-1) != 1:
+        query = query.contiguous()
     batch, query_heads, queries, key_dim = query.shape
     heads, value_dim = values.tail.shape[1], values.head_dim
     rows = query_heads // heads * queries
@@ -38,7 +70,7 @@ def paged_attention_triton(
     partial = query.new_empty(batch, heads, splits + 1, rows, columns, dtype=torch.float32)
     state = query.new_empty(batch, heads, splits + 1, rows, 2, dtype=torch.float32)
     out = query.new_empty(batch, query_heads, queries, value_dim)
-    rotated = hadamard(query.float()) if keys.codec.rotated else query
+    rotated = rotate(query) if keys.codec.rotated else query
     decode(
         partial,
         state,

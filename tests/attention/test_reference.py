@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     keys: PagedSide
     values: PagedSide
     page_table: torch.Tensor
+    lengths: torch.Tensor
     dense_keys: torch.Tensor
     dense_values: torch.Tensor
 
@@ -94,7 +95,8 @@ def make_problem(policy: str, case: Case, dtype: torch.dtype = torch.float32, se
     shape = (case.batch, case.heads * case.group, case.queries, case.key_dim)
     query = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 2)).to(dtype)
     decoded = [decode(side, table) for side in sides]
-    return Problem(query, sides[0], sides[1], table, decoded[0], decoded[1])
+    lengths = torch.tensor([[pages, case.tokens - pages * case.page_size]] * case.batch, dtype=torch.int32)
+    return Problem(query, sides[0], sides[1], table, lengths, decoded[0], decoded[1])
 
 
 def decode(side: PagedSide, table: torch.Tensor) -> torch.Tensor:
@@ -136,7 +138,7 @@ def check(problem: Problem, scale: float | None = None, other_scores: float = 0.
     """Compare with the textbook, row by row, within the budget; returns the output."""
     scale = problem.query.shape[-1] ** -0.5 if scale is None else scale
     weights, expected = softmax_attention(problem, scale, **options)
-    output = paged_attention_reference(*problem[:4], scale=scale, **options)
+    output = paged_attention_reference(*problem[:5], scale=scale, **options)
     assert output.shape == expected.shape and output.dtype == problem.query.dtype
     budget = attention_budget(*problem[:4], weights, expected, scale=scale, other_scores=other_scores)
     error = (output.double() - expected).norm(dim=-1)
@@ -178,14 +180,14 @@ def test_dtypes(policy: str, dtype: torch.dtype) -> None:
 def test_float64_queries_are_computed_in_float64(policy: str) -> None:
     """Without pages, so that nothing is float32: the open page alone, at float64 precision."""
     problem = make_problem(policy, Case(PAGE, group=2, queries=5), torch.float64)
-    output = paged_attention_reference(*problem[:4], scale=0.125)
+    output = paged_attention_reference(*problem[:5], scale=0.125)
     # A thousand roundings of 1e-16 relative to scores and values of size 10.
     assert (output - softmax_attention(problem, 0.125)[1]).abs().max() < 1e-12
 
 
 def test_no_tokens_at_all_gives_zeros() -> None:
     problem = make_problem("int4", Case(0, queries=2, batch=2))
-    output = paged_attention_reference(*problem[:4], scale=1.0)
+    output = paged_attention_reference(*problem[:5], scale=1.0)
     assert output.shape == (2, 2, 2, 64) and not output.any()
 
 
@@ -223,7 +225,7 @@ def test_mask_per_head_reaches_its_own_head() -> None:
     mask = torch.zeros(1, 8, 1, MASKED.tokens, dtype=torch.bool)
     for head in range(8):
         mask[0, head, 0, 60 + head] = True
-    output = paged_attention_reference(*problem[:4], scale=1.0, mask=mask, causal=False)
+    output = paged_attention_reference(*problem[:5], scale=1.0, mask=mask, causal=False)
     for head in range(8):
         expected = problem.dense_values[:, head // 4, 60 + head].float().unsqueeze(1).expand(-1, 5, -1)
         # The weight is e^0 / e^0 = 1 and every other weight exactly 0.
@@ -258,15 +260,15 @@ def test_rows_that_see_nothing_are_zero(policy: str) -> None:
 def test_causal_rule_is_bottom_right(policy: str) -> None:
     problem = make_problem(policy, Case(150, queries=70))
     check(problem, causal=True)
-    explicit = paged_attention_reference(*problem[:4], scale=0.1, causal=False, mask=padding(Case(150), (0,), 70))
-    assert torch.equal(paged_attention_reference(*problem[:4], scale=0.1, causal=True), explicit)
+    explicit = paged_attention_reference(*problem[:5], scale=0.1, causal=False, mask=padding(Case(150), (0,), 70))
+    assert torch.equal(paged_attention_reference(*problem[:5], scale=0.1, causal=True), explicit)
     everything = check(problem, causal=False)
-    assert not torch.allclose(everything, paged_attention_reference(*problem[:4], scale=64**-0.5, causal=True))
+    assert not torch.allclose(everything, paged_attention_reference(*problem[:5], scale=64**-0.5, causal=True))
 
 
 def test_one_query_sees_everything_with_and_without_the_causal_rule() -> None:
     problem = make_problem("int4", Case(150))
-    outputs = [paged_attention_reference(*problem[:4], scale=0.1, causal=causal) for causal in (True, False)]
+    outputs = [paged_attention_reference(*problem[:5], scale=0.1, causal=causal) for causal in (True, False)]
     assert torch.equal(*outputs)
 
 
@@ -321,7 +323,7 @@ def test_unused_pages_and_slots_are_never_read(policy: str) -> None:
         side.tail._base[:, :, side.tail.shape[2] :] = 1e30
         for plane in side.planes:
             plane[unused] = 7
-    assert torch.equal(paged_attention_reference(*problem[:4], scale=64**-0.5), output)
+    assert torch.equal(paged_attention_reference(*problem[:5], scale=64**-0.5), output)
 
 
 class Allocations(TorchDispatchMode):
@@ -353,8 +355,8 @@ def test_work_memory_does_not_grow_with_the_context(policy: str, queries: int, m
         problem = make_problem(policy, case)
         mask = padding(case, (37,))
         calls = (
-            lambda p=problem: paged_attention_reference(*p[:4], scale=0.1),
-            lambda p=problem, m=mask: paged_attention_reference(*p[:4], scale=0.1, mask=m, causal=False),
+            lambda p=problem: paged_attention_reference(*p[:5], scale=0.1),
+            lambda p=problem, m=mask: paged_attention_reference(*p[:5], scale=0.1, mask=m, causal=False),
         )
         sizes.append([largest_allocation(call) for call in calls])
     assert sizes[0] == sizes[1]

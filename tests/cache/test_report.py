@@ -69,7 +69,7 @@ def test_bytes_are_those_of_the_tensors(policy: str, tokens: int) -> None:
     report = cache.report()
     assert report.bytes == walked_bytes(cache) > 0
     assert (report.tokens, report.batch_size, report.paged_layers, report.other_layers) == (tokens, 3, 2, {})
-    tables = 2 * 2 * 3 * ((tokens - 1) // 64) * 4
+    tables = 2 * (2 * 3 * ((tokens - 1) // 64) * 4 + 3 * 2 * 4)  # and lengths, layer by layer
     assert report.bytes == report.packed_bytes + report.open_page_bytes + report.unused_bytes + tables
     assert report.dense_bytes == 2 * 3 * tokens * 2 * 2 * 64 * 2 and report.elements == report.dense_bytes // 2
     assert report.dtype == "bfloat16"
@@ -168,7 +168,9 @@ def test_calls_are_counted_by_path() -> None:
         model(prompt(1, 5), past_key_values=cache)
     report = cache.report()
     assert (report.prefill_calls, report.paged_calls, report.fallback_calls) == (3, 6, 0)  # three layers
-    assert report.fallback_reasons == {} and report.implementation in str(report)
+    assert report.fallback_reasons == {}
+    assert report.implementation == "reference" and "6 in pages (reference)" in str(report)
+    assert "'cpu'" in report.implementation_reason and report.implementation_reason in str(report)
 
 
 def test_json_and_text() -> None:

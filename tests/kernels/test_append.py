@@ -11,10 +11,12 @@ import itertools
 import pytest
 import torch
 
-from kvquant_hf.triton_kernels.append import append, append_reference
+from kvquant_hf.triton_kernels.append import append
+from kvquant_hf.triton_kernels.append_reference import append_reference
 from kvquant_hf.triton_kernels.codecs import CODECS, Codec
 from kvquant_hf.triton_kernels.codecs import packing as torch_packing
 from kvquant_hf.triton_kernels.codecs.turboquant import LloydMaxCodec
+from kvquant_hf.triton_kernels.reference import PagedSide
 from kvquant_hf.triton_kernels.target import tl, triton
 from kvquant_hf.triton_kernels.tile_math import fp16_at_least, fp16_at_most, round_half_even, round_saturating, round_to
 
@@ -166,7 +168,11 @@ def compare(
     got, want = state.to(device), state.to(torch.device("cpu"))
     new = [with_strides(x, device) for x in (keys, values)]
     append(*new, *got.arguments())
-    append_reference(keys, values, *want.arguments())
+    sides = (
+        PagedSide(codec, planes, tail, tail.shape[2])
+        for codec, planes, tail in zip(want.codecs, want.planes, want.tails, strict=True)
+    )
+    append_reference(keys, values, *sides, want.table, want.lengths, want.new_lengths)
     check(got, want, magnitude)
     return got
 

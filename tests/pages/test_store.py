@@ -61,8 +61,8 @@ def test_each_page_is_the_codec_on_that_page(policy: str) -> None:
         ):
             stored = next(planes)[store.page_table.long()]  # [batch, pages, heads, ...]
             assert torch.equal(raw(stored), raw(torch.stack(encoded, 1))), (codec.name, i)
-    assert torch.equal(store.view().keys.tail, keys[:, :, 2 * PAGE :])
-    assert torch.equal(store.view().values.tail, values[:, :, 2 * PAGE :])
+    assert torch.equal(store.view().keys.tail[:, :, : store.tail_length], keys[:, :, 2 * PAGE :])
+    assert torch.equal(store.view().values.tail[:, :, : store.tail_length], values[:, :, 2 * PAGE :])
 
 
 def test_nothing_appended() -> None:
@@ -182,20 +182,24 @@ def test_failing_codec_changes_nothing_and_leaks_no_page(call: int, monkeypatch:
 
 @pytest.mark.parametrize("failing", range(8))
 def test_running_out_of_memory_changes_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ``failing``-th of eight allocations fails: two new open pages, then six planes of the pool that grow."""
+    """The ``failing``-th of eight allocations fails: two copied open pages, then six planes of the pool that grow."""
     store = filled("int4", tokens=150)
     twin = store.fork()
-    before, allocate, calls = state(store), torch.Tensor.new_empty, []
+    before, calls = state(store), []
 
-    def new_empty(self: torch.Tensor, *shape: object) -> torch.Tensor:
-        calls.append(shape)
-        if len(calls) > failing:
-            raise torch.OutOfMemoryError("no memory")
-        return allocate(self, *shape)
+    def limited(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(self: torch.Tensor, *args: object) -> torch.Tensor:
+            calls.append(args)
+            if len(calls) > failing:
+                raise torch.OutOfMemoryError("no memory")
+            return allocate(self, *args)
+
+        return call
 
     x = vectors(2, 2, 100, 32, seed=5)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        patch.setattr(torch.Tensor, "clone", limited(torch.Tensor.clone))
+        patch.setattr(torch.Tensor, "new_empty", limited(torch.Tensor.new_empty))
         store.append(x, x)
     assert len(calls) == failing + 1 and state(store) == before
     store.append(x, x)
@@ -354,7 +358,8 @@ def test_footprint_is_what_the_tensors_hold(policy: str, tokens: int) -> None:
     assert held.packed + held.unused == sum(plane.numel() * plane.element_size() for plane in store.pool.planes)
     assert held.unused <= held.packed / 32
     assert held.open_page == 2 * 2 * 2 * PAGE * 32 * 4  # sides, batch, heads: whole pages from the start
-    assert held.tables == 2 * pages * 4  # int32, once on the host and once on the device
+    # int32: the table once on the host and once on the device, and two lengths per sequence
+    assert held.tables == 2 * pages * 4 + 2 * 2 * 4
     assert held.total == held.packed + held.open_page + held.unused + held.tables
     assert store.dense_bytes() == 2 * 2 * 2 * tokens * 32 * 4 and store.elements_per_token() == 2 * 2 * 32
 

@@ -1,0 +1,59 @@
+"""Append in plain torch: the oracle of the append kernel, and what runs where there is none."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .codecs.base import Codec
+from .reference import PagedSide
+
+# Pages encoded at a time, summed over the batch: bounds the float32 work memory of storing a long prompt.
+ENCODED_PAGES = 64
+
+
+def append_reference(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_side: PagedSide,
+    value_side: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    new_lengths: torch.Tensor,
+) -> None:
+    """``ops.append_pages``, which see.  Lengths are read on the host; ragged sequences are stored one by one."""
+    rows = lengths.tolist()
+    together = all(row == rows[0] for row in rows)
+    batch = len(rows)
+    for part in [slice(0, batch)] if together else [slice(b, b + 1) for b in range(batch)]:
+        sealed, held = rows[part.start]
+        count = max(0, (held + keys.shape[2] - 1) // key_side.page_size)
+        pages = page_table[part, sealed : sealed + count].long()
+        for side, new in ((key_side, keys[part]), (value_side, values[part])):
+            _store_pages(side.codec, side.planes, side.tail[part, :, :held], new, pages, side.page_size)
+            rest = held + new.shape[2] - count * side.page_size
+            kept = min(rest, new.shape[2])
+            side.tail[part, :, rest - kept : rest] = new[:, :, new.shape[2] - kept :]
+        new_lengths[part] = new_lengths.new_tensor([sealed + count, rest])
+
+
+def _store_pages(
+    codec: Codec,
+    planes: Sequence[torch.Tensor],
+    open_page: torch.Tensor,
+    new: torch.Tensor,
+    pages: torch.Tensor,
+    page_size: int,
+) -> None:
+    """Encode the tokens of ``open_page`` followed by those of ``new`` into ``pages`` ``[batch, count]``."""
+    batch, count = pages.shape
+    held = open_page.shape[2]
+    step = max(1, ENCODED_PAGES // batch)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        x = new[:, :, max(0, first * page_size - held) : last * page_size - held]
+        if first == 0 and held:
+            x = torch.cat([open_page, x], dim=2)
+        x = x.unflatten(2, (last - first, page_size)).transpose(1, 2)  # [batch, n, heads, page_size, head_dim]
+        ids = pages[:, first:last].reshape(-1)
+        for stored, plane in zip(planes, codec.encode(x), strict=True):
+            stored[ids] = plane.flatten(0, 1)

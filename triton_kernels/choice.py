@@ -1,0 +1,95 @@
+"""Kernels or plain torch: what ``impl`` means for given pages, and why."""
+
+import functools
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from ..errors import ImplementationError
+from .codecs.base import Codec
+from .reference import PagedSide
+from .target import interpreting, why_not
+
+Implementation = Literal["auto", "triton", "reference"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+# A page of keys in registers and shared memory; twice the default page at the largest head_dim does not fit.
+_MAX_PAGE_ELEMENTS = 64 * 256
+
+
+class Choice(NamedTuple):
+    """What runs, and why it is not the kernels (empty if it is, or if it was asked for)."""
+
+    name: Implementation
+    reason: str = ""
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    page_size: int,
+    head_dims: tuple[int, int],
+    codecs: tuple[Codec, Codec],
+    interpreted: bool,
+) -> Choice:
+    """:func:`choose`, kept: it is asked at every step of every layer."""
+    if impl == "reference":
+        return Choice("reference")
+    if impl == "auto" and device.type != "cuda":
+        return Choice("reference", f"the tensors are on {device.type!r}")
+    obstacle = _obstacle(device, dtype, page_size, head_dims, codecs)
+    if impl == "auto" and interpreted and obstacle is None:
+        obstacle = "Triton's interpreter is for tests; unset TRITON_INTERPRET"
+    if obstacle is None:
+        return Choice("triton")
+    if impl == "triton":
+        raise ImplementationError(f"impl='triton' cannot run here: {obstacle}, or use impl='auto'.")
+    return Choice("reference", obstacle)
+
+
+def _obstacle(
+    device: torch.device,
+    dtype: torch.dtype,
+    page_size: int,
+    head_dims: tuple[int, int],
+    codecs: tuple[Codec, Codec],
+) -> str | None:
+    """Why the kernels cannot take such pages, ending with a remedy; None if they can."""
+    cannot = why_not(device)
+    if cannot is not None:
+        return cannot
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return (
+            f"the kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}; cast the model"
+        )
+    if page_size < 16 or page_size & (page_size - 1):
+        return f"pages of {page_size} tokens are no power of two from 16 on; use page_size=64"
+    for head_dim, codec in zip(head_dims, codecs, strict=True):
+        padded = 1 << (head_dim - 1).bit_length()
+        if padded * page_size > _MAX_PAGE_ELEMENTS:
+            return f"pages of {page_size} x {head_dim} elements are too large for the kernels; use a smaller page_size"
+        if head_dim % codec.kernel.parts:
+            return (
+                f"codec {codec.name!r} reads {codec.kernel.parts} elements at a time, head_dim is {head_dim}; use int8"
+            )
+    return None
+
+
+def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide) -> Choice:
+    """What ``impl`` means for these pages.
+
+    Args:
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+        dtype: of the queries (attention) or of the new keys (append).
+        keys, values: the pages.
+
+    Raises:
+        ImplementationError: ``"triton"`` was asked for and cannot run; unknown ``impl``.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ImplementationError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
+    dims = keys.head_dim, values.head_dim
+    codecs = keys.codec, values.codec
+    return _choose(impl, keys.tail.device, dtype, keys.page_size, dims, codecs, interpreting())
