@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from .errors import CacheMismatchError, StaleCarrierError
 from .report import CallLog
-from .store import PagedStore, StoreView
+from .store import PagedStore
+from .views import StoreView
 
 Side = Literal["keys", "values"]
 

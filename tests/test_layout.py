@@ -65,6 +65,7 @@ RULES = {
         banned=("transformers",),
         exempt=(
             "kvquant_hf.transformers_api",
+            "kvquant_hf.transformers_api.*",
             "kvquant_hf.cache",
             "kvquant_hf.versions",
             "kvquant_hf.cli",

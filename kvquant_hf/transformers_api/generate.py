@@ -1,0 +1,126 @@
+"""Names and functions of transformers that are extended, each passing through whatever is not ours.
+
+``install`` puts these in place, and ``uninstall`` restores them:
+
+* attention function and mask function "kvquant" (the mask function must go with it: without one, padding is ignored);
+* the attention function "sdpa" hands packed keys and values to ours, so that models need no setting;
+* ``cache_implementation="kvquant"`` in the list of valid names and in ``generate``'s cache preparation;
+* ``cache_implementation="quantized", cache_config={"backend": "kvquant", ...}``.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers.generation import configuration_utils
+from transformers.generation import utils as generation_utils
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from ..errors import UnsupportedModelError
+from .attention import attention_forward, route_packed
+
+NAME = "kvquant"
+
+
+def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
+    """``GenerationMixin._prepare_cache_for_generation`` that also knows the name "kvquant"."""
+
+    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        given = model_kwargs.get("past_key_values")
+        wanted = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
+        if given is not None or not wanted:
+            # transformers' own ways in: a cache that the user made, or cache_implementation="quantized".  Before 5.23
+            # the latter takes "backend" out of the caller's dict, so it gets a copy.
+            if generation_config.cache_config:
+                generation_config.cache_config = dict(generation_config.cache_config)
+            result = original(self, generation_config, model_kwargs, *args, **kwargs)
+            cache = model_kwargs.get("past_key_values")
+            cache = getattr(cache, "self_attention_cache", cache)
+            if isinstance(cache, cache_type):
+                cache.bind(self)
+            return result
+        if not self._supports_default_dynamic_cache():
+            raise UnsupportedModelError(
+                f"{type(self).__name__} does not use transformers' cache classes, so there is no KV cache to quantize; "
+                "leave cache_implementation out."
+            )
+        cache = cache_type(self.config, **(generation_config.cache_config or {}))
+        cache.bind(self)
+        if self.config.is_encoder_decoder:
+            cache = EncoderDecoderCache(cache, DynamicCache(config=self.config.get_text_config(decoder=True)))
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+        return None
+
+    return prepare
+
+
+def _dispatch_backend(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
+    """transformers' ``QuantizedCache``, except that ``backend="kvquant"`` makes ours."""
+
+    def quantized_cache(backend: str, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+        if backend == NAME:
+            return cache_type(config, *args, **kwargs)
+        return original(backend, config, *args, **kwargs)
+
+    return quantized_cache
+
+
+_MARK = "_kvquant_hf_installed"
+
+
+class _Installed(NamedTuple):
+    """What was there before; kept on the patched method, so that a reloaded module finds it."""
+
+    cache_type: type
+    names: tuple[str, ...]
+    prepare: Callable[..., Any]
+    quantized: Any
+    sdpa: Callable[..., Any]
+
+
+def _installed() -> _Installed | None:
+    return getattr(generation_utils.GenerationMixin._prepare_cache_for_generation, _MARK, None)
+
+
+def install(cache_type: type) -> None:
+    """Put everything in place (see the module's docstring); does nothing if it is.
+
+    Args:
+        cache_type: the cache class, called as ``cache_type(config, **cache_config)``.
+    """
+    current = _installed()
+    if current is not None:
+        if current.cache_type is cache_type:
+            return
+        uninstall()  # left by this package before a reload
+    before = _Installed(
+        cache_type=cache_type,
+        names=configuration_utils.ALL_CACHE_IMPLEMENTATIONS,
+        prepare=generation_utils.GenerationMixin._prepare_cache_for_generation,
+        quantized=generation_utils.QuantizedCache,
+        sdpa=AttentionInterface._global_mapping["sdpa"],
+    )
+    prepare = _prepare_cache(before.prepare, cache_type)
+    setattr(prepare, _MARK, before)
+    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = (*before.names, NAME)
+    generation_utils.GenerationMixin._prepare_cache_for_generation = prepare
+    generation_utils.QuantizedCache = _dispatch_backend(before.quantized, cache_type)
+    AttentionInterface.register("sdpa", route_packed(before.sdpa))
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def uninstall() -> None:
+    """Restore what :func:`install` replaced; does nothing if nothing is."""
+    before = _installed()
+    if before is None:
+        return
+    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = before.names
+    generation_utils.GenerationMixin._prepare_cache_for_generation = before.prepare
+    generation_utils.QuantizedCache = before.quantized
+    AttentionInterface.register("sdpa", before.sdpa)
+    AttentionInterface._global_mapping.pop(NAME)
+    AttentionMaskInterface._global_mapping.pop(NAME)
