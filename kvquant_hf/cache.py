@@ -105,6 +105,21 @@ class QuantizedPagedCache(DynamicCache):
             )
         self._model = weakref.ref(model)
 
+    def set_padding(self, attention_mask: torch.Tensor | None) -> None:
+        """Say which tokens are padding, so that they take no part in the scales of their pages; ``generate`` does this.
+
+        What is attended to is not decided here: the model needs the mask as well.
+
+        Args:
+            attention_mask: ``[batch, tokens]``, 0 where a token is padding; for the tokens held and those to come,
+                counted from the first.  None: no padding.
+        """
+        padding = None
+        if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
+            padding = attention_mask.eq(0).cpu().numpy()
+        for layer in self.paged_layers:
+            layer.padding = padding
+
     def reset(self) -> None:
         """Drop all tokens and give the memory back; the cache can be used again, with any batch size."""
         for layer in self.layers:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from .carrier import KVTensor
@@ -103,6 +104,7 @@ class PagedLayer:
         self.impl = impl
         self.store: PagedStore | None = None
         self.home: torch.device | None = None
+        self.padding: np.ndarray | None = None  # bool [batch, tokens from the first on], True where padded
 
     @property
     def is_initialized(self) -> bool:
@@ -163,11 +165,19 @@ class PagedLayer:
             self.initialize(keys, values)
         assert self.store is not None
         with _plain_tensors():
-            self.store.append(keys, values)
+            self.store.append(keys, values, self._padding_of(keys))
         if first_prompt and self.exact_prefill:
             self.log.prefill += 1
             return keys, values
         return KVTensor(self.store, "keys", self.log), KVTensor(self.store, "values", self.log)
+
+    def _padding_of(self, keys: torch.Tensor) -> np.ndarray | None:
+        """``padding`` of the open page and the new ``keys``, which are not stored yet."""
+        if self.padding is None or self.store is None or len(self.padding) != len(keys):
+            return None
+        start, end = self.length - self.store.tail_length, self.length + keys.shape[2]
+        part = self.padding[:, start:end]
+        return np.pad(part, ((0, 0), (0, end - start - part.shape[1]))) if part.any() else None
 
     def drop(self, count: int) -> None:
         """Drop the last ``count`` tokens."""
@@ -180,10 +190,12 @@ class PagedLayer:
         if self.store is not None:
             with _plain_tensors():
                 self.store.select(indices)
+        if self.padding is not None:
+            self.padding = self.padding[indices.cpu().numpy()]
 
     def clear(self) -> None:
         """Drop all tokens; memory of the pages is given back."""
-        self.store = None
+        self.store = self.padding = None
 
     def move(self, device: torch.device | None) -> None:
         """Move the pages to ``device``."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
+from .padding import padded_pages, replace_padding
 from .paging import PagePool
 from .triton_kernels.codecs import Codec
 from .triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
@@ -67,6 +68,7 @@ class PagedStore:
             like.new_empty(*like.shape[:2], page_size, like.shape[3]) for like in (like_keys, like_values)
         )
         self._tail_shared = False
+        self._blank = -1  # a page of padding alone, as long as the table holds it
         self.tail_length = 0
         self.reopened_pages = 0
         self.version = 0
@@ -165,12 +167,14 @@ class PagedStore:
                     "Call cache.reset() or make a new cache."
                 )
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, padding: np.ndarray | None = None) -> None:
         """Store new tokens after those held; on an error the store is as before.
 
         Args:
             keys: ``[batch, heads, tokens, key_dim]``, any strides.
             values: ``[batch, heads, tokens, value_dim]``.
+            padding: bool ``[batch, tail_length + tokens]``, which tokens of the open page and of the new ones are
+                padding; None if none is.
 
         Raises:
             CacheMismatchError: see :meth:`check`.
@@ -181,10 +185,13 @@ class PagedStore:
         # Another open page instead of the old one overwritten: what stops this half way leaves the store as it was.
         copied = count > 0 or self._tail_shared
         tails = tuple(tail.clone() for tail in self._tail) if copied else self._tail
+        blank = np.zeros((self.batch_size, count), dtype=bool)
+        if padding is not None and (padded := padding[:, : count * self.page_size]).any():
+            blank = padded_pages(padded, self.page_size)
+            keys, values = (self._pad(x, tail, padded) for x, tail in zip((keys, values), tails, strict=True))
         lengths = torch.empty_like(self.lengths)
         with self.pool.lock:
-            # Sequence by sequence, so that the pages of one sequence are neighbours in the pool.
-            pages = self.pool.allocate(self.batch_size * count).reshape(self.batch_size, count)
+            pages = self._allocate(blank)
             try:
                 table, device_table = self._table, self.page_table
                 if count:
@@ -198,6 +205,28 @@ class PagedStore:
         self._table, self._device_table, self._lengths = table, device_table, lengths
         self._tail, self._tail_shared, self.tail_length = tails, self._tail_shared and not copied, rest
         self.version += 1
+
+    def _pad(self, new: torch.Tensor, tail: torch.Tensor, padding: np.ndarray) -> torch.Tensor:
+        """``new`` with its padding replaced as far as it is about to be sealed; in ``tail`` it is replaced in place."""
+        held = self.tail_length
+        sealed = padding.shape[1] - held
+        content = torch.cat([tail[:, :, :held], new[:, :, :sealed]], dim=2)
+        content = replace_padding(content, padding, self.page_size)
+        tail[:, :, :held] = content[:, :, :held]
+        return torch.cat([content[:, :, held:], new[:, :, sealed:]], dim=2)
+
+    def _allocate(self, blank: np.ndarray) -> np.ndarray:
+        """Page ids for the shape of ``blank``, sequence by sequence; those that are blank are one page of the store."""
+        pages = np.empty(blank.shape, dtype=np.int32)
+        known = self._blank in self._table  # -1 never is
+        shared = int(blank.sum())
+        ids = self.pool.allocate(blank.size - shared + (shared > 0 and not known))
+        pages[~blank] = ids[: blank.size - shared]
+        if shared:
+            self._blank = self._blank if known else int(ids[-1])
+            pages[blank] = self._blank
+            self.pool.retain(pages[blank][0 if known else 1 :])
+        return pages
 
     # -- everything that only moves table entries ----------------------------------------------------------------------
 
@@ -215,8 +244,8 @@ class PagedStore:
                     tail[:, :, :rest] = gather_dense(side._replace(tail=side.tail[:, :, :0]), page)[:, :, :rest]
                 self._tail, self._tail_shared = tails, False
                 self.reopened_pages += self.batch_size
-            self._table, self._device_table, self.tail_length = table, None, rest
-            self.pool.release(dropped)
+            self.tail_length = rest
+            self._replace_table(table, dropped)
         else:
             self.tail_length -= count
         self._lengths = None
@@ -228,9 +257,8 @@ class PagedStore:
         table, dropped = self._table[rows], self._table
         tail = tuple(tail.index_select(0, indices.to(self.device)) for tail in self._tail)
         self.pool.retain(table)
-        self._table, self._tail, self._tail_shared = table, tail, False
-        self._device_table = self._lengths = None
-        self.pool.release(dropped)
+        self._tail, self._tail_shared = tail, False
+        self._replace_table(table, dropped)
         self.version += 1
 
     def fork(self) -> "PagedStore":
@@ -251,10 +279,16 @@ class PagedStore:
 
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""
-        dropped, self._table = self._table, self._table[:, :0].copy()
-        self._device_table, self._lengths, self.tail_length = None, None, 0
-        self.pool.release(dropped)
+        self.tail_length = 0
+        self._replace_table(self._table[:, :0].copy(), self._table)
         self.version += 1
+
+    def _replace_table(self, table: np.ndarray, dropped: np.ndarray) -> None:
+        """Set the page table and give back the pages ``dropped``."""
+        self._table, self._device_table, self._lengths = table, None, None
+        if self._blank not in table:
+            self._blank = -1
+        self.pool.release(dropped)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "PagedStore":
         return self.fork()

@@ -23,6 +23,11 @@ from .attention import attention_forward, route_packed
 NAME = "kvquant"
 
 
+def _padding_mask(model: Any) -> str:
+    """Name of the argument that says which tokens of the decoder are padding."""
+    return "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+
+
 def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
     """``GenerationMixin._prepare_cache_for_generation`` that also knows the name "kvquant"."""
 
@@ -39,6 +44,7 @@ def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..
             cache = getattr(cache, "self_attention_cache", cache)
             if isinstance(cache, cache_type):
                 cache.bind(self)
+                cache.set_padding(model_kwargs.get(_padding_mask(self)))
             return result
         if not self._supports_default_dynamic_cache():
             raise UnsupportedModelError(
@@ -47,6 +53,7 @@ def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..
             )
         cache = cache_type(self.config, **(generation_config.cache_config or {}))
         cache.bind(self)
+        cache.set_padding(model_kwargs.get(_padding_mask(self)))
         if self.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, DynamicCache(config=self.config.get_text_config(decoder=True)))
         if getattr(generation_config, "is_assistant", False):
