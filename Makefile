@@ -4,6 +4,10 @@ PYTHON      ?= python3
 JOBS        ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+BENCH_ARGS  ?=
+# What measures and tunes.  A Python that has torch with CUDA, Triton, transformers and pytest needs no .venv:
+# make bench-gpu BENCH_PYTHON=python3
+BENCH_PYTHON ?= .venv/bin/python
 # Passed to every `pip install`, for instance to name another package index.
 PIP_ARGS    ?=
 
@@ -17,7 +21,7 @@ READY_MIN := .venv-min/.ready
 test test-min: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-all lint format docs wheel clean
+.PHONY: help demo test test-min test-all lint format docs bench-gpu tune wheel clean
 
 help:  ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +50,14 @@ format: $(READY)  ## sort imports, apply safe fixes, format
 
 docs: $(READY)  ## compile every kernel for every GPU and rewrite the tables of docs/kernels.md
 	.venv/bin/python benchmarks/kernel_docs.py
+
+bench-gpu tune: $(if $(filter .venv/bin/python,$(BENCH_PYTHON)),$(READY))
+
+bench-gpu:  ## on a GPU: run the kernel tests, measure, write CSV, table and figure (BENCH_ARGS=--quick)
+	@$(BENCH_PYTHON) benchmarks/gpu bench $(BENCH_ARGS)
+
+tune:  ## on a GPU: run the kernel tests, time launch configurations, rewrite its table (BENCH_ARGS=--dry-run)
+	@$(BENCH_PYTHON) benchmarks/gpu tune $(BENCH_ARGS)
 
 wheel: $(READY)  ## build dist/kvquant_hf-*.whl
 	@rm -rf build/lib build/bdist.*

@@ -1,0 +1,193 @@
+"""Whole decode steps of a Llama-3-8B of random weights: transformers' own caches and ours, speed and memory.
+
+The cache of a context is filled with random keys and values, layer by layer, through ``cache.update``, which is what a
+prompt would do to it; then the model decodes greedily, and its real forward passes are timed.  Steps follow each other
+with everything that happens on the host in between: that is what a user of ``generate`` waits for.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvquant_hf import QuantizedPagedCache
+
+from .machine import clocks
+from .plan import DTYPE, Budget
+from .results import Observation
+from .subject import random_vectors
+from .timing import Stopwatch, attempt
+
+LLAMA_3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+STEPS, WARM_UP = 64, 4
+# The largest cells first, for as long as there is time.
+SITUATIONS = ((8, 32768), (1, 32768), (8, 8192), (1, 8192), (8, 1024), (1, 1024))
+# Seconds that a cell may take, and that one with compilation needs to be begun.
+_CELL, _COMPILED = 60.0, 100.0
+
+
+class Contender(NamedTuple):
+    """``make(config, tokens)`` returns an empty cache for ``tokens``; ``compiled``: the model's forward is compiled."""
+
+    family: str
+    make: Callable[[PreTrainedConfig, int], Any]
+    compiled: bool = False
+
+
+def contenders(policies: Sequence[str]) -> dict[str, Contender]:
+    """What is compared, in this order."""
+    table = {"dynamic": Contender("bf16", lambda config, tokens: transformers.DynamicCache(config=config))}
+    for policy in policies:
+        # Not "auto": that the kernels cannot run is a result, and what runs instead is not the subject.
+        table[policy] = Contender(
+            "paged", lambda config, tokens, policy=policy: QuantizedPagedCache(config, policy=policy, impl="triton")
+        )
+    for backend, axis in (("hqq", 1), ("quanto", 0)):
+        table[f"quantized-{backend}"] = Contender("transformers", _quantized(backend, axis))
+    table["static-compiled"] = Contender(
+        "bf16", lambda config, tokens: transformers.StaticCache(config=config, max_cache_len=tokens), compiled=True
+    )
+    return table
+
+
+def _quantized(backend: str, axis: int) -> Callable[[PreTrainedConfig, int], Any]:
+    options = {"nbits": 4, "axis_key": axis, "axis_value": axis}
+    return lambda config, tokens: transformers.QuantizedCache(backend=backend, config=config, **options)
+
+
+def build(device: torch.device, **changes: int) -> PreTrainedModel:
+    """The model, with random weights made on the device in bf16."""
+    config = transformers.LlamaConfig(**LLAMA_3_8B | changes)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with device:
+            model = transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.set_attn_implementation("sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def affordable_layers(free: int, wanted: int = LLAMA_3_8B["num_hidden_layers"]) -> int:
+    """The most layers (``wanted``, or halved until it fits) whose weights take at most a third of ``free`` bytes."""
+    hidden, wide, dim = LLAMA_3_8B["hidden_size"], LLAMA_3_8B["intermediate_size"], LLAMA_3_8B["head_dim"]
+    heads, kv_heads = LLAMA_3_8B["num_attention_heads"], LLAMA_3_8B["num_key_value_heads"]
+    layer = 3 * hidden * wide + 2 * hidden * heads * dim + 2 * hidden * kv_heads * dim
+    embeddings = 2 * LLAMA_3_8B["vocab_size"] * hidden
+    while wanted > 1 and (wanted * layer + embeddings) * DTYPE.itemsize > free / 3:
+        wanted //= 2
+    return wanted
+
+
+def fill(cache: Any, model: PreTrainedModel, batch: int, tokens: int, device: torch.device) -> None:
+    """Put ``tokens`` random keys and values of every sequence into every layer, one update each, like a prompt."""
+    config = model.config
+    shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+    keys, values = (random_vectors(*shape, device=device) for _ in range(2))
+    for layer in range(config.num_hidden_layers):
+        cache.update(keys, values, layer)
+
+
+def decode(
+    model: PreTrainedModel,
+    contender: Contender,
+    base: Observation,
+    stopwatch: Stopwatch,
+    device: torch.device,
+    steps: int,
+    warm_up: int,
+) -> Observation:
+    """Fill a cache and decode ``steps`` tokens of every sequence.
+
+    Raises:
+        ArithmeticError: the logits are not finite.
+    """
+    stopwatch.reset_peak()
+    cache = contender.make(model.config, base.context + steps + warm_up)
+    fill(cache, model, base.batch, base.context, device)
+    forward: Any = model
+    if contender.compiled:
+        torch.compiler.reset()
+        forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
+    token = torch.randint(model.config.vocab_size, (base.batch, 1), device=device)
+    logits = torch.empty(0)
+
+    def step() -> None:
+        nonlocal token, logits
+        if contender.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        logits = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
+        token = logits[:, -1:].argmax(-1)  # a tensor of its own: a replayed graph writes its outputs again
+
+    with torch.no_grad():
+        for _ in range(warm_up):
+            step()
+        timing, seconds = stopwatch.steps(step, steps)
+        if not logits.isfinite().all():
+            raise ArithmeticError("the logits are not finite")
+    return dataclasses.replace(
+        base,
+        how="compiled" if contender.compiled else "eager",
+        tokens_per_s=base.batch * steps / seconds,
+        peak_bytes=stopwatch.peak(),
+        **clocks(),
+    ).timed(timing)
+
+
+def model_cells(
+    policies: Sequence[str],
+    stopwatch: Stopwatch,
+    device: torch.device,
+    budget: Budget,
+    *,
+    situations: Sequence[tuple[int, int]] = SITUATIONS,
+    steps: int = STEPS,
+    warm_up: int = WARM_UP,
+    **changes: int,
+) -> Iterator[list[Observation]]:
+    """One row for each contender in each situation, contenders that need compilation after all others.
+
+    ``changes`` to the model's config are for smaller machines; the rows say how many layers there were.
+    """
+    changes = {"num_hidden_layers": affordable_layers(stopwatch.free())} | changes
+    sizes = LLAMA_3_8B | changes
+    base = Observation(
+        "model", 0, 0, sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["head_dim"],
+        layers=sizes["num_hidden_layers"], contender="all",
+    )  # fmt: skip
+    model, reason = attempt(lambda: build(device, **changes), stopwatch, max(budget.left(), 1))
+    if model is None:
+        yield [dataclasses.replace(base, status="failed", reason=f"the model could not be built: {reason}")]
+        return
+    base = dataclasses.replace(base, weights_bytes=sum(weight.nbytes for weight in model.parameters()))
+    table = contenders(policies)
+    for compiled in (False, True):
+        for batch, context in situations:
+            for name, contender in table.items():
+                if contender.compiled is not compiled:
+                    continue
+                row = dataclasses.replace(base, batch=batch, context=context, family=contender.family, contender=name)
+                if budget.left() < (_COMPILED if compiled else 5):
+                    reason = "the time of this part was used up; run with more --minutes"
+                    yield [dataclasses.replace(row, status="skipped", reason=reason)]
+                    continue
+
+                def measure(contender: Contender = contender, row: Observation = row) -> Observation:
+                    return decode(model, contender, row, stopwatch, device, steps, warm_up)
+
+                done, reason = attempt(measure, stopwatch, budget.left() if compiled else _CELL)
+                yield [done or dataclasses.replace(row, status="failed", reason=reason)]
