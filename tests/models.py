@@ -1,6 +1,7 @@
 """Tiny random models, one builder per architecture; every builder takes changes to its config."""
 
 from collections.abc import Callable
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -112,3 +113,8 @@ def ragged_prompts(lengths: tuple[int, ...] = (70, 69, 30, 1)) -> dict[str, torc
         ids[row, : max(lengths) - length] = PAD
         mask[row, : max(lengths) - length] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def chapters(minimum: int) -> list[str]:
+    """Chapters of the Python language reference with at least ``minimum`` characters, by name."""
+    return [text for _, text in sorted(topics.items()) if len(text) >= minimum]

@@ -1,37 +1,21 @@
 """The real SmolLM2-135M: what the README promises of `exact` and `int8`, and the bytes of a real context."""
 
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
+from models import chapters
 from transformers import DynamicCache
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.cli.models import load_model
-from kvquant_hf.cli.terminal import CommandError
 
 pytestmark = pytest.mark.model
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Any]:
-    try:
-        loaded = load_model(None, "float32", hidden=True)
-    except CommandError as error:
-        pytest.skip(str(error))
-    return loaded.model, loaded.tokenizer
-
-
-def texts(minimum: int) -> list[str]:
-    """Chapters of the Python language reference with at least ``minimum`` characters, by name."""
-    return [text for _, text in sorted(topics.items()) if len(text) >= minimum]
 
 
 def test_exact_equals_dynamic_cache_on_ragged_prompts(smollm2: tuple[Any, Any]) -> None:
     """Greedy, 256 new tokens, four left-padded prompts of 20 to 333 tokens, float32."""
     model, tokenizer = smollm2
-    rows = [tokenizer(text).input_ids[:n] for text, n in zip(texts(3000), (20, 64, 129, 333), strict=False)]
+    rows = [tokenizer(text).input_ids[:n] for text, n in zip(chapters(3000), (20, 64, 129, 333), strict=False)]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -51,7 +35,7 @@ def test_int8_gives_the_same_first_64_tokens(smollm2: tuple[Any, Any]) -> None:
     Near ties decide: over four prompt lengths (128 to 320 tokens) and twenty chapters each, 67 of 80 agree.
     """
     model, tokenizer = smollm2
-    rows = [tokenizer(text).input_ids for text in texts(0)[:30]]
+    rows = [tokenizer(text).input_ids for text in chapters(0)[:30]]
     ids = torch.tensor([row[:256] for row in rows if len(row) >= 256][:10])
     options = {
         "attention_mask": torch.ones_like(ids),
