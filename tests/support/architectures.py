@@ -36,7 +36,11 @@ _BASE = {
 _NO_HEAD_DIM = {name: value for name, value in _BASE.items() if name != "head_dim"}
 # All experts take part: a router that leaves some out would turn a rounding error into another expert.
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
-_SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+_SLIDING = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Architecture:
         options: arguments of the config, or a function that makes them.
         kind: ``"decoder"``, ``"encoder-decoder"``, ``"speech"`` (an encoder of features) or ``"vision"`` (a decoder
             with an image in its prompt).
+        note: why its attention does not read the pages by default.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Architecture:
     config: str
     options: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = field(repr=False)
     kind: str = "decoder"
+    note: str = ""
 
     @property
     def exists(self) -> bool:
@@ -88,46 +94,52 @@ class Architecture:
         """The argument that carries the decoder's prompt."""
         return "decoder_input_ids" if self.kind in ("encoder-decoder", "speech") else "input_ids"
 
+    @property
+    def mask_name(self) -> str:
+        """The argument that carries the mask of the decoder's prompt."""
+        return self.prompt_name.replace("input_ids", "attention_mask")
+
     def inputs(self, batch: int = 1, ragged: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
         """Arguments of ``generate``: a prompt of 21 random tokens for the decoder, and what an encoder reads.
 
         Args:
             batch: number of sequences; 3 when ragged.
-            ragged: prompts of 21, 13 and 2 tokens, padded on the left (encoders: inputs of 19, 11 and 2 tokens).
+            ragged: prompts of 21, 13 and 2 tokens, padded on the left (encoders read 19, 11 and 2).
             seed: another seed, other tokens.
         """
         generator = torch.Generator().manual_seed(seed)
         batch = len(RAGGED) if ragged else batch
+        lengths = (*RAGGED[:2], 7) if self.kind == "vision" else RAGGED  # the image needs six tokens
         ids = torch.randint(3, IMAGE_TOKEN, (batch, PROMPT), generator=generator)
-        inputs = {self.prompt_name: ids}
+        inputs = {self.prompt_name: ids, self.mask_name: _pad(ids, lengths if ragged else ())}
         if self.prompt_name == "decoder_input_ids":
-            ids[:, 0] = 1  # generate would put it there
-        lengths, read = RAGGED, ids
+            ids[0, 0] = 1  # where no prompt begins with this token, generate puts it there
         if self.kind == "encoder-decoder":
             inputs["input_ids"] = read = torch.randint(3, IMAGE_TOKEN, (batch, ENCODER), generator=generator)
-            lengths = tuple(max(2, length - PROMPT + ENCODER) for length in RAGGED)
+            inputs["attention_mask"] = _pad(read, (ENCODER, 11, 2) if ragged else ())
         elif self.kind == "speech":
             inputs["input_features"] = torch.randn(batch, 8, 2 * ENCODER, generator=generator)
-            return inputs
         elif self.kind == "vision":
             inputs["pixel_values"] = torch.randn(batch, 3, 8, 8, generator=generator)
             ids[:, -6:-2] = IMAGE_TOKEN
-            if ragged:  # a prompt of 2 tokens has no room for an image
-                lengths = (21, 13, 7)
-        inputs["attention_mask"] = mask = torch.ones_like(read)
-        if ragged:
-            for row, length in enumerate(lengths):
-                mask[row, : read.shape[1] - length] = 0
-                read[row, : read.shape[1] - length] = PAD
         return inputs
+
+
+def _pad(ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    """The mask of ``ids``; row i is padded on the left, in place, until it has ``lengths[i]`` tokens of its own."""
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : ids.shape[1] - length] = 0
+        ids[row, : ids.shape[1] - length] = PAD
+    return mask
 
 
 def _decoder(name: str, **changes: Any) -> Architecture:
     """A decoder called ``<name>ForCausalLM`` whose config follows Llama's names."""
     base = _BASE if changes.pop("takes_head_dim", True) else _NO_HEAD_DIM
     config = changes.pop("config", f"{name}Config")
-    title = changes.pop("title", name)
-    return Architecture(title, f"{name}ForCausalLM", config, base | changes)
+    title, note = changes.pop("title", name), changes.pop("note", "")
+    return Architecture(title, f"{name}ForCausalLM", config, base | changes, note=note)
 
 
 def _llava() -> Mapping[str, Any]:
@@ -144,6 +156,9 @@ def _llava() -> Mapping[str, Any]:
     return {"text_config": text, "vision_config": vision, "image_token_index": IMAGE_TOKEN} | _TOKENS
 
 
+_EAGER = "transformers picks eager, because its sdpa has no {}"
+_OWN = "its attention is its own and calls no attention function that could be replaced"
+_EXPANDED = "what is cached are latents, which the model expands to keys and values before attention"
 _SMALL = {"vocab_size": VOCAB, "initializer_range": INIT_RANGE, "tie_word_embeddings": False} | _TOKENS
 _GEMMA = {"query_pre_attn_scalar": 16}
 _LATENT = {
@@ -200,13 +215,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         _decoder("Mistral", title="Mistral, every layer with a window", sliding_window=WINDOW),
         _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=4, sliding_window=None),
         _decoder("Phi3", takes_head_dim=False),
-        _decoder("Gemma2", attn_logit_softcapping=5.0, **_SLIDING, **_GEMMA),
+        _decoder("Gemma2", note=_EAGER.format("softcap"), attn_logit_softcapping=5.0, **_SLIDING, **_GEMMA),
         _decoder("Gemma3", title="Gemma3, text", config="Gemma3TextConfig", **_SLIDING, **_GEMMA),
         _decoder("Gemma4", title="Gemma4, text", config="Gemma4TextConfig", **_SHARED),
-        _decoder("GptOss", title="gpt-oss", num_local_experts=4, num_experts_per_tok=4, **_SLIDING),
+        _decoder(
+            "GptOss",
+            title="gpt-oss",
+            note=_EAGER.format("sinks"),
+            num_local_experts=4,
+            num_experts_per_tok=4,
+            **_SLIDING,
+        ),
         _decoder("Cohere2", takes_head_dim=False, logit_scale=1.0, **_SLIDING),
         _decoder("Olmo2", title="OLMo2", takes_head_dim=False),
-        _decoder("Granite", takes_head_dim=False, attention_multiplier=0.25),
+        _decoder("Granite", takes_head_dim=False, attention_multiplier=0.25, residual_multiplier=0.7),
         Architecture(
             "GPT-2",
             "GPT2LMHeadModel",
@@ -215,11 +237,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         _decoder("GPTNeoX", title="GPT-NeoX", takes_head_dim=False),
         _decoder("OPT", takes_head_dim=False, ffn_dim=64, word_embed_proj_dim=64, init_std=INIT_RANGE),
-        _decoder("Falcon", takes_head_dim=False),
+        _decoder("Falcon", takes_head_dim=False, note=_OWN),
         Architecture(
-            "BLOOM", "BloomForCausalLM", "BloomConfig", _SMALL | {"hidden_size": 64, "n_layer": 2, "n_head": 4}
+            "BLOOM",
+            "BloomForCausalLM",
+            "BloomConfig",
+            _SMALL | {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+            note=_OWN,
         ),
-        _decoder("DeepseekV3", title="DeepSeek-V3", takes_head_dim=False, **_LATENT),
+        _decoder("DeepseekV3", title="DeepSeek-V3", note=_EXPANDED, takes_head_dim=False, **_LATENT),
         _decoder("Qwen3Next", title="Qwen3-Next", **_EXPERTS, **_HYBRID),
         Architecture(
             "T5",

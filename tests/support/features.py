@@ -10,17 +10,24 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from support.architectures import ARCHITECTURES, IMAGE_TOKEN, Architecture
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.report import KVQuantFallbackWarning
-
-from support.architectures import ARCHITECTURES, Architecture
 
 PAGE = 8
 NEW = 14  # tokens per call: prompts of 21 seal two pages, these seal two more
@@ -31,14 +38,18 @@ class NotAvailableError(Exception):
     """The package has no such feature (yet)."""
 
 
-@lru_cache(maxsize=None)
+class NotDefinedError(Exception):
+    """The feature means nothing for this architecture."""
+
+
+@cache
 def model_of(name: str, assistant: bool = False) -> PreTrainedModel:
     """The tiny model of an architecture; ``assistant``: nearly the same, so that it is right now and then."""
     model = ARCHITECTURES[name].build()
     if assistant:
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
-            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
         model.generation_config.num_assistant_tokens = 3
         model.generation_config.num_assistant_tokens_schedule = "constant"
     return model
@@ -72,7 +83,7 @@ class Runner:
     Args:
         architecture: whose model.
         policy: of the paged cache; None for transformers' own.
-        implementation: attention implementation to set; None leaves the model's default.
+        implementation: attention implementation; default: the one that transformers picks for the model.
     """
 
     architecture: Architecture
@@ -81,8 +92,9 @@ class Runner:
     caches: list[QuantizedPagedCache] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.model = model_of(self.architecture.name)
-        if self.implementation is not None:
+        self.model, default = model_of(self.architecture.name), model_of(self.architecture.name, assistant=True)
+        self.implementation = self.implementation or default.config._attn_implementation
+        if self.implementation != self.model.config._attn_implementation:
             self.model.set_attn_implementation(self.implementation)
 
     def cache(self) -> Cache:
@@ -114,9 +126,7 @@ class Runner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KVQuantFallbackWarning)
             # Not `model.generate`: Whisper's own cuts its output to pieces; see `greedy`.
-            output = GenerationMixin.generate(
-                self.model, **inputs, past_key_values=cache, **options, **RETURN
-            )
+            output = GenerationMixin.generate(self.model, **inputs, past_key_values=cache, **options, **RETURN)
         beams = options.get("num_beams", 1) > 1
         return Turn(
             output.sequences,
@@ -139,9 +149,7 @@ class Runner:
         generator = torch.Generator().manual_seed(seed)
         more = torch.randint(3, 90, (turn.sequences.shape[0], 5), generator=generator)
         ids = torch.cat([turn.sequences, more], 1)
-        inputs = turn.inputs | {name: ids}
-        if name == "input_ids":
-            inputs["attention_mask"] = torch.ones_like(ids)
+        inputs = turn.inputs | {name: ids, self.architecture.mask_name: torch.ones_like(ids)}
         # An image is in the cache already.
         second = self.generate({k: v for k, v in inputs.items() if k != "pixel_values"}, cache)
         second.inputs = inputs
@@ -181,10 +189,13 @@ def sampling(run: Runner) -> list[Turn]:
 
 
 def prompt_lookup(run: Runner) -> list[Turn]:
-    inputs = run.architecture.inputs()
-    name = run.architecture.prompt_name
-    if run.architecture.kind != "vision":  # whose prompt has its image tokens at one place
-        inputs[name] = inputs[name][:, :7].repeat(1, 3)
+    """The prompt has every token once, so that whatever comes next is found in it."""
+    row = run.architecture
+    inputs = row.inputs()
+    name = row.prompt_name
+    every = 3 + torch.randperm(IMAGE_TOKEN - 3, generator=torch.Generator().manual_seed(2)).unsqueeze(0)
+    inputs[name] = torch.cat([inputs[name][:, :1], every, inputs[name][:, -6:]], 1)
+    inputs[row.mask_name] = torch.ones_like(inputs[name])
     return [run.generate(inputs, prompt_lookup_num_tokens=3)]
 
 
@@ -258,7 +269,7 @@ FEATURES: dict[str, Feature] = {
         Feature("left-padded", padded, "prompts of 21, 13 and 2 tokens in one batch"),
         Feature("beams", beams, "`num_beams=3`, two sequences back"),
         Feature("sampling", sampling, "`do_sample`, `num_return_sequences=2`, left-padded"),
-        Feature("prompt lookup", prompt_lookup, "`prompt_lookup_num_tokens=3`, a prompt that repeats itself"),
+        Feature("prompt lookup", prompt_lookup, "`prompt_lookup_num_tokens=3`, a prompt that has every token"),
         Feature("assisted", assisted, "`assistant_model`: the same model with noise on its weights"),
         Feature("chunked prefill", chunked, "`prefill_chunk_size=6`"),
         Feature("multi-turn", multi_turn, "a second `generate` with the same cache and a longer prompt"),
