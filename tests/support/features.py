@@ -244,12 +244,11 @@ def compiled(run: Runner) -> list[Turn]:
     inputs = run.architecture.inputs()
     if run.policy is None:
         return [run.generate(inputs)]
-    forward = run.model.forward
-    run.model.forward = torch.compile(forward, backend="aot_eager")
+    run.model.forward = torch.compile(run.model.forward, backend="aot_eager")
     try:
         return [run.generate(inputs)]
     finally:
-        run.model.forward = forward
+        del run.model.forward  # the class has the original
         torch.compiler.reset()
 
 
