@@ -239,14 +239,14 @@ def save_and_load(run: Runner) -> list[Turn]:
 
 
 def compiled(run: Runner) -> list[Turn]:
-    if run.policy is not None and not getattr(run.cache(), "is_compileable", False):
-        raise NotAvailableError("the cache says is_compileable = False")
-    inputs = run.architecture.inputs()
+    inputs, cache = run.architecture.inputs(), run.cache()
     if run.policy is None:
-        return [run.generate(inputs)]
-    run.model.forward = torch.compile(run.model.forward, backend="aot_eager")
+        return [run.generate(inputs, cache)]
+    if not cache.is_compileable:
+        raise NotAvailableError("the cache says is_compileable = False")
+    run.model.forward = torch.compile(run.model.forward, backend="eager")
     try:
-        return [run.generate(inputs)]
+        return [run.generate(inputs, cache)]
     finally:
         del run.model.forward  # the class has the original
         torch.compiler.reset()
