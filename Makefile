@@ -21,7 +21,7 @@ READY_MIN := .venv-min/.ready
 test test-min: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-all lint format docs bench-gpu tune wheel clean
+.PHONY: help demo test test-min test-all lint format docs docs-support bench-gpu tune wheel clean
 
 help:  ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,8 +48,11 @@ format: $(READY)  ## sort imports, apply safe fixes, format
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 
-docs: $(READY)  ## compile every kernel for every GPU and rewrite the tables of docs/kernels.md
+docs: $(READY) docs-support  ## docs-support, and compile every kernel for every GPU: the tables of docs/kernels.md
 	.venv/bin/python benchmarks/kernel_docs.py
+
+docs-support: $(READY) $(READY_MIN)  ## run every architecture with both versions of transformers: docs/support.md
+	.venv/bin/python benchmarks/support_docs.py .venv/bin/python .venv-min/bin/python
 
 bench-gpu tune: $(if $(filter .venv/bin/python,$(BENCH_PYTHON)),$(READY))
 

@@ -1,0 +1,256 @@
+"""One cell of docs/support.md: run a feature on an architecture with every cache, and judge what comes out.
+
+``exact`` against ``DynamicCache``: the same tokens.  Random models have close runners-up, so equal tokens are more than
+luck only where rounding cannot decide: logits in float32 may differ by 1e-4 of the largest, and the closest runner-up
+of any step must be further off than twice the largest difference seen.
+
+``int8`` against ``DynamicCache``: tokens may differ, so the measure is teacher-forced.  The exact model is led along
+what ``int8`` generated, and the mean over its steps of KL(exact || int8), the Kullback-Leibler divergence of the
+next-token distributions, must stay below ``MAX_KL``.  Logits that are off by a noise of standard deviation s make a
+divergence of about s^2 / 2: the bound allows 0.045, where the logits of these models spread by 1.6, and int8 makes
+at most a quarter of it.  Losing one of the pages costs 25 times the bound and more (``LossyCache``).  For beams, the
+mean log-probability per token of each returned sequence must be the exact model's within that same noise.  And what is
+held must be smaller than its tokens in float32, with pages sealed.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from support.architectures import ARCHITECTURES
+from support.features import FEATURES, PAGE, NotAvailableError, NotDefinedError, Runner, Turn, greedy, model_of
+from transformers import Cache, DynamicCache
+
+from kvquant_hf.errors import KVQuantError
+from kvquant_hf.layer import PagedLayer
+from kvquant_hf.report import CacheReport
+
+PAGES, FALLBACK, NONE, REFUSED, PENDING, WRONG = "✓", "fallback", "–", "refused", "pending", "✗"
+STATUSES = {
+    PAGES: "right, and attention reads the pages",
+    FALLBACK: "right, and attention reads the cache multiplied out",
+    NONE: "transformers does not do it either",
+    REFUSED: "refused with an error that says so",
+    PENDING: "not in this version of kvquant-hf",
+    WRONG: "wrong",
+}
+
+RELATIVE_ROUNDING = 1e-4
+MAX_KL = 1e-3
+MAX_SCORE = (2 * MAX_KL) ** 0.5
+LAYERS, ATTENTION = "layers", "attention"
+COLUMNS = [LAYERS, ATTENTION, *FEATURES]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell says.
+
+    Args:
+        text: one of ``STATUSES``, or the text of the columns on layers and attention.
+        reason: where the text needs one.
+        detail: numbers for who looks into it; no part of the table.
+    """
+
+    text: str
+    reason: str = ""
+    detail: str = ""
+
+
+class Mismatch(AssertionError):  # noqa: N818  # a finding, not an error of the program
+    """Two caches disagree; the first argument is for the table, the second for who looks into it."""
+
+
+def kl(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL(exact || other) in nats of logits ``[steps, batch, vocabulary]``."""
+    p, q = exact.double().log_softmax(-1), other.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def check_exact(expected: list[Turn], got: list[Turn]) -> None:
+    """Raise ``Mismatch`` unless both are equal, and not by luck."""
+    for theirs, ours in zip(expected, got, strict=True):
+        if theirs.sequences.shape != ours.sequences.shape or not torch.equal(theirs.sequences, ours.sequences):
+            raise Mismatch("exact: other tokens than DynamicCache", f"{theirs.sequences}\n{ours.sequences}")
+        if theirs.logits is not None and ours.logits is not None:
+            rounding = (theirs.logits - ours.logits).abs().max()
+            bound = RELATIVE_ROUNDING * theirs.logits.abs().max()
+            margin = -theirs.logits.topk(2, -1).values.diff().max()
+        elif theirs.scores is not None and ours.scores is not None:
+            rounding = (theirs.scores - ours.scores).abs().max()
+            bound = RELATIVE_ROUNDING * theirs.scores.abs().max()
+            margin = theirs.scores.view(-1, 2).diff().abs().min()  # two sequences per prompt come back
+        else:
+            continue
+        if not rounding <= bound:
+            raise Mismatch("exact: other logits than DynamicCache", f"by {rounding:.2e}, allowed {bound:.2e}")
+        if not margin > 2 * rounding:
+            raise Mismatch("exact: a tie decides", f"margin {margin:.2e}, rounding {rounding:.2e}")
+
+
+def distance(exact: Runner, turns: list[Turn]) -> float:
+    """How far the turns are from the exact model led along them, as a share of what is allowed."""
+    found = [0.0]
+    for turn in turns:
+        if turn.logits is not None:
+            led = exact.lead(turn)
+            found.append(kl(led[-turn.logits.shape[0] :], turn.logits) / MAX_KL)
+        elif turn.scores is not None:
+            led = exact.lead(turn)
+            new = turn.sequences[:, -led.shape[0] :].T.unsqueeze(-1)
+            scores = led.log_softmax(-1).gather(-1, new).squeeze(-1).mean(0)
+            found.append((scores - turn.scores).abs().max().item() / MAX_SCORE)
+    return max(found)
+
+
+def check_small(reports: list[CacheReport]) -> None:
+    """Raise ``Mismatch`` unless pages are sealed and everything held is smaller than the tokens in float32."""
+    for report in reports:
+        if not (report.packed_bytes > 0 and report.bytes < report.dense_bytes):
+            raise Mismatch("int8: not smaller than DynamicCache", f"{report.bytes} of {report.dense_bytes} bytes")
+
+
+def reports(run: Runner) -> list[CacheReport]:
+    """What the caches of a run say, copies of them included."""
+    return [cache.report() for cache in run.caches]
+
+
+def path(found: list[CacheReport]) -> tuple[str, str]:
+    """``PAGES`` or ``FALLBACK``, and the reasons of the latter."""
+    reasons = sorted({reason for report in found for reason in report.fallback_reasons})
+    if not reasons and not any(report.paged_calls for report in found):
+        raise Mismatch("attention never read the cache")
+    return (FALLBACK, "; ".join(reasons)) if reasons else (PAGES, "")
+
+
+def one_line(error: BaseException) -> str:
+    """``Type: message`` for a footnote, without what is printed of modules in between."""
+    message = " ".join(re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).split())
+    return f"{type(error).__name__}: {message}"[:300]
+
+
+def judge(check: Callable[[], Outcome]) -> Outcome:
+    """The outcome of ``check``, which runs our cache."""
+    try:
+        return check()
+    except NotAvailableError as error:
+        return Outcome(PENDING, str(error))
+    except KVQuantError as error:
+        return Outcome(REFUSED, one_line(error))
+    except Mismatch as error:
+        return Outcome(WRONG, *map(str, error.args))
+    except Exception as error:
+        return Outcome(WRONG, one_line(error))
+
+
+@cache
+def implementation(name: str) -> tuple[str | None, str]:
+    """The attention implementation to run an architecture with, and why the default falls back, if it does.
+
+    The default (None), unless that reads the cache multiplied out and "kvquant" reads the pages.
+    """
+    row = ARCHITECTURES[name]
+    default = Runner(row, "exact")
+    greedy(default)
+    status, reason = path(reports(default))
+    if status == PAGES:
+        return None, ""
+    ours = Runner(row, "exact", "kvquant")
+    greedy(ours)
+    return ("kvquant" if path(reports(ours))[0] == PAGES else None), f"{default.implementation}: {reason}"
+
+
+@cache
+def evaluate(name: str, column: str) -> Outcome:
+    """The cell of an architecture and a column, with the installed transformers."""
+    row = ARCHITECTURES[name]
+    if not row.exists:
+        return Outcome(NONE, "this version of transformers does not have the architecture")
+    if column == LAYERS:
+        return judge(lambda: layers(name))
+    if column == ATTENTION:
+        return judge(lambda: attention(name))
+    run, reference = FEATURES[column].run, Runner(row, None)
+    try:
+        expected = run(reference)
+    except NotAvailableError as error:
+        return Outcome(PENDING, str(error))
+    except NotDefinedError as error:
+        return Outcome(NONE, str(error))
+    except Exception as error:
+        return Outcome(NONE, f"transformers with DynamicCache: {one_line(error)}")
+    if distance(reference, expected) > 0.01:  # it would be about 1e-9; int8 could not be told from it
+        return Outcome(NONE, "transformers with DynamicCache: not what one call from the start gives")
+
+    def check() -> Outcome:
+        setting = implementation(name)[0]
+        exact, int8 = Runner(row, "exact", setting), Runner(row, "int8", setting)
+        check_exact(expected, run(exact))
+        turns = run(int8)
+        check_small(reports(int8))
+        share = distance(Runner(row, None), turns)
+        if not 0 < share <= 1:
+            raise Mismatch("int8: too far from DynamicCache", f"{share:.2f} times what is allowed")
+        return Outcome(path(reports(exact))[0], detail=f"int8 takes {share:.3f} of what is allowed")
+
+    return judge(check)
+
+
+def layers(name: str) -> Outcome:
+    """The kinds of layers: paged, and transformers' own by class."""
+    run = Runner(ARCHITECTURES[name], "exact")
+    run.cache()
+    (report,) = reports(run)
+    others = (f"{count} {kind}" for kind, count in report.other_layers.items())
+    return Outcome(", ".join([f"{report.paged_layers} paged", *others]))
+
+
+def attention(name: str) -> Outcome:
+    """How attention reads the paged layers by default, and whether "kvquant" has to be asked for."""
+    setting, reason = implementation(name)
+    if not reason:
+        return Outcome("pages")
+    note = ARCHITECTURES[name].note
+    return Outcome('pages with "kvquant"' if setting else "multiplied out", f"{note} ({reason})" if note else reason)
+
+
+# -- what a lost page would do -----------------------------------------------------------------------------------------
+
+
+class LossyCache(DynamicCache):
+    """Reads zeros for the second page of every layer that is paged in ours."""
+
+    paged: tuple[int, ...] = ()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        read = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self.paged:
+            read = read[0].clone(), read[1].clone()
+            for x in read:
+                x[:, :, PAGE : 2 * PAGE] = 0
+        return read
+
+
+class LossyRunner(Runner):
+    """Runs features on a ``LossyCache``."""
+
+    def cache(self) -> Cache:
+        ours = Runner(self.architecture, "exact").cache()
+        own = getattr(ours, "self_attention_cache", ours)
+        lossy = LossyCache(config=model_of(self.architecture.name).config)
+        lossy.paged = tuple(i for i, layer in enumerate(own.layers) if isinstance(layer, PagedLayer))
+        if own is ours:
+            return lossy
+        ours.self_attention_cache = lossy
+        return ours
+
+
+def cost_of_a_lost_page(name: str) -> float:
+    """The distance between the exact model and one that has lost a page, as a share of what is allowed."""
+    row = ARCHITECTURES[name]
+    return distance(LossyRunner(row, None), greedy(Runner(row, None))[:1])

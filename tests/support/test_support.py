@@ -1,0 +1,108 @@
+"""docs/support.md against the installed transformers, cell by cell."""
+
+import re
+
+import pytest
+import torch
+from support.architectures import ARCHITECTURES
+from support.features import FEATURES, Runner, Turn, model_of
+from support.outcomes import (
+    COLUMNS,
+    FALLBACK,
+    NONE,
+    PAGES,
+    REFUSED,
+    STATUSES,
+    Mismatch,
+    check_exact,
+    cost_of_a_lost_page,
+    evaluate,
+)
+from support.table import DOCUMENT, HERE, document, parse, render
+
+TEXT = DOCUMENT.read_text(encoding="utf-8")
+MEASURED = re.search(r"transformers ([\d.]+) and ([\d.]+)\.", TEXT).groups()
+STATED = parse(TEXT[TEXT.index("| architecture |") :].partition("\n## ")[0], HERE)
+
+
+@pytest.mark.skipif(HERE not in MEASURED, reason=f"docs/support.md speaks of transformers {', '.join(MEASURED)}")
+@pytest.mark.filterwarnings("ignore")  # of two dozen models of transformers'
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_cell(name: str, column: str) -> None:
+    found = evaluate(name, column)
+    stated = STATED.get(name, {}).get(column)
+    assert (found.text, found.reason.replace("|", "/")) == stated, (
+        f"docs/support.md says {stated} of {column} on {name}, transformers {HERE} gives ({found.text!r}, "
+        f"{found.reason!r}) {found.detail}: regenerate it with `make docs-support` if that is meant to be"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.exists])
+def test_a_lost_page_would_show(name: str) -> None:
+    """The bound on int8 means something: reading zeros for one page of 8 tokens is ten times beyond it."""
+    if evaluate(name, "greedy").text == REFUSED:
+        pytest.skip("refused, nothing is paged")
+    assert cost_of_a_lost_page(name) > 10
+
+
+def test_a_luckily_right_token_is_refused() -> None:
+    """Equal tokens are not enough: neither with other logits nor with a runner-up within rounding."""
+    ids = torch.tensor([[3, 4]])
+    logits = torch.tensor([[[1.0, 0.0, 5.0]]])
+    good = [Turn(ids, logits, None, {})]
+    check_exact(good, [Turn(ids, logits + 1e-5, None, {})])
+    with pytest.raises(Mismatch, match="tokens"):
+        check_exact(good, [Turn(ids + 1, logits, None, {})])
+    with pytest.raises(Mismatch, match="logits"):
+        check_exact(good, [Turn(ids, logits + 1e-2, None, {})])
+    close = torch.tensor([[[1.0, 4.9999, 5.0]]])
+    with pytest.raises(Mismatch, match="tie"):
+        check_exact([Turn(ids, close, None, {})], [Turn(ids, close + 1e-4, None, {})])
+
+
+def test_every_row_and_column_is_there() -> None:
+    assert list(STATED) == list(ARCHITECTURES) and len(STATED) >= 24
+    assert all(list(row) == COLUMNS for row in STATED.values())
+    texts = {row[column][0] for row in STATED.values() for column in FEATURES}
+    assert {PAGES, FALLBACK} <= texts <= set(STATUSES)
+    for row in STATED.values():
+        for column in FEATURES:
+            text, reason = row[column]
+            assert bool(reason) == (text not in (PAGES, FALLBACK)), "a reason for everything that is not simply right"
+
+
+def test_windows_are_shorter_than_prompts_and_pages_are_sealed() -> None:
+    """What the cells promise to cover, from the caches themselves."""
+    run = Runner(ARCHITECTURES["Gemma3, text"], "int8")
+    FEATURES["greedy"].run(run)
+    (cache,) = run.caches
+    windows = {layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")}
+    assert windows and max(windows) < run.architecture.inputs()["input_ids"].shape[1]
+    assert all(store.sealed_pages >= 4 for store in cache.stores)
+
+
+def test_the_assistant_is_right_now_and_then() -> None:
+    """Otherwise nothing, or everything, would be cropped."""
+    calls: list[int] = []
+    run = Runner(ARCHITECTURES["Llama"], "exact")
+    handle = model_of("Llama").register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        (turn,) = FEATURES["assisted"].run(run)
+    finally:
+        handle.remove()
+    assert 4 < len(calls) < turn.logits.shape[0]
+
+
+def test_versions_that_differ_share_a_table() -> None:
+    """What is rendered is read back, version by version."""
+
+    def cells(texts: dict[str, tuple[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:
+        return {"Llama": {column: texts.get(column, (PAGES, "")) for column in COLUMNS}}
+
+    old = cells({"layers": ("2 paged, 2 Other", ""), "greedy": (NONE, "Error: a, b; c"), "fork": (REFUSED, "so")})
+    new = cells({"layers": ("4 paged", ""), "greedy": (FALLBACK, ""), "fork": (REFUSED, "so")})
+    text = render({"5.17": old, "5.23": new})
+    assert parse(text, "5.17") == old and parse(text, "5.23") == new
+    assert "5.17: –[^1]; 5.23: fallback" in text and text.count("refused[^2]") == 1
+    assert text in document({"5.17": old, "5.23": new})
