@@ -1,6 +1,7 @@
 """``QuantizedPagedCache``: what users construct and ``generate`` fills."""
 
 import copy
+import os
 import weakref
 from collections import Counter
 from typing import Any, Literal
@@ -8,10 +9,11 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from .errors import InterruptedForwardError, UnknownPolicyError, WrongModelError
+from .errors import InterruptedForwardError, SavedCacheError, UnknownPolicyError, WrongModelError
 from .layer import PagedLayer, StepGuard
-from .policy import PolicyLike, parse_policy
+from .policy import KVPolicy, PolicyLike, parse_policy
 from .report import CacheReport, CallLog
+from .saving import load_cache, save_cache
 from .store import PagedStore
 from .transformers_api import QuantizedPagedLayer, build_layers, fingerprint
 from .triton_kernels.ops import IMPLEMENTATIONS, Implementation
@@ -146,6 +148,57 @@ class QuantizedPagedCache(DynamicCache):
         for layer in self.paged_layers:
             layer.drop(layer.length - level)
         return level
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a safetensors file: the packed pages in use, each once, and the open pages.
+
+        A file that is there is replaced, once the new one is complete.  The half of an ``EncoderDecoderCache`` that is
+        quantized is saved with ``cache.self_attention_cache.save(path)``.
+
+        Raises:
+            InterruptedForwardError: the last forward pass did not finish.
+            SavedCacheError: a layer of transformers' own holds what cannot be saved, or writing failed.
+            FileNotFoundError: no such folder.
+        """
+        save_cache(self, path, self._fingerprint)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        *,
+        device: str | torch.device = "cpu",
+        impl: Implementation = "auto",
+    ) -> "QuantizedPagedCache":
+        """Read a cache that :meth:`save` wrote; no page is quantized again, and generation goes on as it would have.
+
+        Args:
+            path: the file.
+            config: the config of the model that filled the cache.  Its shape is compared; that the weights are the same
+                is for the caller to know.
+            device: where the cache is to live: the model's device.
+            impl: what is to work on the pages; the file does not say.
+
+        Raises:
+            WrongModelError: the cache was filled by a model with another config.
+            SavedCacheError: not a saved cache, truncated or changed, written by a version that stores pages in another
+                way, or (called on ``Int4PagedCache`` and its like) of another policy.
+            FileNotFoundError: no such file.
+        """
+
+        def make(policy: KVPolicy, options: dict[str, Any]) -> QuantizedPagedCache:
+            if cls is QuantizedPagedCache:
+                return QuantizedPagedCache(config, policy, impl=impl, **options)
+            cache = cls(config, impl=impl, **options)
+            if (cache.policy.keys, cache.policy.values) != (policy.keys, policy.values):
+                raise SavedCacheError(
+                    f"{path} has policy {policy.name!r} and {cls.__name__} is {cache.policy.name!r}; use "
+                    "QuantizedPagedCache.load."
+                )
+            return cache
+
+        return load_cache(make, path, fingerprint(config), torch.device(device))
 
     def report(self) -> CacheReport:
         """What the cache holds, in bytes measured on its tensors, and what ran on it."""

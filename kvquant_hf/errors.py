@@ -29,6 +29,10 @@ class WrongModelError(CacheMismatchError):
     """The cache was filled by another model."""
 
 
+class SavedCacheError(KVQuantError, ValueError):
+    """A file is no saved cache that this version can load, or a cache holds what a file cannot."""
+
+
 class InterruptedForwardError(KVQuantError, RuntimeError):
     """The last forward pass stopped half way, so the layers hold different numbers of tokens."""
 

@@ -9,7 +9,7 @@ it: the most recent 1 to ``page_size`` tokens are always exact, taking back the 
 one page attends to exactly what the same tokens attend to one by one.  A sealed page is never written again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class PagedStore:
         UnsupportedModelError: a head_dim that a codec cannot store.
         ImplementationError: ``impl`` cannot run on such pages.
     """
+
+    SAVED: tuple[str, ...] = ("reopened_pages",)  # integer attributes that a saved store keeps
 
     def __init__(
         self,
@@ -289,6 +291,19 @@ class PagedStore:
         if self._blank not in table:
             self._blank = -1
         self.pool.release(dropped)
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], integers: Mapping[str, int]) -> None:
+        """Hold what ``layer_state.snapshot`` took from another store; this one is new, and nothing is checked."""
+        table, count = tensors["table"].numpy().copy(), tensors["keys.open"].shape[2]
+        pages = self.pool.allocate(int(table.max(initial=-1)) + 1)
+        for name, side in zip(("keys", "values"), self._sides(self._tail), strict=True):
+            for plane, rows in zip(side.codec.planes(side.head_dim), side.planes, strict=True):
+                rows.copy_(tensors[f"{name}.{plane.name}"])
+            side.tail[:, :, :count] = tensors[f"{name}.open"]
+        self.pool.retain(table)
+        self.pool.release(pages)
+        self._table, self._device_table, self._lengths, self.tail_length = table, None, None, count
+        vars(self).update(integers)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "PagedStore":
         return self.fork()

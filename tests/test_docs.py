@@ -18,10 +18,11 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 class Tokenizer:
-    """Answers the README's one call; the ids are in the tiny model's vocabulary."""
+    """Answers the README's calls: 77 tokens, and one more for each letter that its longer text adds."""
 
     def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.arange(3, 80).unsqueeze(0), "attention_mask": torch.ones(1, 77, dtype=torch.long)}
+        ids = torch.arange(3, 80 + len(text.removeprefix("The KV cache is"))).unsqueeze(0)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def test_policy_table_is_what_the_command_prints() -> None:
@@ -29,19 +30,21 @@ def test_policy_table_is_what_the_command_prints() -> None:
     assert table in README, f"the README's table is out of date; it should be\n{table}"
 
 
-def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """In the order of the README and in one namespace, with a tiny random model instead of the hub's."""
     import kvquant_hf
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Tokenizer())
+    monkeypatch.chdir(tmp_path)  # they save a file
     namespace: dict[str, Any] = {}
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
     try:
         for snippet in SNIPPETS:
             exec(snippet, namespace)
     finally:
         kvquant_hf.enable()  # the last line of the README's tour disables it
+    assert namespace["cache"].get_seq_length() == 77 + len(" a kind of") + 99  # the one that was loaded
     assert re.search(r"policy +int4, pages of 64 tokens\ntokens +176 x batch 1", capsys.readouterr().out)
 
 

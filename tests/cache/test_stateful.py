@@ -1,0 +1,200 @@
+"""Random lives of caches and their forks against a dense model of them; every page accounted for after every step.
+
+What is expected of a token: itself as long as its page is open, and what the codecs make of its whole page afterwards.
+A crop into a sealed page takes the decoded tokens for the new truth.  About 2,000 steps usually; the test marked
+``full`` makes 100,000.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from models import tiny_llama
+from stores import live_pages
+
+from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.policy import POLICIES
+from kvquant_hf.triton_kernels.codecs import CODECS, Codec
+
+PAGE, HEADS, DIM, LAYERS = 8, 2, 32, 2
+CONFIG = tiny_llama(num_hidden_layers=LAYERS).config
+Dense = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [batch, heads, tokens, head_dim]
+
+
+def through(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """Tokens ``[batch, heads, tokens, head_dim]`` as a store gives them back: all but the open page encoded."""
+    sealed = max(0, x.shape[2] - 1) // PAGE * PAGE
+    pages = x[:, :, :sealed].unflatten(2, (-1, PAGE)) if sealed else x[:, :, :0]
+    return torch.cat([codec.decode(codec.encode(pages)).flatten(2, 3) if sealed else pages, x[:, :, sealed:]], 2)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Up to four caches that share their pools, each beside a dense model of what it holds."""
+
+    policies = ("exact", "int8", "turboquant")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.caches: list[tuple[QuantizedPagedCache, Dense]] = []
+        self.seed = 0
+        self.folder = tempfile.TemporaryDirectory()
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    def fresh(self, batch: int, tokens: int) -> torch.Tensor:
+        self.seed += 1
+        return torch.randn(batch, HEADS, tokens, DIM, generator=torch.Generator().manual_seed(self.seed))
+
+    @initialize(data=st.data(), batch=st.integers(1, 3))
+    def start(self, data: st.DataObject, batch: int) -> None:
+        self.policy = data.draw(st.sampled_from(self.policies))
+        self.codecs = CODECS[POLICIES[self.policy].keys], CODECS[POLICIES[self.policy].values]
+        self.caches = [(QuantizedPagedCache(CONFIG, self.policy, page_size=PAGE), self.empty(batch))]
+        self.append_to(0, 1)
+
+    def empty(self, batch: int) -> Dense:
+        return [(self.fresh(batch, 0), self.fresh(batch, 0)) for _ in range(LAYERS)]
+
+    def draw(self, data: st.DataObject) -> tuple[int, QuantizedPagedCache, Dense]:
+        i = data.draw(st.integers(0, len(self.caches) - 1), label="cache")
+        return i, *self.caches[i]
+
+    def replace(self, i: int, dense: Dense) -> None:
+        self.caches[i] = (self.caches[i][0], dense)
+
+    def append_to(self, i: int, tokens: int) -> None:
+        cache, dense = self.caches[i]
+        grown = []
+        for layer, held in enumerate(dense):
+            new = [self.fresh(x.shape[0], tokens) for x in held]
+            cache.update(*new, layer)
+            grown.append(tuple(torch.cat(pair, 2) for pair in zip(held, new, strict=True)))
+        self.replace(i, grown)
+
+    def take(self, i: int, rows: torch.Tensor) -> None:
+        self.replace(i, [(keys[rows], values[rows]) for keys, values in self.caches[i][1]])
+
+    @rule(data=st.data(), tokens=st.sampled_from([1, 1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 2]))
+    def append(self, data: st.DataObject, tokens: int) -> None:
+        self.append_to(self.draw(data)[0], tokens)
+
+    @rule(data=st.data(), count=st.integers(1, 3 * PAGE))
+    def crop(self, data: st.DataObject, count: int) -> None:
+        i, cache, dense = self.draw(data)
+        held = dense[0][0].shape[2]
+        kept = max(0, held - count)
+        # Whoever crops beyond the open page finds the last page decoded.
+        reopened = held > 0 and kept % PAGE > 0 and kept <= (held - 1) // PAGE * PAGE
+        first = kept // PAGE * PAGE if reopened else kept
+        cache.crop(-count)
+        cut = []
+        for pair in dense:
+            known = [through(codec, x) if reopened else x for codec, x in zip(self.codecs, pair, strict=True)]
+            parts = zip(pair, known, strict=True)
+            cut.append(tuple(torch.cat([x[:, :, :first], y[:, :, first:kept]], 2) for x, y in parts))
+        self.replace(i, cut)
+
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        i, cache, dense = self.draw(data)
+        rows = torch.tensor(data.draw(st.permutations(range(dense[0][0].shape[0])), label="rows"))
+        cache.reorder_cache(rows)
+        self.take(i, rows)
+
+    @rule(data=st.data())
+    def select(self, data: st.DataObject) -> None:
+        i, cache, dense = self.draw(data)
+        batch = dense[0][0].shape[0]
+        rows = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3), label="rows"))
+        cache.batch_select_indices(rows)
+        self.take(i, rows)
+
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        i, cache, dense = self.draw(data)
+        if dense[0][0].shape[0] <= 3:
+            cache.batch_repeat_interleave(2)
+            self.take(i, torch.arange(dense[0][0].shape[0]).repeat_interleave(2))
+
+    @precondition(lambda self: len(self.caches) < 4)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        _, cache, dense = self.draw(data)
+        self.caches.append((copy.deepcopy(cache), dense))
+
+    @precondition(lambda self: len(self.caches) > 1)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        self.caches.pop(data.draw(st.integers(0, len(self.caches) - 1), label="forgotten"))
+
+    @rule(data=st.data(), batch=st.integers(1, 3))
+    def reset(self, data: st.DataObject, batch: int) -> None:
+        i, cache, _ = self.draw(data)
+        cache.reset()
+        self.replace(i, self.empty(batch))
+        self.append_to(i, 1)
+
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        """To other memory, as offloading does."""
+        _, cache, _ = self.draw(data)
+        if all(other is cache or other.stores[0].pool is not cache.stores[0].pool for other, _ in self.caches):
+            for store in cache.stores:
+                store.to(torch.clone)
+
+    @rule(data=st.data())
+    def save_and_load(self, data: st.DataObject) -> None:
+        i, cache, dense = self.draw(data)
+        path = Path(self.folder.name) / "cache.safetensors"
+        cache.save(path)
+        self.caches[i] = (QuantizedPagedCache.load(path, CONFIG), dense)
+
+    @invariant()
+    def content_is_what_it_should_be(self) -> None:
+        for cache, dense in self.caches:
+            assert cache.get_seq_length() == dense[0][0].shape[2]
+            for layer, held in enumerate(dense):
+                store = cache.paged_layers[layer].store
+                if store is None or held[0].shape[2] == 0:
+                    assert held[0].shape[2] == 0
+                    continue
+                for name, codec, x in zip(("keys", "values"), self.codecs, held, strict=True):
+                    expected = through(codec, x)
+                    tail = store.tail_length
+                    got = store.view().dense(name)
+                    assert torch.equal(got[:, :, got.shape[2] - tail :], expected[:, :, got.shape[2] - tail :])
+                    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+    @invariant()
+    def every_page_is_counted_once_per_holder(self) -> None:
+        for layer in range(LAYERS):
+            stores = [store for cache, _ in self.caches if (store := cache.paged_layers[layer].store) is not None]
+            for pool in {id(store.pool): store.pool for store in stores}.values():
+                sharing = [store for store in stores if store.pool is pool]
+                tables = torch.cat([store.page_table.flatten() for store in sharing])
+                pages, holders = tables.unique(return_counts=True)
+                assert pool.used == len(pages) == len(live_pages(*sharing))
+                assert pool.references(pages.numpy()).tolist() == holders.tolist()
+                assert pool.nbytes == pool.capacity * pool.page_bytes
+
+
+TestCaches = CacheMachine.TestCase
+TestCaches.settings = settings(max_examples=60, stateful_step_count=34, deadline=None, derandomize=True)
+
+
+@pytest.mark.full
+def test_a_hundred_thousand_steps() -> None:
+    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=2000, stateful_step_count=50, deadline=None))
