@@ -221,8 +221,6 @@ def fork(run: Runner) -> list[Turn]:
 
 
 def save_and_load(run: Runner) -> list[Turn]:
-    if not hasattr(QuantizedPagedCache, "save"):
-        raise NotAvailableError("QuantizedPagedCache has no method save")
     cache = run.cache()
     first = run.generate(run.architecture.inputs(), cache)
     own = getattr(cache, "self_attention_cache", cache)
@@ -230,7 +228,7 @@ def save_and_load(run: Runner) -> list[Turn]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache.safetensors"
             own.save(path)
-            loaded = QuantizedPagedCache.load(path)
+            loaded = QuantizedPagedCache.load(path, run.model.config)
         if own is cache:
             cache = run.watch(loaded)
         else:
