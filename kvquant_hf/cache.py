@@ -9,20 +9,29 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from .errors import InterruptedForwardError, SavedCacheError, UnknownPolicyError, WrongModelError
+from .errors import SavedCacheError, UnknownPolicyError, WrongModelError
 from .layer import PagedLayer, StepGuard
 from .policy import KVPolicy, PolicyLike, parse_policy
 from .report import CacheReport, CallLog
 from .saving import load_cache, save_cache
+from .sliding import SlidingPagedLayer
 from .store import PagedStore
-from .transformers_api import QuantizedPagedLayer, build_layers, fingerprint
+from .transformers_api import (
+    QuantizedPagedLayer,
+    QuantizedSlidingLayer,
+    build_layers,
+    check_crop,
+    check_rollback,
+    fingerprint,
+)
 from .triton_kernels.ops import IMPLEMENTATIONS, Implementation
 
 
 class QuantizedPagedCache(DynamicCache):
     """A KV cache stored in compressed pages, for any place that takes a transformers ``Cache``.
 
-    Full-attention layers are paged and quantized; layers of other kinds keep transformers' own cache.
+    Layers with full attention and with a sliding window are paged and quantized; layers of other kinds keep
+    transformers' own cache.
 
     Args:
         config: the model's config.
@@ -33,10 +42,12 @@ class QuantizedPagedCache(DynamicCache):
         impl: what works on the pages: ``"triton"`` (GPU kernels), ``"reference"`` (plain torch), or ``"auto"``: kernels
             on a GPU, else plain torch; the report says what ran.  A forward pass raises ``ImplementationError`` where
             ``"triton"`` cannot run.
+        sliding: layers with a sliding window or in chunks: ``"quantized"``: pages of the last window of tokens;
+            ``"exact"``: transformers' own layer.
 
     Raises:
         UnknownPolicyError: unknown policy, codec or option.
-        UnsupportedModelError: no full-attention layer in the model.
+        UnsupportedModelError: no layer of the model can be quantized.
 
     Example:
         >>> cache = QuantizedPagedCache(model.config, policy="int4")
@@ -52,14 +63,18 @@ class QuantizedPagedCache(DynamicCache):
         page_size: int = 64,
         prefill: Literal["exact", "quantized"] = "exact",
         impl: Implementation = "auto",
+        sliding: Literal["quantized", "exact"] = "quantized",
         **unknown: Any,
     ) -> None:
         if unknown:
             raise UnknownPolicyError(
-                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill or impl."
+                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl or "
+                "sliding."
             )
         if prefill not in ("exact", "quantized"):
             raise UnknownPolicyError(f"unknown prefill {prefill!r}; use 'exact' or 'quantized'.")
+        if sliding not in ("quantized", "exact"):
+            raise UnknownPolicyError(f"unknown sliding {sliding!r}; use 'quantized' or 'exact'.")
         if impl not in IMPLEMENTATIONS:
             raise UnknownPolicyError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
         if not isinstance(page_size, int) or page_size < 8 or page_size % 8:
@@ -68,15 +83,20 @@ class QuantizedPagedCache(DynamicCache):
         self.page_size = page_size
         self.prefill = prefill
         self.impl = impl
+        self.sliding = sliding
         self._log = CallLog()
-        guard = StepGuard()
-
-        def make_layer() -> PagedLayer:
-            return QuantizedPagedLayer(self.policy, page_size, prefill == "exact", guard, self._log, impl)
-
+        arguments = (self.policy, page_size, prefill == "exact", StepGuard(), self._log, impl)
+        layers = build_layers(
+            config,
+            lambda: QuantizedPagedLayer(*arguments),
+            (lambda window: QuantizedSlidingLayer(window, *arguments)) if sliding == "quantized" else None,
+        )
         # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
-        Cache.__init__(self, layers=build_layers(config, make_layer))
+        Cache.__init__(self, layers=layers)
+        # reset() puts copies of these in place: before 5.23 some of transformers' layers keep their length.
+        self._unused = {i: copy.deepcopy(x) for i, x in enumerate(layers) if not isinstance(x, PagedLayer)}
         self._fingerprint = fingerprint(config)
+        self._latent_rank = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None)
         self._model: weakref.ref[PreTrainedModel] | None = None
 
     @property
@@ -124,11 +144,25 @@ class QuantizedPagedCache(DynamicCache):
 
     def reset(self) -> None:
         """Drop all tokens and give the memory back; the cache can be used again, with any batch size."""
-        for layer in self.layers:
-            layer.reset()
+        for i, layer in self._unused.items():
+            self.layers[i] = copy.deepcopy(layer)
         fresh = StepGuard()
         for layer in self.paged_layers:
+            layer.clear()
             layer.guard = fresh
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens, as transformers' caches do; with 0, only give back what was kept for doing so.
+
+        Args:
+            tokens_to_remove: minus the number of tokens.
+
+        Raises:
+            RollbackError: a layer does not hold what came before them; no layer has changed.
+        """
+        if tokens_to_remove < 0:
+            check_crop(self.layers, -int(tokens_to_remove))
+        super().crop(tokens_to_remove)
 
     def rollback(self) -> int:
         """Drop the tokens that an interrupted forward pass left in some layers only.
@@ -137,14 +171,10 @@ class QuantizedPagedCache(DynamicCache):
             Tokens held afterwards.
 
         Raises:
-            InterruptedForwardError: a layer that is not paged is ahead and cannot be cut; ``reset()`` then.
+            InterruptedForwardError: a layer that is not paged is ahead, or does not count tokens; ``reset()`` then.
         """
         level = min(layer.length for layer in self.paged_layers)
-        ahead = [layer for layer in self.layers if not isinstance(layer, PagedLayer) and layer.get_seq_length() > level]
-        if ahead:
-            raise InterruptedForwardError(
-                f"{type(ahead[0]).__name__} cannot be taken back to {level} tokens; call cache.reset()."
-            )
+        check_rollback(self.layers, level)
         for layer in self.paged_layers:
             layer.drop(layer.length - level)
         return level
@@ -204,22 +234,24 @@ class QuantizedPagedCache(DynamicCache):
         """What the cache holds, in bytes measured on its tensors, and what ran on it."""
         stores = self.stores
         prints = [store.footprint() for store in stores]
-        tokens = max((store.length for store in stores), default=0)
+        windows = [str(layer.window) for layer in self.paged_layers if isinstance(layer, SlidingPagedLayer)]
         others = [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
         per_page = [store.elements_per_token() * store.batch_size for store in stores]
         return CacheReport(
             policy=self.policy.name,
             page_size=self.page_size,
-            tokens=tokens,
+            tokens=max((layer.length for layer in self.paged_layers), default=0),
             batch_size=max((store.batch_size for store in stores), default=0),
             paged_layers=len(self.paged_layers),
+            sliding_layers=dict(Counter(windows)),
+            vectors=dict(Counter(self._vectors(store) for store in stores)),
             other_layers=dict(Counter(type(layer).__name__ for layer in others)),
             bytes=sum(p.total for p in prints),
             packed_bytes=sum(p.packed for p in prints),
             open_page_bytes=sum(p.open_page for p in prints),
             unused_bytes=sum(p.unused for p in prints),
             other_bytes=sum(_dense_bytes(layer) for layer in others),
-            dense_bytes=sum(store.dense_bytes() for store in stores),
+            dense_bytes=sum(layer.dense_bytes for layer in self.paged_layers),
             dtype=str(stores[0].dtype).removeprefix("torch.") if stores else "",
             elements=sum(n * store.length for n, store in zip(per_page, stores, strict=True)),
             sealed_elements=sum(
@@ -233,6 +265,12 @@ class QuantizedPagedCache(DynamicCache):
             fallback_calls=sum(self._log.fallbacks.values()),
             fallback_reasons=dict(self._log.fallbacks),
         )
+
+    def _vectors(self, store: PagedStore) -> str:
+        """What ``store`` holds of a token, in words."""
+        latent = store.vectors[0] == (1, self._latent_rank)  # MLA hands over what it makes keys and values from
+        names = ("latents", "rotary keys") if latent else ("keys", "values")
+        return ", ".join(f"{name} {heads} x {dim}" for name, (heads, dim) in zip(names, store.vectors, strict=True))
 
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()

@@ -37,6 +37,10 @@ class InterruptedForwardError(KVQuantError, RuntimeError):
     """The last forward pass stopped half way, so the layers hold different numbers of tokens."""
 
 
+class RollbackError(KVQuantError, RuntimeError):
+    """Tokens cannot be taken back, because what came before them is no longer held."""
+
+
 class GradientError(KVQuantError, RuntimeError):
     """Keys or values carry a gradient; rounding has none."""
 

@@ -20,7 +20,7 @@ from .triton_kernels.ops import Implementation
 
 
 @contextlib.contextmanager
-def _plain_tensors() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Make tensors that can be written later, also when the caller is in inference mode now and not then."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -87,6 +87,8 @@ class PagedLayer:
         impl: what is to run on the pages.
     """
 
+    store_type: type[PagedStore] = PagedStore
+
     def __init__(
         self,
         policy: KVPolicy,
@@ -122,6 +124,11 @@ class PagedLayer:
         return 0 if self.store is None else self.store.batch_size
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes of the tokens held, in the model's dtype."""
+        return 0 if self.store is None else self.store.dense_bytes()
+
+    @property
     def keys(self) -> torch.Tensor | None:
         """All keys, packed; for models that read a layer directly."""
         return None if self.store is None else KVTensor(self.store, "keys", self.log)
@@ -134,8 +141,8 @@ class PagedLayer:
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""
         codecs = CODECS[self.policy.keys], CODECS[self.policy.values]
-        with _plain_tensors():
-            self.store = PagedStore(*codecs, self.page_size, keys, values, self.impl)
+        with plain_tensors():
+            self.store = self.store_type(*codecs, self.page_size, keys, values, self.impl)
         self.home = keys.device
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,18 +162,18 @@ class PagedLayer:
                 "a quantized KV cache has no gradient: call the model under torch.no_grad(), or train with "
                 "use_cache=False."
             )
-        if self.store is not None and self.store.length == 0 and self.store.batch_size != keys.shape[0]:
+        if self.store is not None and self.length == 0 and self.store.batch_size != keys.shape[0]:
             self.store = None  # emptied by reset(): the next batch may have another size
         if self.store is not None:
             self.store.check(keys, values)
         self.guard.enter(self, keys.shape[2])
-        first_prompt = self.length == 0 and keys.shape[2] > 1
+        exact = self.exact_prefill and self.length == 0 and keys.shape[2] > 1  # attended to as it came
         if self.store is None:
             self.initialize(keys, values)
         assert self.store is not None
-        with _plain_tensors():
-            self.store.append(keys, values, self._padding_of(keys))
-        if first_prompt and self.exact_prefill:
+        with plain_tensors():
+            self._write(keys, values, exact)
+        if exact:
             self.log.prefill += 1
             return keys, values
         return KVTensor(self.store, "keys", self.log), KVTensor(self.store, "values", self.log)
@@ -179,16 +186,28 @@ class PagedLayer:
         part = self.padding[:, start:end]
         return np.pad(part, ((0, 0), (0, end - start - part.shape[1]))) if part.any() else None
 
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, exact: bool) -> None:
+        """Store new tokens; ``exact``: attention reads these tensors and not what is stored."""
+        assert self.store is not None
+        self.store.append(keys, values, self._padding_of(keys))
+
+    def check_drop(self, count: int) -> None:
+        """Refuse to drop the last ``count`` tokens if that cannot be right.
+
+        Raises:
+            RollbackError: what the remaining tokens need is no longer held.
+        """
+
     def drop(self, count: int) -> None:
         """Drop the last ``count`` tokens."""
         if self.store is not None and count:
-            with _plain_tensors():
+            with plain_tensors():
                 self.store.crop(count)
 
     def select(self, indices: torch.Tensor) -> None:
         """Make sequence ``indices[i]`` the new sequence i."""
         if self.store is not None:
-            with _plain_tensors():
+            with plain_tensors():
                 self.store.select(indices)
         if self.padding is not None:
             self.padding = self.padding[indices.cpu().numpy()]

@@ -36,7 +36,8 @@ def _paged_state(layer: PagedLayer) -> tuple[dict[str, Any] | None, Tensors]:
     if layer.store is None:
         return None, {}
     integers = {name: getattr(layer.store, name) for name in layer.store.SAVED}
-    return {"integers": integers, "codecs": _declarations(layer.store)}, snapshot(layer.store)
+    state = {"integers": integers, "codecs": _declarations(layer.store), "window": getattr(layer, "window", None)}
+    return state, snapshot(layer.store)
 
 
 def snapshot(store: PagedStore) -> Tensors:
@@ -121,6 +122,7 @@ def restore_layer(
         )
     if isinstance(layer, PagedLayer):
         if state is not None:
+            _check_window(getattr(layer, "window", None), state["window"], "window", where)
             _restore_paged(layer, state, tensors, device, where)
         return
     installed = version("transformers")
@@ -131,12 +133,17 @@ def restore_layer(
         )
     values = {name: _value(described, tensors, device) for name, described in state.items()}
     for name in _FROM_CONFIG:
-        if getattr(layer, name, None) != values.get(name):
-            raise WrongModelError(
-                f"{where} has {name} {values.get(name)}, the config given has {getattr(layer, name, None)}; load it "
-                "with the config of the model that filled it."
-            )
+        _check_window(getattr(layer, name, None), values.get(name), name, where)
     vars(layer).update(values)
+
+
+def _check_window(own: int | None, saved: int | None, name: str, where: str) -> None:
+    """Refuse the layer of a model with another window, which the fingerprint does not tell apart."""
+    if own != saved:
+        raise WrongModelError(
+            f"{where} has {name} {saved}, the config given has {own}; load it with the config of the model that filled "
+            "it."
+        )
 
 
 def _value(described: Any, tensors: Tensors, device: torch.device) -> Any:

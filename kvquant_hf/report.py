@@ -52,13 +52,15 @@ class CacheReport:
         tokens: tokens per sequence.
         batch_size: number of sequences.
         paged_layers: layers that are stored in pages.
+        sliding_layers: those of them that hold a sliding window only, by the tokens of the window.
+        vectors: what is stored of a token, heads x head_dim, and by how many of the paged layers.
         other_layers: layers that keep transformers' own cache, by class name.
         bytes: everything held for the paged layers: packed pages, open pages, unused pages of the pools, page tables.
         packed_bytes: sealed pages in use, shared pages counted once.
         open_page_bytes: open pages, in the model's dtype, full or not.
         unused_bytes: reserved in the pools and not used.
         other_bytes: bytes of the other layers.
-        dense_bytes: the paged layers' tokens in the model's dtype.
+        dense_bytes: the paged layers' tokens in the model's dtype; of a sliding window, those that the next token sees.
         dtype: the model's dtype.
         elements: key and value elements held by the paged layers.
         sealed_elements: those of them that lie in sealed pages, counted for every sequence.
@@ -75,6 +77,8 @@ class CacheReport:
     tokens: int
     batch_size: int
     paged_layers: int
+    sliding_layers: dict[str, int]
+    vectors: dict[str, int]
     other_layers: dict[str, int]
     bytes: int
     packed_bytes: int
@@ -115,7 +119,10 @@ class CacheReport:
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and text of each line of the printed report."""
-        layers = f"{self.paged_layers} paged" + "".join(f", {n} {name}" for name, n in self.other_layers.items())
+        windows = "".join(f", {n} of them the last {window} tokens" for window, n in self.sliding_layers.items())
+        layers = f"{self.paged_layers} paged{windows}" + "".join(
+            f", {n} {name}" for name, n in self.other_layers.items()
+        )
         reasons = "".join(f"; {n} {reason}" for reason, n in self.fallback_reasons.items())
         bits = f"{self.bits_per_element:.2f} held, {self.page_bits_per_element:.2f} in sealed pages"
         ran = f" ({self.implementation})" if self.implementation else ""
@@ -123,6 +130,7 @@ class CacheReport:
             ("policy", f"{self.policy}, pages of {self.page_size} tokens"),
             ("tokens", f"{self.tokens} x batch {self.batch_size}"),
             ("layers", layers),
+            *([("of a token", "; ".join(self.vectors))] if self.vectors else []),
             (
                 "held",
                 f"{_size(self.bytes)} against {_size(self.dense_bytes)} in {self.dtype}: ratio {self.ratio:.2f}",

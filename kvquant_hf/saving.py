@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = "kvquant_hf cache"
 VERSION = 1
-_OPTIONS = ("page_size", "prefill")  # what the constructor takes and what changes results
+_OPTIONS = ("page_size", "prefill", "sliding")  # what the constructor takes and what changes results
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class PagedStore:
                     f"this model has {head_dim}; choose another policy."
                 )
             planes += [(p.dtype or like.dtype, (heads, *p.shape(page_size))) for p in codec.planes(head_dim)]
+        self.vectors = [(like.shape[1], like.shape[3]) for like in (like_keys, like_values)]  # heads, head_dim
         self.pool = PagePool(planes, like_keys.device)
         self._key_planes = len(keys.planes(like_keys.shape[3]))
         self._table = np.zeros((like_keys.shape[0], 0), dtype=np.int32)
@@ -90,7 +91,7 @@ class PagedStore:
 
     @property
     def length(self) -> int:
-        """Tokens per sequence."""
+        """Tokens held per sequence."""
         return self.sealed_pages * self.page_size + self.tail_length
 
     @property
@@ -139,12 +140,11 @@ class PagedStore:
 
     def elements_per_token(self) -> int:
         """Key and value elements of one token of one sequence."""
-        return sum(tail.shape[1] * tail.shape[3] for tail in self._tail)
+        return sum(heads * head_dim for heads, head_dim in self.vectors)
 
     def dense_bytes(self) -> int:
         """Bytes that the same tokens take in the model's dtype."""
-        per_token = sum(tail.shape[1] * tail.shape[3] * tail.element_size() for tail in self._tail)
-        return self.batch_size * self.length * per_token
+        return self.batch_size * self.length * self.elements_per_token() * self.dtype.itemsize
 
     # -- appending -----------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class PagedStore:
 
     def fork(self) -> "PagedStore":
         """A second store with the same tokens.  Pages are shared; the open page is copied by whoever writes first."""
-        twin = object.__new__(PagedStore)
+        twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._table = self._table.copy()
         self.pool.retain(twin._table)

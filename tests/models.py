@@ -33,7 +33,9 @@ _DECODER = {
 def build(name: str, options: dict[str, Any], seed: int = 0, attention: str | None = None) -> PreTrainedModel:
     """``transformers.<name>ForCausalLM`` (or ``name`` itself) with random weights from ``seed``, in evaluation mode."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name.removesuffix('ForConditionalGeneration')}Config")(**options)
+    kind = name.removesuffix("ForConditionalGeneration")
+    kind += "TextConfig" if kind in ("Gemma3", "Gemma4", "Llama4") else "Config"
+    config = getattr(transformers, kind)(**options)
     if attention is not None:
         config._attn_implementation = attention
     suffix = "" if name.endswith("Generation") else "LMHeadModel" if name == "GPT2" else "ForCausalLM"
@@ -88,6 +90,134 @@ def tiny_t5(seed: int = 0, attention: str | None = None, **changes: Any) -> PreT
     model = build("T5ForConditionalGeneration", options | tokens | changes, seed, attention)
     # Tied to the embedding, which is large here, it would repeat its last token for ever.
     model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, 64))
+    return model
+
+
+_SMALL = _DECODER | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+_IN_TURN = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24}
+# All experts take part: a router that leaves some out would turn a rounding error into another expert.
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
+
+# Decoders with a window of 24 tokens, or chunks of 24.
+WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", {"sliding_window": 24}),  # every layer
+    "gemma2": ("Gemma2", _IN_TURN | {"attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3", _IN_TURN | {"query_pre_attn_scalar": 16}),
+    "gpt-oss": ("GptOss", _IN_TURN | _EXPERTS),
+    "cohere2": ("Cohere2", _IN_TURN | {"logit_scale": 1.0}),
+    "qwen2": ("Qwen2", _IN_TURN | {"use_sliding_window": True}),
+    "llama4": (
+        "Llama4",
+        _EXPERTS
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["chunked_attention", "chunked_attention", "full_attention", "chunked_attention"],
+            "no_rope_layers": [1, 1, 0, 1],
+            "attention_chunk_size": 24,
+            "intermediate_size_mlp": 64,
+            "attn_temperature_tuning": False,
+        },
+    ),
+}
+
+
+def tiny_windowed(name: str, seed: int = 0, attention: str | None = None, **changes: Any) -> PreTrainedModel:
+    """One of ``WINDOWED``: 2 or 4 layers, 4 query heads on 2 key/value heads, head_dim 16."""
+    architecture, options = WINDOWED[name]
+    base = {k: v for k, v in _SMALL.items() if k != "head_dim" or name not in ("qwen2", "cohere2")}
+    model = build(architecture, base | options | changes, seed, attention)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):  # zero or unset after initialisation
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+_NO_HEAD_DIM = {k: v for k, v in _SMALL.items() if k != "head_dim"}
+
+# Decoders whose layers are not all alike, or whose cache does not hold keys and values.
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-next": (  # linear attention and full attention
+        "Qwen3Next",
+        _SMALL
+        | {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+        | {"shared_expert_intermediate_size": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2}
+        | {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        | {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
+    "lfm2": (  # short convolutions and full attention
+        "Lfm2",
+        _NO_HEAD_DIM | {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3},
+    ),
+    "gemma4": (  # the last two layers read the keys and values of those before them
+        "Gemma4",
+        _SMALL
+        | {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 24}
+        | {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16}
+        | {"global_head_dim": 32},
+    ),
+    "deepseek-v3": (  # MLA: latents of 32 and rotary keys of 8
+        "DeepseekV3",
+        _NO_HEAD_DIM
+        | {"n_routed_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, "q_lora_rank": 24}
+        | {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    ),
+}
+
+
+def tiny_hybrid(name: str, seed: int = 0, attention: str | None = None, **changes: Any) -> PreTrainedModel:
+    """One of ``HYBRIDS``."""
+    architecture, options = HYBRIDS[name]
+    return build(architecture, options | changes, seed, attention)
+
+
+_BART = {"vocab_size": VOCAB, "d_model": 64, "encoder_layers": 2, "decoder_layers": 3, "init_std": INIT_RANGE}
+_BART |= {f"{half}_attention_heads": 4 for half in ("encoder", "decoder")}
+_BART |= {f"{half}_ffn_dim": 64 for half in ("encoder", "decoder")}
+_BART |= {"decoder_start_token_id": 1, "eos_token_id": None, "pad_token_id": PAD, "tie_word_embeddings": False}
+
+
+def _tiny_bart(name: str, attention: str | None, **changes: Any) -> PreTrainedModel:
+    model = build(f"{name}ForConditionalGeneration", _BART | changes, 0, attention)
+    model.set_output_embeddings(torch.nn.Linear(64, VOCAB, bias=False))  # tied, it would repeat its last token
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    settings = model.generation_config
+    settings.forced_eos_token_id = settings.forced_bos_token_id = settings.suppress_tokens = None
+    return model
+
+
+def tiny_bart(attention: str | None = None) -> PreTrainedModel:
+    """BART: encoder of 2 layers, decoder of 3."""
+    return _tiny_bart("Bart", attention)
+
+
+def tiny_whisper(attention: str | None = None) -> PreTrainedModel:
+    """Whisper: reads features ``[batch, 8, 80]``, which makes 40 tokens for the cross attention."""
+    return _tiny_bart("Whisper", attention, num_mel_bins=8, max_source_positions=40, max_target_positions=128)
+
+
+def tiny_t5gemma(attention: str | None = None) -> PreTrainedModel:
+    """T5Gemma: a decoder with sliding layers and cross attention."""
+    options = _SMALL | {"sliding_window": 24, "query_pre_attn_scalar": 16}
+    options |= {"layer_types": ["sliding_attention", "full_attention"]}
+    halves = {name: transformers.T5GemmaModuleConfig(**options) for name in ("encoder", "decoder")}
+    tokens = {"vocab_size": VOCAB, "eos_token_id": None, "pad_token_id": PAD, "bos_token_id": 1}
+    model = build("T5GemmaForConditionalGeneration", {**halves, **tokens, "tie_word_embeddings": False}, 0, attention)
+    model.generation_config.decoder_start_token_id = 1
+    return model
+
+
+def tiny_llava(attention: str | None = None) -> PreTrainedModel:
+    """LLaVA: Llama with images ``[batch, 3, 8, 8]``, each four tokens of the prompt (token 96)."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4, "projection_dim": 32}
+    options = {
+        "text_config": transformers.LlamaConfig(**_SMALL),
+        "vision_config": transformers.CLIPVisionConfig(**vision),
+        "image_token_index": VOCAB - 1,
+    }
+    model = build("LlavaForConditionalGeneration", options, 0, attention)
+    model.generation_config.suppress_tokens = [VOCAB - 1]  # it would ask for an image
     return model
 
 

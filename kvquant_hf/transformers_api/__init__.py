@@ -5,6 +5,22 @@ When transformers changes, this is the folder to change: ``layers.py`` (the meth
 """
 
 from .generate import install, uninstall
-from .layers import QuantizedPagedLayer, build_layers, fingerprint
+from .layers import (
+    QuantizedPagedLayer,
+    QuantizedSlidingLayer,
+    build_layers,
+    check_crop,
+    check_rollback,
+    fingerprint,
+)
 
-__all__ = ["QuantizedPagedLayer", "build_layers", "fingerprint", "install", "uninstall"]
+__all__ = [
+    "QuantizedPagedLayer",
+    "QuantizedSlidingLayer",
+    "build_layers",
+    "check_crop",
+    "check_rollback",
+    "fingerprint",
+    "install",
+    "uninstall",
+]

@@ -11,7 +11,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.generation import configuration_utils
 from transformers.generation import utils as generation_utils
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModelError
 from .attention import attention_forward, route_packed
+from .layers import make_encoder_decoder
 
 NAME = "kvquant"
 
@@ -55,7 +56,7 @@ def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..
         cache.bind(self)
         cache.set_padding(model_kwargs.get(_padding_mask(self)))
         if self.config.is_encoder_decoder:
-            cache = EncoderDecoderCache(cache, DynamicCache(config=self.config.get_text_config(decoder=True)))
+            cache = make_encoder_decoder(cache, self.config)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

@@ -1,14 +1,21 @@
 """Cache layers behind the methods that transformers calls on a layer, and which layers a model gets."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
 
-from ..errors import UnsupportedModelError
+from ..errors import InterruptedForwardError, RollbackError, UnsupportedModelError
 from ..layer import PagedLayer
+from ..sliding import SlidingPagedLayer
 
 
 class QuantizedPagedLayer(PagedLayer, CacheLayerMixin):
@@ -60,25 +67,119 @@ class QuantizedPagedLayer(PagedLayer, CacheLayerMixin):
         self.move(self.home)
 
 
-def build_layers(config: PreTrainedConfig, make_layer: Callable[[], PagedLayer]) -> list[Any]:
-    """One cache layer per decoder layer: ours for full attention, transformers' own for every other kind.
+class QuantizedSlidingLayer(SlidingPagedLayer, QuantizedPagedLayer):
+    """A ``SlidingPagedLayer`` behind the methods that transformers calls on a layer."""
+
+    is_sliding = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        first = self.first_of_next_step
+        return self.length + query_length - first, first
+
+    def get_max_length(self) -> int:
+        return self.window
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.settle()
+
+
+# From a cache's point of view a chunk is a window: only the mask differs, and that is transformers'.
+_WINDOWED = ("sliding_attention", "chunked_attention")
+
+
+def build_layers(
+    config: PreTrainedConfig, make_full: Callable[[], PagedLayer], make_sliding: Callable[[int], PagedLayer] | None
+) -> list[Any]:
+    """One cache layer per decoder layer: ours where there are keys and values, transformers' own for other kinds.
+
+    Args:
+        config: the model's config.
+        make_full: makes a layer that sees all tokens.
+        make_sliding: makes a layer that sees as many tokens as it is given; None for transformers' own.
 
     Raises:
-        UnsupportedModelError: the model has no full-attention layer.
+        UnsupportedModelError: no layer could be ours.
     """
     decoder = config.get_text_config(decoder=True)
     types, kwargs = get_layer_types_and_kwargs(decoder)
     if isinstance(kwargs, dict):  # 5.17 returns one dict for all layers
         kwargs = [kwargs] * len(types)
-    if "full_attention" not in types:
+    layers: list[Any] = []
+    for kind, options in zip(types, kwargs, strict=True):
+        if kind == "full_attention":
+            layers.append(make_full())
+        elif kind in _WINDOWED and make_sliding is not None:
+            layers.append(make_sliding(options["sliding_window"]))
+        else:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+    if not any(isinstance(layer, PagedLayer) for layer in layers):
+        remedy = "sliding='quantized'" if any(kind in _WINDOWED for kind in types) else "transformers' own cache"
         raise UnsupportedModelError(
-            f"model type {decoder.model_type!r} has no full-attention layer to quantize (its layers are "
-            f"{', '.join(sorted(set(types)))}); use transformers' own cache."
+            f"model type {decoder.model_type!r} has no layer to quantize (its layers are "
+            f"{', '.join(sorted(set(types)))}); use {remedy}."
         )
-    return [
-        make_layer() if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
-        for kind, kw in zip(types, kwargs, strict=True)
-    ]
+    return layers
+
+
+def check_crop(layers: list[Any], count: int) -> None:
+    """Refuse to take back the last ``count`` tokens before any layer has changed.
+
+    Raises:
+        RollbackError: a layer does not hold what came before them.
+    """
+    for layer in layers:
+        linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+        if isinstance(layer, PagedLayer):
+            layer.check_drop(count)
+        elif linear and not any(layer.has_previous_state.values()):
+            pass  # nothing in it
+        elif linear and not layer.is_croppable:
+            raise RollbackError(
+                f"{type(layer).__name__} keeps one state for all tokens and cannot take back {count} of them; call "
+                "cache.reset() and read the text again."
+            )
+        elif not getattr(layer, "record_past", True) and (linear or layer.get_seq_length() >= layer.get_max_length()):
+            raise RollbackError(
+                f"{type(layer).__name__} has not kept what came before the last {count} tokens; call "
+                "cache.activate_past_recording() before the tokens that may be taken back."
+            )
+
+
+def check_rollback(layers: list[Any], level: int) -> None:
+    """Refuse to take layers back to ``level`` tokens where that cannot be done, or not be known.
+
+    Raises:
+        InterruptedForwardError: a layer of transformers' own is ahead, or does not count its tokens.
+    """
+    for layer in layers:
+        if isinstance(layer, PagedLayer):
+            continue
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            ahead = any(layer.has_previous_state.values())
+        else:
+            ahead = isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > level
+        if ahead:
+            raise InterruptedForwardError(
+                f"{type(layer).__name__} cannot be taken back to {level} tokens; call cache.reset()."
+            )
+
+
+def make_encoder_decoder(cache: Any, config: PreTrainedConfig) -> EncoderDecoderCache:
+    """``cache`` for self attention, and one with the same options for cross attention, which is filled once.
+
+    Args:
+        cache: an empty ``QuantizedPagedCache``.
+        config: the model's config.
+    """
+    cross: Cache = copy.deepcopy(cache)  # empty: nothing is shared, counters included
+    if any(cache.is_sliding):
+        # Such models replace the cross half by an object of its class with arguments of DynamicCache (T5Gemma).
+        cross = DynamicCache(config=config.get_text_config(decoder=True))
+    return EncoderDecoderCache(cache, cross)
 
 
 def fingerprint(config: PreTrainedConfig) -> tuple[Any, ...]:

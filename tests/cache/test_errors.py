@@ -68,13 +68,14 @@ def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tens
         ({"policy": "int3"}, ["'int3'", *POLICIES, "0, 8, 4, 42"]),
         ({"policy": True}, ["True", *POLICIES]),
         ({"policy": "int8/int3"}, ["unknown values 'int3'", "int4-hadamard"]),
-        ({"nbits": 4}, ["'nbits'", "policy, page_size, prefill or impl"]),
+        ({"nbits": 4}, ["'nbits'", "policy, page_size, prefill, impl or sliding"]),
         ({"page_size": 0}, ["page_size", "multiple of 8", "0"]),
         ({"page_size": 63}, ["multiple of 8", "63"]),
         ({"page_size": -64}, ["positive", "-64"]),
         ({"page_size": 64.0}, ["multiple of 8", "64.0"]),
         ({"page_size": "64"}, ["multiple of 8", "'64'"]),
         ({"prefill": "fast"}, ["'fast'", "'exact'", "'quantized'"]),
+        ({"sliding": "dynamic"}, ["'dynamic'", "'quantized' or 'exact'"]),
         ({"impl": "cuda"}, ["'cuda'", "'auto', 'triton', 'reference'"]),
     ],
     ids=str,
@@ -285,13 +286,11 @@ def test_rollback_of_a_level_cache_changes_nothing(model: PreTrainedModel) -> No
 
 def test_models_without_a_cache_to_quantize(model: PreTrainedModel) -> None:
     mamba = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
-    sliding = MistralConfig(num_hidden_layers=2, sliding_window=16)
-    for config, kind in ((mamba, "mamba"), (sliding, "mistral")):
-        with pytest.raises(
-            errors.UnsupportedModelError, match=rf"'{kind}'.*no full-attention layer.*use transformers'"
-        ):
-            QuantizedPagedCache(config)
-    assert len(QuantizedPagedCache(MistralConfig(num_hidden_layers=2, sliding_window=None)).paged_layers) == 2
+    with pytest.raises(errors.UnsupportedModelError, match=r"'mamba' has no layer to quantize.*use transformers'"):
+        QuantizedPagedCache(mamba)
+    for window in (None, 16):
+        config = MistralConfig(num_hidden_layers=2, sliding_window=window)
+        assert len(QuantizedPagedCache(config).paged_layers) == 2
 
 
 def test_generate_of_a_model_without_cache_classes() -> None:

@@ -148,7 +148,7 @@ def test_reset_gives_everything_back() -> None:
 
 def test_other_layers_are_listed_and_weighed() -> None:
     model = tiny_gemma2()
-    cache = QuantizedPagedCache(model.config, "int8")
+    cache = QuantizedPagedCache(model.config, "int8", sliding="exact")
     with torch.no_grad():
         model(prompt(2, 70), past_key_values=cache)
     report = cache.report()
