@@ -12,6 +12,7 @@ import torch
 
 from .errors import SavedCacheError, WrongModelError
 from .layer import PagedLayer
+from .sliding import SlidingPagedLayer
 from .store import PagedStore
 from .triton_kernels.codecs import Plane
 
@@ -28,7 +29,13 @@ def save_layer(layer: Any) -> tuple[dict[str, Any], Tensors]:
         SavedCacheError: it holds something that the file format does not have.
     """
     state, tensors = _paged_state(layer) if isinstance(layer, PagedLayer) else _other_state(layer)
-    return {"kind": type(layer).__name__, "version": _LAYER_VERSION, "state": state}, tensors
+    described = {"kind": type(layer).__name__, "version": _LAYER_VERSION, "window": _window(layer), "state": state}
+    return described, tensors
+
+
+def _window(layer: Any) -> int | None:
+    """Window of a sliding layer that is paged."""
+    return layer.window if isinstance(layer, SlidingPagedLayer) else None
 
 
 def _paged_state(layer: PagedLayer) -> tuple[dict[str, Any] | None, Tensors]:
@@ -36,8 +43,7 @@ def _paged_state(layer: PagedLayer) -> tuple[dict[str, Any] | None, Tensors]:
     if layer.store is None:
         return None, {}
     integers = {name: getattr(layer.store, name) for name in layer.store.SAVED}
-    state = {"integers": integers, "codecs": _declarations(layer.store), "window": getattr(layer, "window", None)}
-    return state, snapshot(layer.store)
+    return {"integers": integers, "codecs": _declarations(layer.store)}, snapshot(layer.store)
 
 
 def snapshot(store: PagedStore) -> Tensors:
@@ -121,8 +127,8 @@ def restore_layer(
             f"{_LAYER_VERSION}); load it with the versions that wrote it, or make the cache again."
         )
     if isinstance(layer, PagedLayer):
+        _check_window(_window(layer), saved["window"], "window", where)
         if state is not None:
-            _check_window(getattr(layer, "window", None), state["window"], "window", where)
             _restore_paged(layer, state, tensors, device, where)
         return
     installed = version("transformers")

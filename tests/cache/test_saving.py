@@ -5,7 +5,7 @@ import json
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ HYBRIDS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", list(HYBRIDS))
 def test_hybrids(kind: str, path: Path) -> None:
     model = HYBRIDS[kind]()
-    cache = QuantizedPagedCache(model.config, "int4", page_size=PAGE)
+    cache = QuantizedPagedCache(model.config, "int4", page_size=PAGE, sliding="exact")
     ids = generate(model, cache, 20, input_ids=prompt(2, 50))
     loaded = reload(cache, model, path)
     assert cache.report().other_bytes > 0
@@ -252,10 +252,22 @@ def test_another_model(saved: Path) -> None:
         QuantizedPagedCache.load(saved, other.config)
 
 
-def test_another_sliding_window(path: Path) -> None:
-    QuantizedPagedCache(tiny_gemma2().config).save(path)
-    with pytest.raises(WrongModelError, match=r"layer 0 of .* has sliding_window 24, the config given has 32"):
+@pytest.mark.parametrize("sliding", ["quantized", "exact"])
+def test_another_sliding_window(sliding: Literal["quantized", "exact"], path: Path) -> None:
+    QuantizedPagedCache(tiny_gemma2().config, sliding=sliding).save(path)
+    with pytest.raises(WrongModelError, match=r"layer 0 of .* has (sliding_)?window 24, the config given has 32"):
         QuantizedPagedCache.load(path, tiny_gemma2(sliding_window=32).config)
+
+
+def test_windows_in_pages(path: Path) -> None:
+    """A ring of pages comes back with what it has given back before: same positions, same tokens."""
+    model = tiny_gemma2()
+    cache = QuantizedPagedCache(model.config, "int4", page_size=PAGE)
+    ids = generate(model, cache, 20, input_ids=prompt(2, 90))
+    loaded = reload(cache, model, path)
+    ring = [cache.layers[0] for cache in (cache, loaded)]
+    assert ring[0].first == ring[1].first > 0 and ring[0].length == ring[1].length
+    assert torch.equal(generate(model, loaded, input_ids=ids), generate(model, cache, input_ids=ids))
 
 
 def test_files_that_are_not_ours(path: Path, llama: PreTrainedModel) -> None:
@@ -368,7 +380,7 @@ def test_hand_made_files(case: str, saved: Path, llama: PreTrainedModel) -> None
 def test_layers_of_another_transformers(path: Path, monkeypatch: pytest.MonkeyPatch, llama: PreTrainedModel) -> None:
     """Ours load with any version; transformers' own need the one that knows what their attributes mean."""
     model = tiny_gemma2()
-    cache = QuantizedPagedCache(model.config, page_size=PAGE)
+    cache = QuantizedPagedCache(model.config, page_size=PAGE, sliding="exact")
     forward(model, cache, prompt(1, 30))
     reload(cache, model, path)
     monkeypatch.setattr(layer_state, "version", lambda name: "5.99.1")
@@ -392,7 +404,7 @@ def test_one_more_integer(saved: Path, llama: PreTrainedModel, monkeypatch: pyte
 
 
 def test_a_state_that_a_file_cannot_hold(path: Path) -> None:
-    cache = QuantizedPagedCache(tiny_gemma2().config)
+    cache = QuantizedPagedCache(tiny_gemma2().config, sliding="exact")
     cache.layers[0].hook = object()
     with pytest.raises(SavedCacheError, match=r"DynamicSlidingWindowLayer.hook holds a object.*copy.deepcopy\(cache\)"):
         cache.save(path)
