@@ -12,7 +12,7 @@ import torch
 
 from .codecs.jit import KernelCodec
 from .hadamard import hadamard_block
-from .target import tl, triton
+from .target import interpreting, tl, triton
 from .tile_math import hadamard_signs
 from .unpack import column_channels
 
@@ -129,7 +129,7 @@ def combine(
         PARTIAL_COLUMNS=partial.shape[-1],
         GROUP=query_heads // heads,
         BLOCK=16,
-        SLICE=32,
+        SLICE=128 if interpreting() else 32,  # the interpreter pays for operations, a GPU for registers
         ROTATED=rotated,
         ORDER=hadamard_block(value_dim),
         SINKS=sinks is not None,
