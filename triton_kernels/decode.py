@@ -220,9 +220,11 @@ def _decode_kernel(
         for part in tl.static_range(K_PARTS):
             channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
             q_pointers = (
-                rotated_query_ptr + batch.to(tl.int64) * stride_rotated_b + query_head[None, :] * stride_rotated_h
+                rotated_query_ptr
+                + batch.to(tl.int64) * stride_rotated_b
+                + query_head.to(tl.int64)[None, :] * stride_rotated_h
             )
-            q_pointers = q_pointers + query_index[None, :] * stride_rotated_q + channel[:, None]
+            q_pointers = q_pointers + query_index.to(tl.int64)[None, :] * stride_rotated_q + channel[:, None]
             q_part = tl.load(q_pointers, mask=mask_k[:, None] & row_exists[None, :], other=0.0)  # [K_WORDS, ROWS]
             q = q + (q_part.to(tl.float32),)
             q_sum += tl.sum(q[part], 0)
@@ -319,8 +321,9 @@ def _decode_kernel(
     else:
         offs_k = tl.arange(0, KEY_COLUMNS)
         offs_v = tl.arange(0, VALUE_COLUMNS)
-        tail_pointers = query_ptr + batch.to(tl.int64) * stride_query_b + query_head[None, :] * stride_query_h
-        tail_pointers = tail_pointers + query_index[None, :] * stride_query_q + offs_k[:, None]
+        tail_pointers = query_ptr + batch.to(tl.int64) * stride_query_b
+        tail_pointers = tail_pointers + query_head.to(tl.int64)[None, :] * stride_query_h
+        tail_pointers = tail_pointers + query_index.to(tl.int64)[None, :] * stride_query_q + offs_k[:, None]
         q_mask = (offs_k < KEY_DIM)[:, None] & row_exists[None, :]
         query = tl.load(tail_pointers, mask=q_mask, other=0.0)  # [KEY_COLUMNS, ROWS]
         held = offs_n < tail
@@ -415,10 +418,15 @@ def decode(
         page_table: int32 ``[batch, pages]``.
         lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence, on the device.
         mask: broadcastable to ``[batch, query_heads, queries, tokens]``; bool or additive.
+
+    Raises:
+        ValueError: the rows of one head have 2^31 accumulated numbers or more, which 32-bit offsets do not reach.
     """
     batch, query_heads, queries, key_dim = query.shape
     heads, value_dim = value_tail.shape[1], value_tail.shape[3]
     group = query_heads // heads
+    if group * queries * partial.shape[-1] >= 1 << 31:
+        raise ValueError(f"{queries} queries for {group} heads are too many for one launch; pass them in chunks")
     row_blocks = triton.cdiv(group * queries, config.rows)
     strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, query_heads, queries, mask.shape[-1]).stride()
     ptx = has_ptx(query.device) and query.dtype != torch.float32

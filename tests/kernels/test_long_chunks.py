@@ -1,8 +1,7 @@
 """Chunks of many queries over a stored history: prefill in pieces, with ragged lengths, masks, windows and splits.
 
 The budget is that of ``test_decode.py``.  The interpreter takes as long for a program whatever its rows, so most cases
-have larger row blocks than a GPU would get, and one key/value head.  ``combine`` has a program for each row, which
-takes longest where it rotates; the cases with the most rows have values that are not rotated.
+have larger row blocks than a GPU would get, and one key/value head.
 """
 
 import itertools
@@ -96,7 +95,7 @@ def test_a_block_reads_the_pages_that_its_rows_see(
             seen &= token <= position
         if window:
             seen &= token > position - window
-        pages = seen.view(-1, sealed, PAGE).any(2).any(0).nonzero().flatten().tolist()
+        pages = seen.view(len(row), sealed, PAGE).any(2).any(0).nonzero().flatten().tolist()
         assert set(pages) <= set(range(first, end)), f"block {block} misses pages"
         # A block over two heads may start in the middle of one; otherwise no page too many.
         if first < end and (block * rows) % queries + len(row) <= queries:

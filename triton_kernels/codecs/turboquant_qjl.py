@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 
 from ..pack import byte_columns, store_codes
-from ..ptx import signed_octet_lookup, pair_lookup
+from ..ptx import pair_lookup, signed_octet_lookup
 from ..target import tl, triton
 from ..tile_math import bucket_levels, round_to
 from ..tile_math import round_saturating as tile_saturating
