@@ -131,7 +131,8 @@ def _append_side(
         tl.store(tail_ptr + row[:, None] * stride_tail_n + offs_d[None, :], rows, mask=mask)
 
 
-@triton.jit
+# Numbers that change while a cache grows must not make new kernels, least of all while a CUDA graph is captured.
+@triton.jit(do_not_specialize=["tokens", "stride_table_b"])
 def _append_kernel(
     k_planes,
     v_planes,

@@ -6,13 +6,16 @@ One program serves one row and reads its splits ``BLOCK`` at a time, as wide loa
 loads in flight that decides.  Splits over pages hold their accumulator part by part (``unpack.py``) and in the values'
 domain; the last split (the open page) is in natural order and not rotated.  For rotated values the merged accumulator
 is multiplied by the Hadamard signs, made in registers ``SLICE`` channels at a time: once per row, not once per split.
+
+Chunks of queries have rows enough to fill a device otherwise: there a program serves ``MANY_ROWS`` of them, takes one
+split after the other, and makes the signs once for all its rows.
 """
 
 import torch
 
 from .codecs.jit import KernelCodec
 from .hadamard import hadamard_block
-from .target import tl, triton
+from .target import has_ptx, tl, triton
 from .tile_math import hadamard_signs
 from .unpack import column_channels
 
@@ -95,6 +98,92 @@ def _combine_kernel(
         tl.store(out + channel, (values / total).to(out_ptr.dtype.element_ty), mask=exists)
 
 
+@triton.jit(do_not_specialize=["queries", "splits"])
+def _combine_rows_kernel(
+    out_ptr,
+    partial_ptr,
+    state_ptr,
+    sinks_ptr,
+    heads,
+    queries,
+    splits,
+    stride_out_b,
+    stride_out_h,
+    stride_out_q,
+    VALUE_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTIAL_COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLICE: tl.constexpr,
+    ROTATED: tl.constexpr,
+    ORDER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """Grid: (batch * heads * row blocks,), blocks of ROWS of the GROUP * queries rows."""
+    rows = GROUP * queries
+    row_blocks = tl.cdiv(rows, ROWS)
+    row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    row_exists = row < rows
+    batch_head = (tl.program_id(0) // row_blocks).to(tl.int64)
+    query_head = batch_head % heads * GROUP + row // queries  # [ROWS]
+    columns = tl.arange(0, COLUMNS)
+    first = batch_head * (splits + 1) * rows + row  # [ROWS]
+
+    at = first + splits.to(tl.int64) * rows
+    maximum = tl.load(state_ptr + at * 2, mask=row_exists, other=float("-inf"))
+    tail_max = maximum
+    if SINKS:
+        sink = tl.load(sinks_ptr + query_head, mask=row_exists, other=0.0).to(tl.float32) * 1.4426950408889634
+        maximum = tl.maximum(maximum, sink)
+    origin = tl.where(maximum == float("-inf"), 0.0, maximum)
+    tail_factor = tl.exp2(tail_max - origin)
+    total = tail_factor * tl.load(state_ptr + at * 2 + 1, mask=row_exists, other=0.0)
+    if SINKS:
+        total += tl.exp2(sink - origin)
+
+    packed = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for split in range(splits):
+        here = first + tl.cast(split, tl.int64) * rows  # [ROWS]
+        split_max = tl.load(state_ptr + here * 2, mask=row_exists, other=float("-inf"))
+        split_sum = tl.load(state_ptr + here * 2 + 1, mask=row_exists, other=0.0)
+        values = tl.load(
+            partial_ptr + here[:, None] * PARTIAL_COLUMNS + columns[None, :], mask=row_exists[:, None], other=0.0
+        )  # [ROWS, COLUMNS]
+        new_max = tl.maximum(maximum, split_max)
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = tl.exp2(maximum - origin)
+        factor = tl.exp2(split_max - origin)
+        maximum = new_max
+        total = total * decay + factor * split_sum
+        packed = packed * decay[:, None] + factor[:, None] * values
+        tail_factor = tail_factor * decay
+    total = tl.where(total == 0.0, 1.0, total)
+
+    channel, exists = column_channels(VALUE_DIM, FIELDS, COLUMNS)
+    out = out_ptr + (batch_head // heads) * stride_out_b + query_head * stride_out_h
+    out = (out + (row % queries).to(tl.int64) * stride_out_q)[:, None]
+    tail = partial_ptr + at[:, None] * PARTIAL_COLUMNS
+    if ROTATED:
+        for start in range(0, VALUE_DIM, SLICE):
+            offs_v = start + tl.arange(0, SLICE)
+            mask = row_exists[:, None] & (offs_v < VALUE_DIM)[None, :]
+            signs = hadamard_signs(tl.where(exists, channel, 1 << 24), offs_v, ORDER)  # [COLUMNS, SLICE]
+            values = tl.dot(packed, signs, input_precision=PRECISION) * (1.0 / tl.sqrt(ORDER * 1.0))  # [ROWS, SLICE]
+            values += tail_factor[:, None] * tl.load(tail + offs_v[None, :], mask=mask, other=0.0)
+            tl.store(out + offs_v[None, :], (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        mask = row_exists[:, None] & exists[None, :]
+        values = packed + tail_factor[:, None] * tl.load(tail + channel[None, :], mask=mask, other=0.0)
+        tl.store(out + channel[None, :], (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# Rows of a program where there are at least four times as many: a product has 16 rows at least.
+MANY_ROWS = 16
+
+
 def combine(
     out: torch.Tensor,
     partial: torch.Tensor,
@@ -114,7 +203,12 @@ def combine(
     """
     batch, query_heads, queries, value_dim = out.shape
     heads, splits, rows = partial.shape[1], partial.shape[2] - 1, partial.shape[3]
-    _combine_kernel[(batch * heads * rows,)](
+    many = rows >= 4 * MANY_ROWS
+    kernel = _combine_rows_kernel if many else _combine_kernel
+    blocks = triton.cdiv(rows, MANY_ROWS) if many else rows
+    # Signs are exact in TF32, and accumulators in two parts of it but for the last bits.
+    precision = "tf32x3" if has_ptx(out.device) else "ieee"
+    kernel[(batch * heads * blocks,)](
         out,
         partial,
         state,
@@ -128,10 +222,10 @@ def combine(
         COLUMNS=columns,
         PARTIAL_COLUMNS=partial.shape[-1],
         GROUP=query_heads // heads,
-        BLOCK=16,
         SLICE=32,
         ROTATED=rotated,
         ORDER=hadamard_block(value_dim),
         SINKS=sinks is not None,
         num_warps=4,
+        **({"ROWS": MANY_ROWS, "PRECISION": precision} if many else {"BLOCK": 16}),
     )

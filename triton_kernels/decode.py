@@ -68,14 +68,52 @@ def _scores_to_base2(
                 seen = seen & (offs_n < visible)[:, None]
             entry = tl.load(pointers, mask=seen, other=0)  # [N, ROWS]
         if MASK == 1:
-            logits = tl.where(entry != 0, logits, float("-inf"))
+            # A limit instead of a selection: predicates and the tile they select from crowd the registers of a warp.
+            logits = tl.minimum(logits, tl.where(entry != 0, float("inf"), float("-inf")))
         else:
             logits = logits + entry.to(tl.float32) * LOG2E
     return logits
 
 
+@triton.jit
+def _seen_pages(
+    row_block,
+    queries,
+    sealed,
+    tail,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """First sealed page that a row of the block may see, and the end of these pages: the others are not read."""
+    first, end = 0, sealed
+    if CAUSAL or WINDOW > 0:
+        first_row = row_block * ROWS
+        rows = tl.minimum(ROWS, GROUP * queries - first_row)
+        # Rows are query heads, each with its queries: a block within one head has consecutive queries.
+        within = first_row % queries + rows <= queries
+        first_query = tl.where(within, first_row % queries, 0)
+        last_query = tl.where(within, first_query + rows, queries) - 1
+        before = sealed * PAGE + tail - queries  # tokens before the first query
+        if CAUSAL:
+            end = tl.minimum(sealed, tl.maximum(before + last_query + PAGE, 0) // PAGE)
+        if WINDOW > 0:
+            first = tl.maximum(before + first_query + 1 - WINDOW, 0) // PAGE
+    return first, end
+
+
+@triton.jit
+def _store_state(state_ptr, first_row, row, maximum, total, row_exists):
+    """Write maxima and sums ``[ROWS]`` of the rows ``first_row + row``."""
+    pointers = state_ptr + first_row * 2 + row * 2
+    tl.store(pointers, maximum, mask=row_exists)
+    tl.store(pointers + 1, total, mask=row_exists)
+
+
 # Numbers that change while a cache grows must not make new kernels.
-_NOT_SPECIALIZED = ("splits", "stride_table_b", "stride_mask_b", "stride_mask_h", "stride_mask_q")
+_NOT_SPECIALIZED = ("queries", "splits", "stride_table_b", "stride_mask_b", "stride_mask_h", "stride_mask_q")
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -169,7 +207,6 @@ def _decode_kernel(
 
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     running_sum = tl.zeros([ROWS], tl.float32)
-    out_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries) + row  # [ROWS]
     offs_n = tl.arange(0, PAGE)
     mask_rows = mask_ptr + batch.to(tl.int64) * stride_mask_b
     if not SHARED_MASK:
@@ -183,9 +220,11 @@ def _decode_kernel(
         for part in tl.static_range(K_PARTS):
             channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
             q_pointers = (
-                rotated_query_ptr + batch.to(tl.int64) * stride_rotated_b + query_head[None, :] * stride_rotated_h
+                rotated_query_ptr
+                + batch.to(tl.int64) * stride_rotated_b
+                + query_head.to(tl.int64)[None, :] * stride_rotated_h
             )
-            q_pointers = q_pointers + query_index[None, :] * stride_rotated_q + channel[:, None]
+            q_pointers = q_pointers + query_index.to(tl.int64)[None, :] * stride_rotated_q + channel[:, None]
             q_part = tl.load(q_pointers, mask=mask_k[:, None] & row_exists[None, :], other=0.0)  # [K_WORDS, ROWS]
             q = q + (q_part.to(tl.float32),)
             q_sum += tl.sum(q[part], 0)
@@ -193,9 +232,11 @@ def _decode_kernel(
             accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
         table_ptr += batch.to(tl.int64) * stride_table_b
 
-        per_split = tl.cdiv(sealed, splits)
-        first_page = split * per_split
-        for page_index in tl.range(first_page, tl.minimum(first_page + per_split, sealed), num_stages=STAGES):
+        first_page, end_page = _seen_pages(row_block, queries, sealed, tail, GROUP, ROWS, PAGE, CAUSAL, WINDOW)
+        per_split = tl.cdiv(tl.maximum(end_page - first_page, 0), splits)
+        first_page += split * per_split
+        end_page = tl.minimum(first_page + per_split, end_page)
+        for page_index in tl.range(first_page, end_page, num_stages=STAGES):
             page_head = tl.load(table_ptr + page_index).to(tl.int64) * heads + head
 
             levels, token_scale, token_offset = K_TILE(
@@ -271,15 +312,18 @@ def _decode_kernel(
                 added = added + (accumulator[part] * decay[None, :] + product,)
             accumulator = added
 
+        first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
         for part in tl.static_range(V_PARTS):
             columns = part * V_WORDS + tl.arange(0, V_WORDS)
-            out_pointers = partial_ptr + out_row[None, :] * PARTIAL_COLUMNS + columns[:, None]
+            out_pointers = partial_ptr + first_row * PARTIAL_COLUMNS + row[None, :] * PARTIAL_COLUMNS + columns[:, None]
             tl.store(out_pointers, accumulator[part], mask=row_exists[None, :])  # [V_WORDS, ROWS]
+        _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
     else:
         offs_k = tl.arange(0, KEY_COLUMNS)
         offs_v = tl.arange(0, VALUE_COLUMNS)
-        tail_pointers = query_ptr + batch.to(tl.int64) * stride_query_b + query_head[None, :] * stride_query_h
-        tail_pointers = tail_pointers + query_index[None, :] * stride_query_q + offs_k[:, None]
+        tail_pointers = query_ptr + batch.to(tl.int64) * stride_query_b
+        tail_pointers = tail_pointers + query_head.to(tl.int64)[None, :] * stride_query_h
+        tail_pointers = tail_pointers + query_index.to(tl.int64)[None, :] * stride_query_q + offs_k[:, None]
         q_mask = (offs_k < KEY_DIM)[:, None] & row_exists[None, :]
         query = tl.load(tail_pointers, mask=q_mask, other=0.0)  # [KEY_COLUMNS, ROWS]
         held = offs_n < tail
@@ -310,11 +354,10 @@ def _decode_kernel(
             tail_pointers, mask=held[:, None] & (offs_v < VALUE_DIM)[None, :], other=0.0
         )  # [PAGE, VALUE_COLUMNS]
         gathered = tl.dot(tl.trans(v), tail_weights.to(v.dtype), input_precision=PRECISION)  # [VALUE_COLUMNS, ROWS]
-        tail_pointers = partial_ptr + out_row[:, None] * PARTIAL_COLUMNS + offs_v[None, :]
+        first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
+        tail_pointers = partial_ptr + first_row * PARTIAL_COLUMNS + row[:, None] * PARTIAL_COLUMNS + offs_v[None, :]
         tl.store(tail_pointers, tl.trans(gathered), mask=row_exists[:, None])  # [ROWS, VALUE_COLUMNS]
-
-    tl.store(state_ptr + out_row * 2, running_max, mask=row_exists)
-    tl.store(state_ptr + out_row * 2 + 1, running_sum, mask=row_exists)
+        _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
 
 
 def part_width(codec: KernelCodec, head_dim: int, least: int = 1) -> int:
@@ -375,10 +418,15 @@ def decode(
         page_table: int32 ``[batch, pages]``.
         lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence, on the device.
         mask: broadcastable to ``[batch, query_heads, queries, tokens]``; bool or additive.
+
+    Raises:
+        ValueError: the rows of one head have 2^31 accumulated numbers or more, which 32-bit offsets do not reach.
     """
     batch, query_heads, queries, key_dim = query.shape
     heads, value_dim = value_tail.shape[1], value_tail.shape[3]
     group = query_heads // heads
+    if group * queries * partial.shape[-1] >= 1 << 31:
+        raise ValueError(f"{queries} queries for {group} heads are too many for one launch; pass them in chunks")
     row_blocks = triton.cdiv(group * queries, config.rows)
     strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, query_heads, queries, mask.shape[-1]).stride()
     ptx = has_ptx(query.device) and query.dtype != torch.float32
@@ -438,6 +486,6 @@ def decode(
         SHARED_MASK=queries == 1 and strides[1] == 0,
         PRECISION="ieee",
         PTX=ptx,
-        STAGES=config.stages,
+        STAGES=config.depth(page_size),
         num_warps=config.warps,
     )

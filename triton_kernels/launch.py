@@ -32,6 +32,7 @@ class LaunchConfig:
         rows: rows (query heads of a group times queries) of one program; a power of two.
         warps: warps of one program.
         stages: software-pipelining depth of the loop over pages; 2 loads one page ahead.
+        long_stages: the same for pages of more than 64 tokens where it differs, else 0.
         residents: programs that a multiprocessor holds at once; the choice of splits fills them.
     """
 
@@ -39,6 +40,11 @@ class LaunchConfig:
     warps: int = 1
     stages: int = 2
     residents: int = 8
+    long_stages: int = 0
+
+    def depth(self, page_size: int) -> int:
+        """Pipelining depth for pages of ``page_size`` tokens."""
+        return self.long_stages if self.long_stages and page_size > 64 else self.stages
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,14 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("gfx", 0, 64 * 128, 0, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
     LaunchRow("gfx", 0, _ANY, 0, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
     # The same code takes a few registers more there than it has.
-    LaunchRow("sm_10", 0, 64 * 128, 0, 6, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
+    LaunchRow("sm_1", 0, 64 * 128, 0, 6, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
     LaunchRow("", 0, 64 * 128, 0, 6, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 128, 9, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
     LaunchRow("", 0, 64 * 128, 0, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 256, 9, 6, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
-    # Without the prefetch: with it, look-up tables and a page ahead do not fit in the registers together.
-    LaunchRow("", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4)),
+    # Without the prefetch: with it, look-up tables and a page ahead do not fit in the registers together.  A long page
+    # of a narrower head is the other way round.
+    LaunchRow("", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
     LaunchRow("", 0, 64 * 256, 9, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
     LaunchRow("", 0, 64 * 256, 0, 16, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
     LaunchRow("", 0, _ANY, 0, _ANY, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),

@@ -108,21 +108,25 @@ def nibble_lookup(levels: tuple[float, ...]) -> str:
     return "\n".join([*lines, "}"])
 
 
-def octet_lookup(levels: tuple[float, ...]) -> str:
-    """PTX that looks up the low 3 bits of nibbles in eight ``levels`` (parts 0 to 3), and gives +1 where the highest
-    bit is set and -1 elsewhere (parts 4 to 7)."""
+def signed_octet_lookup(levels: tuple[float, ...], byte: int) -> str:
+    """PTX that looks up the low 3 bits of the nibbles of byte 0 or 1 in eight ``levels``, and adds the fp16 number in
+    ``$3`` where the highest bit is set, or subtracts it where it is not; one number for each of the two words."""
     low, low_end, high, high_end = _tables(levels)
-    lines = ["{", *_held(low, high), "    prmt.b32 x, $8, 0, 0x3120;", "    and.b32 s, x, 0x77777777;"]
-    for byte in (0, 1):
-        lines += ["    shr.u32 s, s, 16;"] if byte else []
+    lines = ["{", *_held(low, high), "    prmt.b32 x, $2, 0, 0x3120;", "    and.b32 s, x, 0x77777777;"]
+    lines += ["    shr.u32 s, s, 16;"] if byte else []
+    lines += [
+        f"    prmt.b32 lo, table_lo, {low_end}, s;",
+        f"    prmt.b32 hi, table_hi, {high_end}, s;",
+        "    prmt.b32 $0, lo, hi, 0x6240;",
+        "    prmt.b32 $1, lo, hi, 0x7351;",
+    ]
+    for field, shift in enumerate((4, 0) if byte else (12, 8)):
         lines += [
-            f"    prmt.b32 lo, table_lo, {low_end}, s;",
-            f"    prmt.b32 hi, table_hi, {high_end}, s;",
-            f"    prmt.b32 ${byte}, lo, hi, 0x6240;",
-            f"    prmt.b32 ${byte + 2}, lo, hi, 0x7351;",
+            f"    shl.b32 x, $2, {shift};",
+            # The number with its sign flipped where the bit is 0.
+            "    lop3.b32 x, x, 0x80008000, $3, 0xa6;",
+            f"    add.f16x2 ${field}, ${field}, x;",
         ]
-    for part, shift in enumerate((12, 4, 8, 0), start=4):
-        lines += [f"    shl.b32 x, $8, {shift};", f"    lop3.b32 ${part}, x, 0x80008000, 0xbc00bc00, 0x6a;"]
     return "\n".join([*lines, "}"])
 
 
@@ -138,6 +142,12 @@ def run_on_words(words, ASM: tl.constexpr, PARTS: tl.constexpr):
         return tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,r", [words], (tl.float16,) * 4, True, 2)
     else:
         return tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [words], (tl.float16,) * 8, True, 2)
+
+
+@triton.jit
+def run_on_words_and_numbers(words, numbers, ASM: tl.constexpr):
+    """Run ``ASM`` on int16 ``words`` and fp16 ``numbers`` that broadcast to them; two fp16 tensors of their shape."""
+    return tl.inline_asm_elementwise(ASM, "=&r,=&r,r,r", [words, numbers], (tl.float16,) * 2, True, 2)
 
 
 @triton.jit

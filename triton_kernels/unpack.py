@@ -18,7 +18,7 @@ Levels leave here in the dtype of the product.  On NVIDIA GPUs integer codes lea
 code, which is the code times 2^-24 exactly; ``level_unit`` in ``decode.py`` is what undoes it, in float32.
 """
 
-from .ptx import nibbles, run_on_words, whole_bytes
+from .ptx import nibbles, run_on_words, run_on_words_and_numbers, whole_bytes
 from .target import tl, triton
 
 
@@ -131,15 +131,19 @@ def unpack_levels(
 
 
 @triton.jit
-def unpack_signed_levels(words, TABLE: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Nibbles of 3 bits and a sign: ``TABLE[low 3 bits]`` as 4 parts, then +1 or -1 (sign bit 1 or 0) as 4 more."""
+def unpack_signed_levels(words, rho, TABLE: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Nibbles of 3 bits and a sign: ``TABLE[low 3 bits]`` plus (sign bit 1) or minus ``rho``, as a tuple of 4 parts.
+
+    ``rho`` is of ``DTYPE`` and broadcasts to ``words``.
+    """
     if PTX:
-        return run_on_words(words, ASM, 8)
+        even = run_on_words_and_numbers(words, rho, ASM[0])
+        odd = run_on_words_and_numbers(words, rho, ASM[1])
+        return even[0], odd[0], even[1], odd[1]
     else:
-        levels = ()
-        signs = ()
+        parts = ()
         for part in tl.static_range(4):
             shift = part // 2 * 4 + part % 2 * 8
-            levels = levels + (select_levels((words >> shift) & 7, TABLE, 8, DTYPE),)
-            signs = signs + ((((words >> shift) & 8) // 4 - 1).to(DTYPE),)
-        return levels + signs
+            level = select_levels((words >> shift) & 7, TABLE, 8, DTYPE)
+            parts = parts + (tl.where(((words >> shift) & 8) != 0, level + rho, level - rho),)
+        return parts

@@ -164,37 +164,63 @@ def compiling_for(target: Target) -> Iterator[list[Any]]:
         JITFunction.run = launch
 
 
+class _Call:
+    """Tensors of a call, of 2 sequences with 8 key/value heads and 32 pages; they have no memory."""
+
+    batch, heads, pages = 2, 8, 32
+
+    def __init__(self, case: Case) -> None:
+        from kvquant_hf.triton_kernels.codecs import CODECS
+
+        self.case, self.dtype = case, getattr(torch, case.dtype)
+        self.codecs = (CODECS[case.keys], CODECS[case.values])
+        self.table = self.empty(self.batch, self.pages, dtype=torch.int32)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def lengths(self) -> torch.Tensor:
+        return self.empty(self.batch, 2, dtype=torch.int32)
+
+    def vectors(self, tokens: int) -> torch.Tensor:
+        """Keys or values of ``tokens`` tokens; an open page, for as many tokens as a page has."""
+        return self.empty(self.batch, self.heads, tokens, self.case.head_dim)
+
+    def planes(self, codec: Any) -> list[torch.Tensor]:
+        planes, size = codec.planes(self.case.head_dim), self.case.page_size
+        return [self.empty(self.pages, self.heads, *plane.shape(size), dtype=plane.dtype) for plane in planes]
+
+
 def attention(case: Case) -> None:
     """Launch ``decode`` and ``combine``."""
-    from kvquant_hf.triton_kernels.codecs import CODECS
     from kvquant_hf.triton_kernels.reference import PagedSide
     from kvquant_hf.triton_kernels.triton_attention import paged_attention_triton
 
-    dtype, batch, heads, pages = getattr(torch, case.dtype), 2, 8, 32
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def side(name: str) -> PagedSide:
-        planes = CODECS[name].planes(case.head_dim)
-        stored = [empty(pages, heads, *p.shape(case.page_size), dtype=p.dtype or dtype) for p in planes]
-        return PagedSide(CODECS[name], stored, empty(batch, heads, case.page_size, case.head_dim), case.page_size)
-
-    tokens = pages * case.page_size
+    call, page = _Call(case), case.page_size
+    shape = (call.batch, 1, case.queries, call.pages * page)
     paged_attention_triton(
-        empty(batch, heads * case.group, case.queries, case.head_dim),
-        side(case.keys),
-        side(case.values),
-        empty(batch, pages, dtype=torch.int32),
-        empty(batch, 2, dtype=torch.int32),
+        call.empty(call.batch, call.heads * case.group, case.queries, case.head_dim),
+        *(PagedSide(codec, call.planes(codec), call.vectors(page), page) for codec in call.codecs),
+        call.table,
+        call.lengths(),
         scale=0.1,
-        mask=empty(batch, 1, case.queries, tokens, dtype=getattr(torch, case.mask)) if case.mask else None,
+        mask=call.empty(*shape, dtype=getattr(torch, case.mask)) if case.mask else None,
         softcap=case.softcap,
         window=case.window,
     )
 
 
-KERNELS: dict[str, Callable[[Case], None]] = {"attention": attention}
+def append(case: Case) -> None:
+    """Launch ``append`` with as many new tokens as the case has queries."""
+    from kvquant_hf.triton_kernels.append import append
+
+    call = _Call(case)
+    new, tails = ([call.vectors(tokens) for _ in "kv"] for tokens in (case.queries, case.page_size))
+    planes = map(call.planes, call.codecs)
+    append(*new, *call.codecs, *planes, *tails, call.table, call.lengths(), call.lengths())
+
+
+KERNELS: dict[str, Callable[[Case], None]] = {"attention": attention, "append": append}
 
 
 def _tool(name: str, *args: str) -> str:

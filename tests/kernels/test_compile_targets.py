@@ -1,7 +1,8 @@
 """Every kernel compiles for every GPU, without spills where the launch table is tuned, and within shared memory.
 
 Compiled ahead of time in other processes (``aot.py``), so no GPU is needed and the interpreter does not matter.  Each
-test is one process for one target; the full matrix (``-m full``) takes about half an hour on one core.
+test is one process for one target, in the full matrix (``-m full``) for one target and pair of codecs, so that parts of
+it can be run by name: ``pytest -m full tests/kernels/test_compile_targets.py -k "sm_90 and int4"``.
 """
 
 import pytest
@@ -19,15 +20,8 @@ PAIRS = {
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),
 }
-# Bytes of stack of a thread that are left; none of them is used once per element (a page of it is 512 elements a
-# thread).
-STACK = {"turboquant-qjl": 80}
 # Masks of several rows, float32 models and GPUs whose products run without tensor cores are not promised anything.
 UNTUNED = ("sm_7",)
-
-
-def name_of(case: Case) -> str:
-    return next(name for name, pair in PAIRS.items() if pair == (case.keys, case.values))
 
 
 def check(case: Case, built: list[Built] | str) -> list[str]:
@@ -39,7 +33,7 @@ def check(case: Case, built: list[Built] | str) -> list[str]:
     for kernel in built:
         if kernel.shared > TARGETS[case.target].shared:
             wrong.append(f"{case}: {kernel.name} wants {kernel.shared} bytes of shared memory")
-        if tuned and kernel.spilled > STACK.get(name_of(case), 0):
+        if tuned and kernel.spilled:
             wrong.append(f"{case}: {kernel.name} spills {kernel.spilled} bytes with {kernel.registers} registers")
     return wrong
 
@@ -48,6 +42,7 @@ def trimmed(target: str) -> list[Case]:
     """A case of each kind that could fail on ``target`` alone."""
     half = "float16" if target == "sm_75" else "bfloat16"
     cases = [Case(target, *PAIRS[name], dtype=half) for name in ("int8", "int4", "turboquant")]
+    cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
     if target in ("sm_80", "sm_90"):
         cases += [Case(target, *pair) for name, pair in PAIRS.items() if "token" in name or "qjl" in name]
     if target == "sm_90":
@@ -58,21 +53,35 @@ def trimmed(target: str) -> list[Case]:
     return cases
 
 
-def full(target: str) -> list[Case]:
-    """Every pair of the policies x dtypes x head_dims x query counts, and what changes the code."""
-    cases = []
-    for pair in PAIRS.values():
-        for dtype in ("float16", "bfloat16", "float32"):
-            for head_dim in (64, 80, 96, 128, 192, 256):
-                cases.append(Case(target, *pair, dtype=dtype, head_dim=head_dim))
-                cases += [Case(target, *pair, dtype=dtype, head_dim=head_dim, queries=16)] * (
-                    head_dim in (64, 128, 256)
-                )
-        cases += [Case(target, *pair, page_size=size) for size in (16, 32, 128)]
-        cases += [Case(target, *pair, group=group) for group in (1, 7, 8, 16)]
-        cases += [Case(target, *pair, mask=mask, queries=q) for mask in ("bool", "bfloat16") for q in (1, 4)]
-        cases.append(Case(target, *pair, softcap=30.0, window=512, queries=2))
-    return cases
+def full(target: str, name: str) -> list[Case]:
+    """Both launchers x dtypes, and what changes the code; every shape on sm_90 alone."""
+    everything = target == "sm_90"
+    half = "float16" if target in ("sm_70", "sm_75") else "bfloat16"
+    kinds = [
+        {},
+        {"queries": 16},
+        {"queries": 16, "head_dim": 64},
+        {"head_dim": 256},
+        {"head_dim": 80, "queries": 2, "softcap": 30.0, "window": 512},
+        {"page_size": 128},
+        {"mask": "bool"},
+    ]
+    if everything:
+        kinds += [{"head_dim": dim, "group": 7} for dim in (64, 80, 96, 192)]
+        kinds += [{"group": group} for group in (1, 16)] + [{"group": 16, "head_dim": 64}]
+        kinds += [{"queries": 16, "head_dim": 256}, {"page_size": 16}, {"page_size": 32}]
+        kinds += [{"mask": mask, "queries": q} for mask, q in (("bfloat16", 1), ("bool", 4), ("float32", 4))]
+    attention = [{"dtype": dtype} for dtype in ("float16", "bfloat16", "float32")]
+    attention += [{"dtype": half, **kind} for kind in kinds]
+    if everything:
+        attention += [{"dtype": d, "head_dim": dim} for d in ("float16", "float32") for dim in (64, 80, 96, 192, 256)]
+    append = [{"dtype": dtype} for dtype in ("float16", "bfloat16", "float32")]
+    append += [
+        {"dtype": half, "head_dim": dim, "queries": 65} for dim in ((64, 80, 96, 192, 256) if everything else (80,))
+    ]
+    cases = [Case(target, *PAIRS[name], **fields) for fields in attention]
+    cases += [Case(target, *PAIRS[name], kernel="append", **fields) for fields in append]
+    return list(dict.fromkeys(cases))
 
 
 @pytest.mark.slow
@@ -83,22 +92,23 @@ def test_compiles(target: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_in_full(target: str) -> None:
-    wrong = [line for case, built in compile_cases(full(target)).items() for line in check(case, built)]
+def test_compiles_in_full(target: str, name: str) -> None:
+    wrong = [line for case, built in compile_cases(full(target, name)).items() for line in check(case, built)]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.slow
 def test_the_loop_of_sm_90() -> None:
     """Packed data is copied 16 bytes at a time and a page ahead, and tensor cores do the products."""
-    cases = [Case("sm_90", *PAIRS[name]) for name in ("int8", "int4", "turboquant")]
-    for case, built in compile_cases(cases, sass=True).items():
+    # Bits of a code, keys plus values.
+    cases = {Case("sm_90", *PAIRS[name]): bits for name, bits in (("int8", 16), ("int4", 8), ("turboquant", 6))}
+    for case, built in compile_cases(list(cases), sass=True).items():
         (decode,) = (kernel for kernel in built if "decode" in kernel.name)
         loop = main_loop(decode.sass)
         # Bytes of keys and values of one page that a thread copies, 16 at a time.
-        bits = {"int8": 16, "int4": 8, "turboquant": 6}[name_of(case)]
-        page = case.page_size * case.head_dim * bits // 8
+        page = case.page_size * case.head_dim * cases[case] // 8
         assert loop.count(r"LDGSTS\.E.*\.128") == page // (16 * 32 * decode.warps)
         assert loop.count("HMMA|HGMMA") > 0
         assert loop.count(r"LDG\.E.*128|STS.*128") == 0, "codes go through registers twice"

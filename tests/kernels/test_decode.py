@@ -33,7 +33,11 @@ PAGE = 64
 
 
 class Case(NamedTuple):
-    """``tokens``: per sequence, the last page is open; lazily sealed, so it holds 1 to PAGE of them."""
+    """``tokens``: per sequence, the last page is open; lazily sealed, so it holds 1 to PAGE of them.
+
+    ``mask``: "none", "bool" (of keys), "causal" (bool, on top of the causal rule), "float", "heads", or "rows".
+    ``rows``: rows of a program instead of the launch table's, if not 0.
+    """
 
     tokens: tuple[int, ...] = (200, 200)
     key_dim: int = 64
@@ -46,10 +50,21 @@ class Case(NamedTuple):
     sinks: bool = False
     window: int = 0
     splits: int = 3
+    rows: int = 0
+    heads: int = 2
+
+    @property
+    def causal(self) -> bool:
+        return self.mask in ("none", "causal") or self.window > 0
 
     def __str__(self) -> str:
-        dims = f"D{self.key_dim}" + (f"v{self.value_dim}" if self.value_dim != self.key_dim else "")
+        dims = (
+            f"H{self.heads}" * (self.heads != 2)
+            + f"D{self.key_dim}"
+            + (f"v{self.value_dim}" if self.value_dim != self.key_dim else "")
+        )
         extra = [self.mask] * (self.mask != "none") + ["softcap"] * (self.softcap is not None) + ["sinks"] * self.sinks
+        extra += [f"R{self.rows}"] * (self.rows > 0)
         extra += [f"W{self.window}"] * (self.window > 0) + [f"S{self.splits}"] * (self.splits != 3)
         tokens = "_".join(map(str, dict.fromkeys(self.tokens)))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -78,7 +93,7 @@ FEATURES = (
 
 def side(codec: str, case: Case, dim: int, pages: int, device: torch.device) -> PagedSide:
     """Random pages; slots that nobody may read hold NaN."""
-    heads = 2
+    heads = case.heads
     vectors = torch.randn(pages, heads, PAGE, dim, device=device).to(case.dtype)
     planes = [plane.contiguous() for plane in CODECS[codec].encode(vectors)]
     for plane in planes:
@@ -115,7 +130,7 @@ def attention(
     raw = scores
     position = torch.arange(case.queries, device=q.device).unsqueeze(1) + tokens - case.queries
     token = torch.arange(tokens, device=q.device)
-    if case.mask == "none" or case.window:
+    if case.causal:
         scores = scores.masked_fill(token > position, float("-inf"))
     if case.window:
         scores = scores.masked_fill(token <= position - case.window, float("-inf"))
@@ -142,7 +157,7 @@ def test_every_feature(case: Case, device: torch.device) -> None:
 
 def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
     torch.manual_seed(0)
-    heads, batch = 2, len(case.tokens)
+    heads, batch = case.heads, len(case.tokens)
     query_heads = heads * case.group
     sealed = [(tokens - 1) // PAGE for tokens in case.tokens]
     pages = sum(sealed) + 1  # the last one is nobody's
@@ -158,15 +173,19 @@ def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
     query = torch.randn(batch, query_heads, case.queries, case.key_dim, device=device).to(case.dtype)
     mask = masks(case, query_heads, device)
     sinks = torch.randn(query_heads, device=device) if case.sinks else None
-    with override_launch(splits=case.splits):
+    read = table.clone()
+    if case.window:  # pages that no query sees any more are not read
+        for b, tokens in enumerate(case.tokens):
+            read[b, : max(tokens - case.queries - case.window + 1, 0) // PAGE] = pages - 1
+    with override_launch(splits=case.splits, **({"rows": case.rows} if case.rows else {})):
         out = paged_attention_triton(
             query,
             keys,
             values,
-            table,
+            read,
             lengths,
             scale=case.key_dim**-0.5,
-            causal=mask is None or case.window > 0,
+            causal=case.causal,
             mask=mask,
             softcap=case.softcap,
             sinks=sinks,
@@ -188,3 +207,34 @@ def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
         band = eps * (scores.abs().max() + 1) * size
         error = (out[b].double() - expected).abs().max()
         assert error <= budget + band, f"sequence {b}: error {error:.2e}, budget {budget:.2e} + {band:.2e}"
+
+
+def test_too_many_rows_for_one_launch() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from kvquant_hf.triton_kernels.decode import decode
+    from kvquant_hf.triton_kernels.launch import LaunchConfig
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16, device="meta")
+
+    query, tail, kernel = meta(1, 64, 1 << 18, 128), meta(1, 1, PAGE, 128), CODECS["exact"].kernel
+    partial, state, pages = meta(1, 1, 2, 64 << 18, 128), meta(1, 1, 2, 64 << 18, 2), [meta(4, 1, PAGE, 128)]
+    options = {"scale": 1.0, "causal": True, "window": 0, "softcap": None, "page_size": PAGE, "splits": 1}
+    with pytest.raises(ValueError, match="in chunks"):
+        decode(
+            partial,
+            state,
+            query,
+            query,
+            kernel,
+            kernel,
+            pages,
+            pages,
+            tail,
+            tail,
+            meta(1, 4),
+            meta(1, 2),
+            None,
+            config=LaunchConfig(),
+            **options,
+        )

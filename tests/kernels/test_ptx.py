@@ -35,7 +35,16 @@ def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.n
     return out
 
 
+def add_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Two fp16 sums, one of the lower halves and one of the upper."""
+    low, high = ((a >> n & 0xFFFF).astype(np.uint16).view(np.float16) for n in (0, 16))
+    low_b, high_b = ((b >> n & 0xFFFF).astype(np.uint16).view(np.float16) for n in (0, 16))
+    low, high = ((x + y).view(np.uint16).astype(np.uint32) for x, y in ((low, low_b), (high, high_b)))
+    return low | high << 16
+
+
 OPERATIONS = {
+    "add": add_halves,
     "prmt": prmt,
     "lop3": lop3,
     "and": lambda a, b: a & b,
@@ -97,10 +106,21 @@ def test_nibble_lookup_needs_symmetry() -> None:
         ptx.nibble_lookup(tuple(float(i) for i in range(16)))
 
 
-def test_octet_lookup() -> None:
-    asm = ptx.octet_lookup(turboquant_qjl.LEVELS[3])
-    check(asm, 2, np.array(turboquant_qjl.LEVELS[3] * 2, np.float16), parts=8)
-    check(asm, 2, np.array((-1.0,) * 8 + (1.0,) * 8, np.float16), first=4, parts=8)
+def test_signed_octet_lookup() -> None:
+    """Bit for bit ``level + rho`` or ``level - rho`` in fp16, for each byte's two parts."""
+    table = np.array(turboquant_qjl.LEVELS[3], np.float16)
+    rho = np.float16(0.1873)
+    both = np.uint32(rho.view(np.uint16)) * np.uint32(0x10001)
+    for byte in (0, 1):
+        asm = ptx.signed_octet_lookup(turboquant_qjl.LEVELS[3], byte)
+        # The emulator has one input: the number becomes an immediate.
+        results = run(asm.replace("$3", f"0x{both:08x}"), 2)
+        for field, result in enumerate(results):
+            for words, half in ((WORDS, result & 0xFFFF), (OTHERS, result >> 16)):
+                nibble = (words >> (4 * field + 8 * byte)) & 0xF
+                level = table[nibble & 7]
+                expected = np.where(nibble & 8, level + rho, level - rho).astype(np.float16)
+                np.testing.assert_array_equal(half.astype(np.uint16), expected.view(np.uint16))
 
 
 def test_the_held_register_is_zero_in_every_lane() -> None:

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 
 from ..pack import byte_columns, store_codes
-from ..ptx import octet_lookup, pair_lookup
+from ..ptx import pair_lookup, signed_octet_lookup
 from ..target import tl, triton
 from ..tile_math import bucket_levels, round_to
 from ..tile_math import round_saturating as tile_saturating
@@ -65,7 +65,7 @@ _EPS = 1e-8  # keeps both square roots away from zero
 _LEVELS_2 = tl.constexpr(LEVELS[2])
 _LEVELS_3 = tl.constexpr(LEVELS[3])
 _LOOKUP_2 = tl.constexpr(pair_lookup(LEVELS[2]))
-_LOOKUP_3 = tl.constexpr(octet_lookup(LEVELS[3]))
+_LOOKUP_3 = tl.constexpr(tuple(signed_octet_lookup(LEVELS[3], byte) for byte in (0, 1)))
 _BOUNDARIES_2 = tl.constexpr(BOUNDARIES[2])
 _BOUNDARIES_3 = tl.constexpr(BOUNDARIES[3])
 
@@ -115,10 +115,7 @@ def _sign_tile(
     sigma: tl.constexpr = HEAD_DIM**-0.5
     rho = (tl.load(planes[2] + page_head * PAGE + offs_n).to(tl.float32) / sigma).to(DTYPE)  # [N]
     rho = rho[None, :] if TRANSPOSED else rho[:, None]
-    unpacked = unpack_signed_levels(words, _LEVELS_3, _LOOKUP_3, DTYPE, PTX)
-    levels = ()
-    for part in tl.static_range(2 * FIELDS):
-        levels = levels + (unpacked[part] + unpacked[part + 4] * rho,)
+    levels = unpack_signed_levels(words, rho, _LEVELS_3, _LOOKUP_3, DTYPE, PTX)
     norm = tl.load(planes[1] + page_head * PAGE + offs_n)  # [N]
     return levels, norm.to(tl.float32) * sigma, offs_n
 
