@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from .budget import Budget, Claim
 from .carrier import KVTensor
 from .errors import GradientError, InterruptedForwardError
+from .paging import LayerPool, PagePool
 from .policy import KVPolicy
 from .report import CallLog
 from .store import PagedStore
@@ -40,6 +42,7 @@ class StepGuard:
         self._followers: list[weakref.ref[PagedLayer]] = []
         self._before = 0  # tokens the leader held before this step
         self._step = 0  # tokens of this step
+        self.claim: Claim | None = None  # the pages of this step
 
     def enter(self, layer: PagedLayer, count: int) -> None:
         """``layer`` is about to take ``count`` tokens.
@@ -84,6 +87,7 @@ class PagedLayer:
         guard: shared by the layers of one cache.
         log: shared by the layers of one cache.
         impl: what is to run on the pages.
+        pool: where the pages come from; by default a pool of its own.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class PagedLayer:
         guard: StepGuard,
         log: CallLog,
         impl: Implementation = "auto",
+        pool: LayerPool | None = None,
     ) -> None:
         self.policy = policy
         self.page_size = page_size
@@ -101,8 +106,8 @@ class PagedLayer:
         self.guard = guard
         self.log = log
         self.impl = impl
+        self.pool = LayerPool(Budget()) if pool is None else pool
         self.store: PagedStore | None = None
-        self.home: torch.device | None = None
 
     @property
     def is_initialized(self) -> bool:
@@ -133,8 +138,7 @@ class PagedLayer:
         """Make an empty store for tensors like these."""
         codecs = CODECS[self.policy.keys], CODECS[self.policy.values]
         with _plain_tensors():
-            self.store = PagedStore(*codecs, self.page_size, keys, values, self.impl)
-        self.home = keys.device
+            self.store = PagedStore(*codecs, self.page_size, keys, values, self.impl, self.pool.make)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens and return what attention is to read.
@@ -147,6 +151,7 @@ class PagedLayer:
             GradientError: they carry a gradient.
             InterruptedForwardError: the last forward pass did not finish.
             CacheMismatchError: they do not fit what is held.
+            OutOfPages: the budget has no more pages.
         """
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             raise GradientError(
@@ -162,18 +167,33 @@ class PagedLayer:
         if self.store is None:
             self.initialize(keys, values)
         assert self.store is not None
-        with _plain_tensors():
-            self.store.append(keys, values)
+        self.store.claim = self.guard.claim
+        try:
+            with _plain_tensors():
+                self.store.append(keys, values)
+        finally:
+            self.store.claim = None
         if first_prompt and self.exact_prefill:
             self.log.prefill += 1
             return keys, values
         return KVTensor(self.store, "keys", self.log), KVTensor(self.store, "values", self.log)
 
+    def pages_for(self, batch: int, tokens: int) -> dict[PagePool, int]:
+        """Pages that storing ``tokens`` more tokens of ``batch`` sequences takes, by the pool they come from; nothing
+        as long as it is not known what a page of this layer is."""
+        if self.store is not None and self.store.batch_size == batch:
+            return {self.store.pool: self.store.pages_for(tokens)}
+        pool = self.pool.pool
+        return {} if pool is None else {pool: batch * (max(0, tokens - 1) // self.page_size)}
+
     def drop(self, count: int) -> None:
         """Drop the last ``count`` tokens."""
         if self.store is not None and count:
+            away = self.store.pool.away
             with _plain_tensors():
                 self.store.crop(count)
+            if away:
+                self.offload()  # a page that had to be decoded brought the others with it
 
     def select(self, indices: torch.Tensor) -> None:
         """Make sequence ``indices[i]`` the new sequence i."""
@@ -185,7 +205,12 @@ class PagedLayer:
         """Drop all tokens; memory of the pages is given back."""
         self.store = None
 
-    def move(self, device: torch.device | None) -> None:
-        """Move the pages to ``device``."""
-        if self.store is not None and device is not None and self.store.device != device:
-            self.store.to(lambda tensor: tensor.to(device, non_blocking=True))
+    def offload(self) -> None:
+        """Take the pages off the device, if they live in the CPU's memory."""
+        if self.store is not None:
+            self.store.pool.offload()
+
+    def prefetch(self) -> None:
+        """Begin to bring the pages to the device, if they live in the CPU's memory."""
+        if self.store is not None:
+            self.store.pool.prefetch()

@@ -9,13 +9,15 @@ it: the most recent 1 to ``page_size`` tokens are always exact, taking back the 
 one page attends to exactly what the same tokens attend to one by one.  A sealed page is never written again.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from .budget import Claim
 from .errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
-from .paging import PagePool
+from .paging import PagePool, PlaneShape
 from .triton_kernels.codecs import Codec
 from .triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .views import Footprint, StoreView
@@ -31,6 +33,7 @@ class PagedStore:
         like_keys: a key tensor ``[batch, heads, any, key_dim]`` whose shape, dtype and device the store adopts.
         like_values: the same for values.
         impl: what is to run on the pages.
+        make_pool: called with the planes of a page and the device; a pool that other stores may draw from too.
 
     Raises:
         UnsupportedModelError: a head_dim that a codec cannot store.
@@ -45,11 +48,12 @@ class PagedStore:
         like_keys: torch.Tensor,
         like_values: torch.Tensor,
         impl: Implementation = "auto",
+        make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
     ) -> None:
         self.codecs = (keys, values)
         self.page_size = page_size
         self.impl = impl
-        planes = []
+        planes: list[PlaneShape] = []
         for codec, like in zip(self.codecs, (like_keys, like_values), strict=True):
             heads, head_dim = like.shape[1], like.shape[3]
             if head_dim % codec.head_dim_multiple:
@@ -58,7 +62,8 @@ class PagedStore:
                     f"this model has {head_dim}; choose another policy."
                 )
             planes += [(p.dtype or like.dtype, (heads, *p.shape(page_size))) for p in codec.planes(head_dim)]
-        self.pool = PagePool(planes, like_keys.device)
+        self.pool = make_pool(planes, like_keys.device)
+        self.claim: Claim | None = None  # where the pages of the current step were promised
         self._key_planes = len(keys.planes(like_keys.shape[3]))
         self._table = np.zeros((like_keys.shape[0], 0), dtype=np.int32)
         self._device_table: torch.Tensor | None = None
@@ -127,11 +132,19 @@ class PagedStore:
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
-        packed = np.unique(self._table).size * self.pool.page_bytes
+        pages = np.unique(self._table)
+        holders = self.pool.references(pages)
+        packed, shared = (int(n) * self.pool.page_bytes for n in (pages.size, (holders > 1).sum()))
         unused = self.pool.nbytes - self.pool.used * self.pool.page_bytes
+        copies = self.pool.host_bytes + self.pool.device_bytes - self.pool.nbytes
         open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
         tables = self._table.nbytes + sum(x.nbytes for x in (self._device_table, self._lengths) if x is not None)
-        return Footprint(packed, open_page, unused, tables)
+        return Footprint(packed, open_page, unused, tables, shared, int(holders.max(initial=0)), copies)
+
+    def devices(self) -> Counter[str]:
+        """Bytes of the pool and the open page by the device on which they lie."""
+        open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
+        return Counter({str(self.device): self.pool.device_bytes + open_page}) + Counter(cpu=self.pool.host_bytes)
 
     def elements_per_token(self) -> int:
         """Key and value elements of one token of one sequence."""
@@ -165,6 +178,10 @@ class PagedStore:
                     "Call cache.reset() or make a new cache."
                 )
 
+    def pages_for(self, tokens: int) -> int:
+        """Pages that storing ``tokens`` more tokens of every sequence takes from the pool, at most."""
+        return self.batch_size * max(0, (self.tail_length + tokens - 1) // self.page_size)
+
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens after those held; on an error the store is as before.
 
@@ -174,6 +191,7 @@ class PagedStore:
 
         Raises:
             CacheMismatchError: see :meth:`check`.
+            OutOfPages: the pool's budget has no more.
         """
         self.check(keys, values)
         count = max(0, (self.tail_length + keys.shape[2] - 1) // self.page_size)  # lazily: see the module's docstring
@@ -182,9 +200,9 @@ class PagedStore:
         copied = count > 0 or self._tail_shared
         tails = tuple(tail.clone() for tail in self._tail) if copied else self._tail
         lengths = torch.empty_like(self.lengths)
-        with self.pool.lock:
+        with self.pool.lock, torch.autocast(self.device.type, enabled=False):
             # Sequence by sequence, so that the pages of one sequence are neighbours in the pool.
-            pages = self.pool.allocate(self.batch_size * count).reshape(self.batch_size, count)
+            pages = self.pool.allocate(self.batch_size * count, self.claim).reshape(self.batch_size, count)
             try:
                 table, device_table = self._table, self.page_table
                 if count:
@@ -237,17 +255,10 @@ class PagedStore:
         """A second store with the same tokens.  Pages are shared; the open page is copied by whoever writes first."""
         twin = object.__new__(PagedStore)
         twin.__dict__.update(self.__dict__)
-        twin._table = self._table.copy()
+        twin._table, twin.claim = self._table.copy(), None
         self.pool.retain(twin._table)
         self._tail_shared = twin._tail_shared = True
         return twin
-
-    def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply ``move`` to every tensor held, for offloading."""
-        self.pool.planes = [move(plane) for plane in self.pool.planes]
-        self._tail = tuple(move(tail) for tail in self._tail)
-        self._device_table = self._lengths = None
-        self.version += 1
 
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""

@@ -36,7 +36,7 @@ def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Tokenizer())
     namespace: dict[str, Any] = {}
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
     try:
         for snippet in SNIPPETS:
             exec(snippet, namespace)

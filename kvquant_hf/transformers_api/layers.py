@@ -53,12 +53,6 @@ class QuantizedPagedLayer(PagedLayer, CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def offload(self) -> None:
-        self.move(torch.device("cpu"))
-
-    def prefetch(self) -> None:
-        self.move(self.home)
-
 
 def build_layers(config: PreTrainedConfig, make_layer: Callable[[], PagedLayer]) -> list[Any]:
     """One cache layer per decoder layer: ours for full attention, transformers' own for every other kind.
