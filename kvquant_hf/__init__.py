@@ -13,6 +13,7 @@ check_version_on_import()  # before anything is imported from transformers
 
 from .cache import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, TurboQuantPagedCache
 from .policy import POLICIES, KVPolicy
+from .pools import PagePools
 from .transformers_api import install, uninstall
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Int4PagedCache",
     "Int8PagedCache",
     "KVPolicy",
+    "PagePools",
     "QuantizedPagedCache",
     "TurboQuantPagedCache",
     "disable",

@@ -21,6 +21,8 @@ def attend(
 ) -> torch.Tensor:
     """Attention of ``query`` ``[batch, query_heads, queries, key_dim]``, bounded in memory whatever the context.
 
+    Under autocast it is computed as without: in float32, keys, values and queries each in the dtype they arrived in.
+
     Args:
         query: the queries.
         keys: a ``KVTensor``, or a plain tensor ``[batch, heads, tokens, key_dim]``.
@@ -48,19 +50,20 @@ def attend(
         return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
     view, store = keys.view_pages(), keys.store
     chosen = choose(store.impl, query.dtype, view.keys, view.values)
-    output = paged_attention(
-        query,
-        view.keys,
-        view.values,
-        view.page_table,
-        view.lengths,
-        scale=scale,
-        causal=causal,
-        mask=mask,
-        softcap=softcap,
-        sinks=sinks,
-        impl=chosen.name,
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        output = paged_attention(
+            query,
+            view.keys,
+            view.values,
+            view.page_table,
+            view.lengths,
+            scale=scale,
+            causal=causal,
+            mask=mask,
+            softcap=softcap,
+            sinks=sinks,
+            impl=chosen.name,
+        )
     keys._log.attended(*chosen)
     return output
 

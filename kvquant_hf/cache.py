@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from .errors import SavedCacheError, UnknownPolicyError, WrongModelError
+from .errors import OutOfPages, SavedCacheError, UnknownPolicyError, WrongModelError
 from .layer import PagedLayer, StepGuard
-from .policy import KVPolicy, PolicyLike, parse_policy
+from .policy import KVPolicy, PolicyLike
+from .pools import PagePools
 from .report import CacheReport, CallLog
 from .saving import load_cache, save_cache
 from .sliding import SlidingPagedLayer
+from .steps import Rotation, StepPlan
 from .store import PagedStore
 from .transformers_api import (
     QuantizedPagedLayer,
@@ -35,8 +37,10 @@ class QuantizedPagedCache(DynamicCache):
 
     Args:
         config: the model's config.
-        policy: a name (``"int4"``), ``"<keys>/<values>"``, one of LMDeploy's integers, or a ``KVPolicy``.
-        page_size: tokens per page, and the most tokens that are held exact; a multiple of 8.
+        policy: a name (``"int4"``), ``"<keys>/<values>"``, one of LMDeploy's integers, or a ``KVPolicy``; by default
+            that of ``pool``, or ``"int4"``.
+        page_size: tokens per page, and the most tokens that are held exact; a multiple of 8; by default that of
+            ``pool``, or 64.
         prefill: ``"exact"``: the first prompt attends to its exact keys and values while they are stored;
             ``"quantized"``: it attends to what was stored, which is what accuracy should be measured with.
         impl: what works on the pages: ``"triton"`` (GPU kernels), ``"reference"`` (plain torch), or ``"auto"``: kernels
@@ -44,9 +48,15 @@ class QuantizedPagedCache(DynamicCache):
             ``"triton"`` cannot run.
         sliding: layers with a sliding window or in chunks: ``"quantized"``: pages of the last window of tokens;
             ``"exact"``: transformers' own layer.
+        max_pages: pages that each layer may have; ``max_bytes``: bytes of the packed pages of all layers, reserved
+            ones included (open pages and page tables, which do not grow with the context, are not).  A step that needs
+            more raises ``OutOfPages`` before it changes anything.  Forks (``copy.deepcopy``) share the budget.
+        pool: a ``PagePools`` that several caches of one model draw from, with a budget of its own.
+        offload: keep the pages in the CPU's memory and bring each layer's to the device ahead of its turn.
 
     Raises:
         UnknownPolicyError: unknown policy, codec or option.
+        PoolMismatchError: ``pool`` was made for something else, or has the options that were given beside it.
         UnsupportedModelError: no layer of the model can be quantized.
 
     Example:
@@ -58,18 +68,22 @@ class QuantizedPagedCache(DynamicCache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        policy: PolicyLike = "int4",
+        policy: PolicyLike | None = None,
         *,
-        page_size: int = 64,
+        page_size: int | None = None,
         prefill: Literal["exact", "quantized"] = "exact",
         impl: Implementation = "auto",
         sliding: Literal["quantized", "exact"] = "quantized",
+        max_pages: int | None = None,
+        max_bytes: int | None = None,
+        pool: PagePools | None = None,
+        offload: bool | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
             raise UnknownPolicyError(
-                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl or "
-                "sliding."
+                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl, sliding, "
+                "max_pages, max_bytes, pool or offload."
             )
         if prefill not in ("exact", "quantized"):
             raise UnknownPolicyError(f"unknown prefill {prefill!r}; use 'exact' or 'quantized'.")
@@ -77,19 +91,26 @@ class QuantizedPagedCache(DynamicCache):
             raise UnknownPolicyError(f"unknown sliding {sliding!r}; use 'quantized' or 'exact'.")
         if impl not in IMPLEMENTATIONS:
             raise UnknownPolicyError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
-        if not isinstance(page_size, int) or page_size < 8 or page_size % 8:
-            raise UnknownPolicyError(f"page_size must be a positive multiple of 8, got {page_size!r}.")
-        self.policy = parse_policy(policy)
-        self.page_size = page_size
+        options: dict[str, Any] = {"policy": policy, "page_size": page_size, "offload": offload}
+        options |= {"max_pages": max_pages, "max_bytes": max_bytes}
+        options = {name: value for name, value in options.items() if value is not None}
+        self.pools = PagePools(config, **options) if pool is None else pool.check(config, **options)
+        self._pools_shared = pool is not None
+        self.policy, self.page_size = self.pools.policy, self.pools.page_size
         self.prefill = prefill
         self.impl = impl
         self.sliding = sliding
         self._log = CallLog()
-        arguments = (self.policy, page_size, prefill == "exact", StepGuard(), self._log, impl)
+        self._plan = StepPlan(self.pools.budget)
+        self._rotation = Rotation()
+        arguments = (self.policy, self.page_size, prefill == "exact", StepGuard(), self._log, impl)
+        layer_pools = self.pools.layer_pools()
         layers = build_layers(
             config,
-            lambda: QuantizedPagedLayer(*arguments),
-            (lambda window: QuantizedSlidingLayer(window, *arguments)) if sliding == "quantized" else None,
+            lambda: QuantizedPagedLayer(*arguments, next(layer_pools)),
+            (lambda window: QuantizedSlidingLayer(window, *arguments, next(layer_pools)))
+            if sliding == "quantized"
+            else None,
         )
         # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
         Cache.__init__(self, layers=layers)
@@ -142,8 +163,40 @@ class QuantizedPagedCache(DynamicCache):
         for layer in self.paged_layers:
             layer.padding = padding
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``Cache.update``.
+
+        Raises:
+            OutOfPages: the budget has no pages for this step; the cache is as it was before the step, in all layers.
+        """
+        self._plan.enter(self.layers, layer_idx, key_states.shape[0], key_states.shape[2])
+        if self.pools.offload and isinstance(self.layers[layer_idx], PagedLayer):
+            self._rotation.enter(self.layers, layer_idx)
+        try:
+            updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except OutOfPages:
+            self._plan.undo(self.layers)
+            raise
+        self._plan.leave(self.layers, layer_idx)
+        return updated
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As ``Cache.get_mask_sizes``, which models call before a step: those with layers of other kinds, which change
+        without ``update``, learn here that there are no pages for it.
+
+        Raises:
+            OutOfPages: see :meth:`update`.
+        """
+        paged = self.paged_layers
+        if self.pools.budget.bounded and len(paged) < len(self.layers) and paged[0].store is not None:
+            self._plan.begin(self.layers, paged[0].batch_size, query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
     def reset(self) -> None:
         """Drop all tokens and give the memory back; the cache can be used again, with any batch size."""
+        self._plan.end(self.layers)
         for i, layer in self._unused.items():
             self.layers[i] = copy.deepcopy(layer)
         fresh = StepGuard()
@@ -236,6 +289,7 @@ class QuantizedPagedCache(DynamicCache):
         prints = [store.footprint() for store in stores]
         windows = [str(layer.window) for layer in self.paged_layers if isinstance(layer, SlidingPagedLayer)]
         others = [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+        unused = 0 if self._pools_shared else sum(p.unused for p in prints)
         per_page = [store.elements_per_token() * store.batch_size for store in stores]
         return CacheReport(
             policy=self.policy.name,
@@ -246,10 +300,13 @@ class QuantizedPagedCache(DynamicCache):
             sliding_layers=dict(Counter(windows)),
             vectors=dict(Counter(self._vectors(store) for store in stores)),
             other_layers=dict(Counter(type(layer).__name__ for layer in others)),
-            bytes=sum(p.total for p in prints),
+            bytes=sum(p.total - p.unused for p in prints) + unused,
             packed_bytes=sum(p.packed for p in prints),
             open_page_bytes=sum(p.open_page for p in prints),
-            unused_bytes=sum(p.unused for p in prints),
+            unused_bytes=unused,
+            shared_bytes=sum(p.shared for p in prints),
+            holders=max((p.holders for p in prints), default=0),
+            devices=dict(sum((store.devices() for store in stores), Counter())),
             other_bytes=sum(_dense_bytes(layer) for layer in others),
             dense_bytes=sum(layer.dense_bytes for layer in self.paged_layers),
             dtype=str(stores[0].dtype).removeprefix("torch.") if stores else "",

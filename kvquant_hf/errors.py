@@ -41,6 +41,14 @@ class RollbackError(KVQuantError, RuntimeError):
     """Tokens cannot be taken back, because what came before them is no longer held."""
 
 
+class OutOfPages(KVQuantError, MemoryError):  # noqa: N818  # a condition to be met, like StopIteration, not a mistake
+    """A step needs more pages than the budget has; the cache is as it was before the step."""
+
+
+class PoolMismatchError(CacheMismatchError):
+    """The shared pools were made for another model, policy or page size, or have options of their own."""
+
+
 class GradientError(KVQuantError, RuntimeError):
     """Keys or values carry a gradient; rounding has none."""
 

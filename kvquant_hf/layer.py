@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .budget import Budget, Claim
 from .carrier import KVTensor
 from .errors import GradientError, InterruptedForwardError
+from .paging import LayerPool, PagePool
 from .policy import KVPolicy
 from .report import CallLog
 from .store import PagedStore
@@ -41,6 +43,7 @@ class StepGuard:
         self._followers: list[weakref.ref[PagedLayer]] = []
         self._before = 0  # tokens the leader held before this step
         self._step = 0  # tokens of this step
+        self.claim: Claim | None = None  # the pages of this step
 
     def enter(self, layer: PagedLayer, count: int) -> None:
         """``layer`` is about to take ``count`` tokens.
@@ -85,6 +88,7 @@ class PagedLayer:
         guard: shared by the layers of one cache.
         log: shared by the layers of one cache.
         impl: what is to run on the pages.
+        pool: where the pages come from; by default a pool of its own.
     """
 
     store_type: type[PagedStore] = PagedStore
@@ -97,6 +101,7 @@ class PagedLayer:
         guard: StepGuard,
         log: CallLog,
         impl: Implementation = "auto",
+        pool: LayerPool | None = None,
     ) -> None:
         self.policy = policy
         self.page_size = page_size
@@ -104,8 +109,8 @@ class PagedLayer:
         self.guard = guard
         self.log = log
         self.impl = impl
+        self.pool = LayerPool(Budget()) if pool is None else pool
         self.store: PagedStore | None = None
-        self.home: torch.device | None = None
         self.padding: np.ndarray | None = None  # bool [batch, tokens from the first on], True where padded
 
     @property
@@ -142,8 +147,7 @@ class PagedLayer:
         """Make an empty store for tensors like these."""
         codecs = CODECS[self.policy.keys], CODECS[self.policy.values]
         with plain_tensors():
-            self.store = self.store_type(*codecs, self.page_size, keys, values, self.impl)
-        self.home = keys.device
+            self.store = self.store_type(*codecs, self.page_size, keys, values, self.impl, self.pool.make)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens and return what attention is to read.
@@ -156,6 +160,7 @@ class PagedLayer:
             GradientError: they carry a gradient.
             InterruptedForwardError: the last forward pass did not finish.
             CacheMismatchError: they do not fit what is held.
+            OutOfPages: the budget has no more pages.
         """
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             raise GradientError(
@@ -171,8 +176,12 @@ class PagedLayer:
         if self.store is None:
             self.initialize(keys, values)
         assert self.store is not None
-        with plain_tensors():
-            self._write(keys, values, exact)
+        self.store.claim = self.guard.claim
+        try:
+            with plain_tensors():
+                self._write(keys, values, exact)
+        finally:
+            self.store.claim = None
         if exact:
             self.log.prefill += 1
             return keys, values
@@ -198,11 +207,22 @@ class PagedLayer:
             RollbackError: what the remaining tokens need is no longer held.
         """
 
+    def pages_for(self, batch: int, tokens: int) -> dict[PagePool, int]:
+        """Pages that storing ``tokens`` more tokens of ``batch`` sequences takes, by the pool they come from; nothing
+        as long as it is not known what a page of this layer is."""
+        if self.store is not None and self.store.batch_size == batch:
+            return {self.store.pool: self.store.pages_for(tokens)}
+        pool = self.pool.pool
+        return {} if pool is None else {pool: batch * (max(0, tokens - 1) // self.page_size)}
+
     def drop(self, count: int) -> None:
         """Drop the last ``count`` tokens."""
         if self.store is not None and count:
+            away = self.store.pool.away
             with plain_tensors():
                 self.store.crop(count)
+            if away:
+                self.offload()  # a page that had to be decoded brought the others with it
 
     def select(self, indices: torch.Tensor) -> None:
         """Make sequence ``indices[i]`` the new sequence i."""
@@ -216,7 +236,12 @@ class PagedLayer:
         """Drop all tokens; memory of the pages is given back."""
         self.store = self.padding = None
 
-    def move(self, device: torch.device | None) -> None:
-        """Move the pages to ``device``."""
-        if self.store is not None and device is not None and self.store.device != device:
-            self.store.to(lambda tensor: tensor.to(device, non_blocking=True))
+    def offload(self) -> None:
+        """Take the pages off the device, if they live in the CPU's memory."""
+        if self.store is not None:
+            self.store.pool.offload()
+
+    def prefetch(self) -> None:
+        """Begin to bring the pages to the device, if they live in the CPU's memory."""
+        if self.store is not None:
+            self.store.pool.prefetch()

@@ -3,17 +3,24 @@
 A pool owns one tensor per plane, ``[capacity, *shape]``; page i is row i of each.  Pages are shared by counting
 references and are written once, so forks and beams cost table entries instead of bytes.  The pool grows to exactly what
 a prompt needs, then by 1/32 at a time: at most 3.2 % (or one page) of it is ever reserved but unused, and a page is
-moved fewer than 33 times in its life however long the context becomes.
+moved fewer than 33 times in its life however long the context becomes.  Pools of several layers may share a budget,
+which bounds their growth (``budget.py``), and may live in the CPU's memory (``offload.py``).
 """
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from .budget import Budget, Claim
+from .offload import HostCopy
+
 _GROWTH_FRACTION = 32
+
+PlaneShape = tuple[torch.dtype, tuple[int, ...]]
 
 
 class PagePool:
@@ -21,18 +28,41 @@ class PagePool:
 
     Args:
         planes: ``(dtype, shape)`` of each plane of one page.
-        device: where the planes live.
+        device: where the planes are worked on.
+        budget: what the pages are taken from; by default a budget of its own, without a bound.
+        offload: whether the pages live in the CPU's memory and visit ``device`` (see ``offload.py``).
     """
 
-    def __init__(self, planes: Sequence[tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> None:
-        self.planes = [torch.empty(0, *shape, dtype=dtype, device=device) for dtype, shape in planes]
+    def __init__(
+        self,
+        planes: Sequence[PlaneShape],
+        device: torch.device,
+        budget: Budget | None = None,
+        offload: bool = False,
+    ) -> None:
+        self.layout = [(dtype, tuple(shape)) for dtype, shape in planes]
+        self.device = device
+        self._planes = [torch.empty(0, *shape, dtype=dtype, device=device) for dtype, shape in planes]
+        self._host = HostCopy(device) if offload and HostCopy.helps(device) else None
         self.page_bytes = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in planes)
         self._references = np.zeros(0, dtype=np.int32)
         self._free: list[int] = []
         self._abandoned: list[np.ndarray] = []
-        # Forks share a pool and may run in threads of their own.  Held from taking pages until they are written, so
-        # that no other thread moves the planes in between.
-        self.lock = threading.RLock()
+        self.budget = Budget() if budget is None else budget
+        self.budget.adopt(self)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The budget's lock."""
+        return self.budget.lock
+
+    @property
+    def planes(self) -> list[torch.Tensor]:
+        """The planes on the pool's device; offloaded pages are brought back if they are not there."""
+        if self._host is not None:
+            with self.lock:
+                self._planes = self._host.arrived(self._planes)
+        return self._planes
 
     @property
     def capacity(self) -> int:
@@ -47,24 +77,52 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool's tensors, unused pages included."""
+        """Bytes of the pool's tensors, unused pages included, each page once."""
         self._settle()
-        return sum(plane.untyped_storage().nbytes() for plane in self.planes)
+        return self.device_bytes if self._host is None else self.capacity * self.page_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the offloaded pages in the CPU's memory; 0 without offloading."""
+        return 0 if self._host is None else self._host.nbytes
+
+    @property
+    def away(self) -> bool:
+        """Whether the pages are in the CPU's memory alone."""
+        return self._host is not None and self._host.away
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the tensors that are on the pool's device now."""
+        return sum(plane.untyped_storage().nbytes() for plane in self._planes)
 
     def references(self, pages: np.ndarray) -> np.ndarray:
         """Number of holders of each of ``pages`` (any shape)."""
         self._settle()
         return self._references[pages]
 
-    def allocate(self, count: int) -> np.ndarray:
-        """Take ``count`` unused pages, each with one reference; int32 ``[count]``, lowest ids first."""
+    def allocate(self, count: int, claim: Claim | None = None) -> np.ndarray:
+        """Take ``count`` unused pages, each with one reference; int32 ``[count]``, lowest ids first.
+
+        Args:
+            count: number of pages.
+            claim: where they were promised, if they were.
+
+        Raises:
+            OutOfPages: the budget does not allow them; nothing has changed then.
+        """
         with self.lock:
             self._settle()
+            if claim is not None:
+                claim.pages[self] = max(0, claim.pages[self] - count)
+            self.budget.check({self: count})
             if count > len(self._free):
                 self._grow(self.used + count)
             # The free list is kept in descending order of id, so that prompts get consecutive pages.
             pages = np.array([self._free.pop() for _ in range(count)], dtype=np.int32)
             self._references[pages] = 1
+            if self._host is not None:
+                self._host.written(pages)
         return pages
 
     def retain(self, pages: np.ndarray) -> None:
@@ -88,6 +146,18 @@ class PagePool:
         """
         self._abandoned.append(pages)
 
+    def offload(self) -> None:
+        """Leave the device: pages that are not on the CPU yet are copied there.  Nothing without offloading."""
+        if self._host is not None:
+            with self.lock:
+                self._planes = self._host.leave(self._planes, self.capacity)
+
+    def prefetch(self) -> None:
+        """Begin to bring offloaded pages back, beside what the device is doing.  Nothing if they are there."""
+        if self._host is not None:
+            with self.lock:
+                self._planes = self._host.begin(self._planes)
+
     def _settle(self) -> None:
         with self.lock:
             while self._abandoned:
@@ -103,7 +173,8 @@ class PagePool:
         self._references[touched] = left
         self._free.extend(touched[left == 0].tolist())
         if len(self._free) == self.capacity:
-            self.planes = [plane.new_empty(0, *plane.shape[1:]) for plane in self.planes]
+            self._planes = [torch.empty(0, *shape, dtype=t, device=self.device) for t, shape in self.layout]
+            self._host = None if self._host is None else HostCopy(self.device)
             self._references = np.zeros(0, dtype=np.int32)
             self._free = []
         else:
@@ -112,19 +183,61 @@ class PagePool:
     def _grow(self, needed: int) -> None:
         """Make room for ``needed`` pages in all, keeping what is stored."""
         old = self.capacity
-        capacity = max(needed, old + old // _GROWTH_FRACTION)
+        ahead, ceiling = old + old // _GROWTH_FRACTION, self.budget.ceiling(self)
+        capacity = max(needed, ahead if ceiling is None else min(ahead, ceiling))
         # One plane at a time, so that old and new never exist together for the whole pool.  Should memory run out half
         # way, the planes already moved are merely longer than the others.
-        for i, plane in enumerate(self.planes):
+        planes = self.planes
+        for i, plane in enumerate(planes):
             grown = plane.new_empty(capacity, *plane.shape[1:])
             grown[:old] = plane[:old]
-            self.planes[i] = grown
+            planes[i] = grown
             del plane
         self._references = np.concatenate([self._references, np.zeros(capacity - old, dtype=np.int32)])
         self._free = list(range(capacity - 1, old - 1, -1)) + self._free
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+        return self.__dict__ | {"_planes": self.planes, "_host": self._host and HostCopy(self.device)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock())
+        self.__dict__.update(state)
+        self.budget.adopt(self)
+
+
+class LayerPool:
+    """Where one layer of a model gets its pages: a pool that is made when the first keys say what a page is, and that
+    lives as long as somebody draws from it.
+
+    Args:
+        budget: what the pages are taken from.
+        offload: see ``PagePool``.
+    """
+
+    def __init__(self, budget: Budget, offload: bool = False) -> None:
+        self.budget = budget
+        self.offload = offload
+        self._pool: weakref.ref[PagePool] | None = None
+
+    @property
+    def pool(self) -> PagePool | None:
+        """The pool, if there is one."""
+        return None if self._pool is None else self._pool()
+
+    def make(self, planes: list[PlaneShape], device: torch.device) -> PagePool:
+        """The pool of such pages: the one there is, or a new one if there is none or its pages are different."""
+        with self.budget.lock:
+            pool = self.pool
+            if pool is None or (pool.layout, pool.device) != (planes, device):
+                pool = PagePool(planes, device, self.budget, self.offload)
+                self._pool = weakref.ref(pool)
+            return pool
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pool": self.pool}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pool = state["_pool"]
+        self.__dict__.update(state, _pool=None if pool is None else weakref.ref(pool))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "LayerPool":
+        return self  # forks share the pages

@@ -55,10 +55,17 @@ class CacheReport:
         sliding_layers: those of them that hold a sliding window only, by the tokens of the window.
         vectors: what is stored of a token, heads x head_dim, and by how many of the paged layers.
         other_layers: layers that keep transformers' own cache, by class name.
-        bytes: everything held for the paged layers: packed pages, open pages, unused pages of the pools, page tables.
+        bytes: everything held for the paged layers: packed pages, open pages, unused pages of the pools, page tables,
+            and what lies both in the CPU's memory and on a device.
         packed_bytes: sealed pages in use, shared pages counted once.
         open_page_bytes: open pages, in the model's dtype, full or not.
-        unused_bytes: reserved in the pools and not used.
+        unused_bytes: reserved in the pools and not used; 0 for a cache with ``pool=``, whose ``report()`` counts them
+            for all caches.
+        shared_bytes: of ``packed_bytes``, the pages that several sequences refer to, be it beams, samples or forks of
+            one prompt; each counted once.
+        holders: most sequences that refer to one page; 1 where nothing is shared.
+        devices: bytes of the pools and open pages by the device on which they lie at this moment (whole pools, also
+            where other caches draw from them).
         other_bytes: bytes of the other layers.
         dense_bytes: the paged layers' tokens in the model's dtype; of a sliding window, those that the next token sees.
         dtype: the model's dtype.
@@ -84,6 +91,9 @@ class CacheReport:
     packed_bytes: int
     open_page_bytes: int
     unused_bytes: int
+    shared_bytes: int
+    holders: int
+    devices: dict[str, int]
     other_bytes: int
     dense_bytes: int
     dtype: str
@@ -126,6 +136,7 @@ class CacheReport:
         reasons = "".join(f"; {n} {reason}" for reason, n in self.fallback_reasons.items())
         bits = f"{self.bits_per_element:.2f} held, {self.page_bits_per_element:.2f} in sealed pages"
         ran = f" ({self.implementation})" if self.implementation else ""
+        places = ", ".join(f"{format_size(count)} on {device}" for device, count in self.devices.items())
         return [
             ("policy", f"{self.policy}, pages of {self.page_size} tokens"),
             ("tokens", f"{self.tokens} x batch {self.batch_size}"),
@@ -133,15 +144,22 @@ class CacheReport:
             *([("of a token", "; ".join(self.vectors))] if self.vectors else []),
             (
                 "held",
-                f"{_size(self.bytes)} against {_size(self.dense_bytes)} in {self.dtype}: ratio {self.ratio:.2f}",
+                f"{format_size(self.bytes)} against {format_size(self.dense_bytes)} in {self.dtype}: "
+                f"ratio {self.ratio:.2f}",
             ),
             (
                 "of which",
-                f"pages {_size(self.packed_bytes)}, open pages {_size(self.open_page_bytes)}, "
-                f"unused {_size(self.unused_bytes)}",
+                f"pages {format_size(self.packed_bytes)}, open pages {format_size(self.open_page_bytes)}, "
+                f"unused {format_size(self.unused_bytes)}",
+            ),
+            *([("lies", places)] if places else []),
+            *(
+                [("shared", f"{format_size(self.shared_bytes)} by up to {self.holders} sequences")]
+                if self.shared_bytes
+                else []
             ),
             *(
-                [("other layers", f"{_size(self.other_bytes)} in transformers' own caches")]
+                [("other layers", f"{format_size(self.other_bytes)} in transformers' own caches")]
                 if self.other_layers
                 else []
             ),
@@ -166,7 +184,7 @@ class CacheReport:
         return f"<table>{cells}</table>"
 
 
-def _size(count: float) -> str:
+def format_size(count: float) -> str:
     """Bytes with a decimal unit."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from .errors import RollbackError
 from .layer import PagedLayer, plain_tensors
+from .paging import PagePool
 from .store import PagedStore
 
 
@@ -35,28 +35,11 @@ class SlidingStore(PagedStore):
     def drop_front(self, count: int, capacity: int) -> None:
         """Give back the ``count`` oldest sealed pages; a pool of more than ``capacity`` pages is made smaller."""
         self.dropped_pages += count
-        self._replace_table(self._table[:, count:].copy(), self._table[:, :count])
+        self.table.keep(count, self.sealed_pages)
+        self._lengths = None
         if self.pool.capacity > capacity:
-            self._compact()
+            self.table.compact()
         self.version += 1
-
-    def _compact(self) -> None:
-        """Have the pool give the memory back that a long chunk took for the time of one step."""
-        pool, table = self.pool, self._table
-        pages, places = np.unique(table, return_inverse=True)
-        with pool.lock:
-            if pool.used != pages.size:
-                return  # a fork holds others
-            kept = [plane[torch.from_numpy(pages).long()] for plane in pool.planes]
-            self._blank = -1
-            self._table = table[:, :0]  # should this be stopped half way, the layer is short of tokens, and says so
-            pool.release(table)
-            moved = pool.allocate(pages.size)
-            for plane, rows in zip(pool.planes, kept, strict=True):
-                plane[torch.from_numpy(moved).long()] = rows
-            self._table = moved[places.reshape(table.shape)]
-            pool.retain(self._table)
-            pool.release(moved)  # the reference of allocate; the table's own are counted
 
     def clear(self) -> None:
         super().clear()
@@ -109,6 +92,19 @@ class SlidingPagedLayer(PagedLayer):
         pages = _first_seen(self.length, self.window) // self.page_size - self.store.dropped_pages
         return min(max(0, pages), self.store.sealed_pages)
 
+    def pages_for(self, batch: int, tokens: int) -> dict[PagePool, int]:
+        """As of ``PagedLayer``; pages that the step gives back first or never makes are not needed."""
+        saved = self._skipped(tokens)
+        if self.store is not None and self.store.length and not self.record_past:
+            saved = self._outlived()
+        return {pool: max(0, n - batch * saved) for pool, n in super().pages_for(batch, tokens).items()}
+
+    def _skipped(self, tokens: int) -> int:
+        """Pages that a first prompt of so many tokens never makes: it is attended to as it came, and no later token
+        sees them."""
+        exact = self.exact_prefill and self.length == 0 and tokens > 1 and not self.record_past
+        return _first_seen(tokens, self.window) // self.page_size if exact else 0
+
     def _trim(self) -> None:
         if self.store is not None and (pages := self._outlived()):
             with plain_tensors():
@@ -121,8 +117,7 @@ class SlidingPagedLayer(PagedLayer):
         if self.record_past:
             return super()._write(keys, values, exact)
         self._trim()
-        # Of a first prompt that is attended to as it came, the pages that no later token sees are never made.
-        skipped = _first_seen(keys.shape[2], self.window) // self.page_size if exact else 0
+        skipped = self._skipped(keys.shape[2])
         self.store.dropped_pages += skipped
         keys, values = (x[:, :, skipped * self.page_size :] for x in (keys, values))
         try:

@@ -9,14 +9,17 @@ it: the most recent 1 to ``page_size`` tokens are always exact, taking back the 
 one page attends to exactly what the same tokens attend to one by one.  A sealed page is never written again.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
+from .budget import Claim
 from .errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
 from .padding import padded_pages, replace_padding
-from .paging import PagePool
+from .page_table import PageTable
+from .paging import PagePool, PlaneShape
 from .triton_kernels.codecs import Codec
 from .triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .views import Footprint, StoreView
@@ -32,6 +35,7 @@ class PagedStore:
         like_keys: a key tensor ``[batch, heads, any, key_dim]`` whose shape, dtype and device the store adopts.
         like_values: the same for values.
         impl: what is to run on the pages.
+        make_pool: called with the planes of a page and the device; a pool that other stores may draw from too.
 
     Raises:
         UnsupportedModelError: a head_dim that a codec cannot store.
@@ -48,11 +52,12 @@ class PagedStore:
         like_keys: torch.Tensor,
         like_values: torch.Tensor,
         impl: Implementation = "auto",
+        make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
     ) -> None:
         self.codecs = (keys, values)
         self.page_size = page_size
         self.impl = impl
-        planes = []
+        planes: list[PlaneShape] = []
         for codec, like in zip(self.codecs, (like_keys, like_values), strict=True):
             heads, head_dim = like.shape[1], like.shape[3]
             if head_dim % codec.head_dim_multiple:
@@ -62,16 +67,15 @@ class PagedStore:
                 )
             planes += [(p.dtype or like.dtype, (heads, *p.shape(page_size))) for p in codec.planes(head_dim)]
         self.vectors = [(like.shape[1], like.shape[3]) for like in (like_keys, like_values)]  # heads, head_dim
-        self.pool = PagePool(planes, like_keys.device)
+        self.pool = make_pool(planes, like_keys.device)
+        self.claim: Claim | None = None  # where the pages of the current step were promised
         self._key_planes = len(keys.planes(like_keys.shape[3]))
-        self._table = np.zeros((like_keys.shape[0], 0), dtype=np.int32)
-        self._device_table: torch.Tensor | None = None
+        self.table = PageTable(self.pool, like_keys.shape[0], like_keys.device)
         self._lengths: torch.Tensor | None = None
         self._tail = tuple(
             like.new_empty(*like.shape[:2], page_size, like.shape[3]) for like in (like_keys, like_values)
         )
         self._tail_shared = False
-        self._blank = -1  # a page of padding alone, as long as the table holds it
         self.tail_length = 0
         self.reopened_pages = 0
         self.version = 0
@@ -82,12 +86,12 @@ class PagedStore:
     @property
     def batch_size(self) -> int:
         """Number of sequences."""
-        return self._table.shape[0]
+        return self.table.ids.shape[0]
 
     @property
     def sealed_pages(self) -> int:
         """Sealed pages per sequence."""
-        return self._table.shape[1]
+        return self.table.ids.shape[1]
 
     @property
     def length(self) -> int:
@@ -107,9 +111,7 @@ class PagedStore:
     @property
     def page_table(self) -> torch.Tensor:
         """int32 ``[batch, sealed_pages]`` on the store's device."""
-        if self._device_table is None:
-            self._device_table = torch.from_numpy(self._table.copy()).to(self.device)
-        return self._device_table
+        return self.table.on_device
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -132,11 +134,19 @@ class PagedStore:
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
-        packed = np.unique(self._table).size * self.pool.page_bytes
+        pages = np.unique(self.table.ids)
+        holders = self.pool.references(pages)
+        packed, shared = (int(n) * self.pool.page_bytes for n in (pages.size, (holders > 1).sum()))
         unused = self.pool.nbytes - self.pool.used * self.pool.page_bytes
+        copies = self.pool.host_bytes + self.pool.device_bytes - self.pool.nbytes
         open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
-        tables = self._table.nbytes + sum(x.nbytes for x in (self._device_table, self._lengths) if x is not None)
-        return Footprint(packed, open_page, unused, tables)
+        tables = self.table.nbytes + (0 if self._lengths is None else self._lengths.nbytes)
+        return Footprint(packed, open_page, unused, tables, shared, int(holders.max(initial=0)), copies)
+
+    def devices(self) -> Counter[str]:
+        """Bytes of the pool and the open page by the device on which they lie."""
+        open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
+        return Counter({str(self.device): self.pool.device_bytes + open_page}) + Counter(cpu=self.pool.host_bytes)
 
     def elements_per_token(self) -> int:
         """Key and value elements of one token of one sequence."""
@@ -169,6 +179,10 @@ class PagedStore:
                     "Call cache.reset() or make a new cache."
                 )
 
+    def pages_for(self, tokens: int) -> int:
+        """Pages that storing ``tokens`` more tokens of every sequence takes from the pool, at most."""
+        return self.batch_size * max(0, (self.tail_length + tokens - 1) // self.page_size)
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: np.ndarray | None = None) -> None:
         """Store new tokens after those held; on an error the store is as before.
 
@@ -180,6 +194,7 @@ class PagedStore:
 
         Raises:
             CacheMismatchError: see :meth:`check`.
+            OutOfPages: the pool's budget has no more.
         """
         self.check(keys, values)
         count = max(0, (self.tail_length + keys.shape[2] - 1) // self.page_size)  # lazily: see the module's docstring
@@ -192,20 +207,17 @@ class PagedStore:
             blank = padded_pages(padded, self.page_size)
             keys, values = (self._pad(x, tail, padded) for x, tail in zip((keys, values), tails, strict=True))
         lengths = torch.empty_like(self.lengths)
-        with self.pool.lock:
-            pages = self._allocate(blank)
+        with self.pool.lock, torch.autocast(self.device.type, enabled=False):
+            pages = self.table.take(blank, self.claim)
             try:
-                table, device_table = self._table, self.page_table
-                if count:
-                    table = np.concatenate([table, pages], axis=1)
-                    device_table = torch.from_numpy(table.copy()).to(self.device)
-                sides = self._sides(tails)
-                append_pages(keys, values, *sides, device_table, self.lengths, lengths, impl=self.impl)
+                on_device, sides = self.table.followed_by(pages), self._sides(tails)
+                append_pages(keys, values, *sides, on_device, self.lengths, lengths, impl=self.impl)
             except BaseException:
                 self.pool.release(pages)
                 raise
-        self._table, self._device_table, self._lengths = table, device_table, lengths
-        self._tail, self._tail_shared, self.tail_length = tails, self._tail_shared and not copied, rest
+        self.table.append(pages, blank, on_device)
+        self._lengths, self._tail, self.tail_length = lengths, tails, rest
+        self._tail_shared = self._tail_shared and not copied
         self.version += 1
 
     def _pad(self, new: torch.Tensor, tail: torch.Tensor, padding: np.ndarray) -> torch.Tensor:
@@ -217,19 +229,6 @@ class PagedStore:
         tail[:, :, :held] = content[:, :, :held]
         return torch.cat([content[:, :, held:], new[:, :, sealed:]], dim=2)
 
-    def _allocate(self, blank: np.ndarray) -> np.ndarray:
-        """Page ids for the shape of ``blank``, sequence by sequence; those that are blank are one page of the store."""
-        pages = np.empty(blank.shape, dtype=np.int32)
-        known = self._blank in self._table  # -1 never is
-        shared = int(blank.sum())
-        ids = self.pool.allocate(blank.size - shared + (shared > 0 and not known))
-        pages[~blank] = ids[: blank.size - shared]
-        if shared:
-            self._blank = self._blank if known else int(ids[-1])
-            pages[blank] = self._blank
-            self.pool.retain(pages[blank][0 if known else 1 :])
-        return pages
-
     # -- everything that only moves table entries ----------------------------------------------------------------------
 
     def crop(self, count: int) -> None:
@@ -237,7 +236,6 @@ class PagedStore:
         decoded once into the open page (``reopened_pages`` counts them)."""
         pages, rest = divmod(max(0, self.length - count), self.page_size)
         if count > self.tail_length:
-            table, dropped = self._table[:, :pages].copy(), self._table[:, pages:]
             if rest:
                 view = self.view()
                 page = view.page_table[:, pages : pages + 1]
@@ -247,50 +245,34 @@ class PagedStore:
                 self._tail, self._tail_shared = tails, False
                 self.reopened_pages += self.batch_size
             self.tail_length = rest
-            self._replace_table(table, dropped)
+            self.table.keep(0, pages)
         else:
             self.tail_length -= count
         self._lengths = None
         self.version += 1
 
     def select(self, indices: torch.Tensor) -> None:
-        """Make sequence ``indices[i]`` the new sequence i.  Sealed pages are shared, the open page is copied."""
-        rows = indices.to("cpu", torch.int64).numpy()
-        table, dropped = self._table[rows], self._table
-        tail = tuple(tail.index_select(0, indices.to(self.device)) for tail in self._tail)
-        self.pool.retain(table)
-        self._tail, self._tail_shared = tail, False
-        self._replace_table(table, dropped)
+        """Make sequence ``indices[i]`` the new sequence i; ``indices`` is anything that a tensor takes as an index.
+        Sealed pages are shared, the open page is copied."""
+        rows = torch.arange(self.batch_size)[indices.cpu()]
+        tail = tuple(tail.index_select(0, rows.to(self.device)) for tail in self._tail)
+        self.table.select(rows.numpy())
+        self._tail, self._tail_shared, self._lengths = tail, False, None
         self.version += 1
 
     def fork(self) -> "PagedStore":
         """A second store with the same tokens.  Pages are shared; the open page is copied by whoever writes first."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._table = self._table.copy()
-        self.pool.retain(twin._table)
+        twin.table, twin.claim = self.table.fork(), None
         self._tail_shared = twin._tail_shared = True
         return twin
 
-    def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply ``move`` to every tensor held, for offloading."""
-        self.pool.planes = [move(plane) for plane in self.pool.planes]
-        self._tail = tuple(move(tail) for tail in self._tail)
-        self._device_table = self._lengths = None
-        self.version += 1
-
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""
-        self.tail_length = 0
-        self._replace_table(self._table[:, :0].copy(), self._table)
+        self.tail_length, self._lengths = 0, None
+        self.table.keep(0, 0)
         self.version += 1
-
-    def _replace_table(self, table: np.ndarray, dropped: np.ndarray) -> None:
-        """Set the page table and give back the pages ``dropped``."""
-        self._table, self._device_table, self._lengths = table, None, None
-        if self._blank not in table:
-            self._blank = -1
-        self.pool.release(dropped)
 
     def restore(self, tensors: Mapping[str, torch.Tensor], integers: Mapping[str, int]) -> None:
         """Hold what ``layer_state.snapshot`` took from another store; this one is new, and nothing is checked."""
@@ -300,15 +282,9 @@ class PagedStore:
             for plane, rows in zip(side.codec.planes(side.head_dim), side.planes, strict=True):
                 rows.copy_(tensors[f"{name}.{plane.name}"])
             side.tail[:, :, :count] = tensors[f"{name}.open"]
-        self.pool.retain(table)
-        self.pool.release(pages)
-        self._table, self._device_table, self._lengths, self.tail_length = table, None, None, count
+        self.table.adopt(table, pages)
+        self._lengths, self.tail_length = None, count
         vars(self).update(integers)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "PagedStore":
         return self.fork()
-
-    def __del__(self) -> None:
-        # Pages of a forked store go back to the pool they are shared with.  A store whose constructor failed has none.
-        if "_table" in self.__dict__ and self._table.size:
-            self.pool.abandon(self._table)

@@ -20,20 +20,26 @@ class StoreView(NamedTuple):
     def dense(self, side: str) -> torch.Tensor:
         """``"keys"`` or ``"values"`` multiplied out, ``[batch, heads, tokens, head_dim]``."""
         paged = self.keys if side == "keys" else self.values
-        return gather_dense(paged._replace(tail=paged.tail[:, :, : self.tail_length]), self.page_table)
+        with torch.autocast(paged.tail.device.type, enabled=False):
+            return gather_dense(paged._replace(tail=paged.tail[:, :, : self.tail_length]), self.page_table)
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes held by one store.  ``packed``: its sealed pages, each once however many sequences share it, without those
-    of forks in the same pool.  ``unused``: pages of the pool that nobody holds."""
+    of forks in the same pool.  ``unused``: pages of the pool that nobody holds.  ``shared``: of ``packed``, the pages
+    that several sequences refer to, of this store or of others; ``holders``: the most that refer to one.  ``copies``:
+    pages of the pool that are both on the CPU and on the device."""
 
     packed: int
     open_page: int
     unused: int
     tables: int
+    shared: int = 0
+    holders: int = 0
+    copies: int = 0
 
     @property
     def total(self) -> int:
         """Everything."""
-        return self.packed + self.open_page + self.unused + self.tables
+        return self.packed + self.open_page + self.unused + self.tables + self.copies

@@ -38,7 +38,7 @@ def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Tokenizer())
     monkeypatch.chdir(tmp_path)  # they save a file
     namespace: dict[str, Any] = {}
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     try:
         for snippet in SNIPPETS:
             exec(snippet, namespace)

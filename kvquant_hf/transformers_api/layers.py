@@ -60,12 +60,6 @@ class QuantizedPagedLayer(PagedLayer, CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def offload(self) -> None:
-        self.move(torch.device("cpu"))
-
-    def prefetch(self) -> None:
-        self.move(self.home)
-
 
 class QuantizedSlidingLayer(SlidingPagedLayer, QuantizedPagedLayer):
     """A ``SlidingPagedLayer`` behind the methods that transformers calls on a layer."""

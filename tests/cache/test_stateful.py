@@ -148,14 +148,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.append_to(i, 1)
 
     @rule(data=st.data())
-    def move(self, data: st.DataObject) -> None:
-        """To other memory, as offloading does."""
-        _, cache, _ = self.draw(data)
-        if all(other is cache or other.stores[0].pool is not cache.stores[0].pool for other, _ in self.caches):
-            for store in cache.stores:
-                store.to(torch.clone)
-
-    @rule(data=st.data())
     def save_and_load(self, data: st.DataObject) -> None:
         i, cache, dense = self.draw(data)
         path = Path(self.folder.name) / "cache.safetensors"

@@ -203,7 +203,7 @@ def test_shared_pages_survive_when_the_pool_shrinks() -> None:
     assert torch.equal(ours.clone(), expected[:, :, -ours.shape[2] :])
     store = layer.store
     assert store.pool.used == store.pool.capacity == len(live_pages(store)) == 2 * store.sealed_pages
-    assert store.pool.references(store._table[:2]).tolist() == [[2] * store.sealed_pages] * 2
+    assert store.pool.references(store.table.ids[:2]).tolist() == [[2] * store.sealed_pages] * 2
     pool = store.pool
     del store, ours, _  # keys and values that were returned keep the pages that they point at
     layer.reset()

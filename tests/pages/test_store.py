@@ -265,7 +265,6 @@ def test_version_moves_with_every_change() -> None:
         lambda: store.crop(1),
         lambda: store.crop(100),
         lambda: store.select(torch.tensor([1, 0])),
-        lambda: store.to(lambda tensor: tensor),
         lambda: store.clear(),
     ):
         change()
