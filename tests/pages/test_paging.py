@@ -7,6 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvquant_hf.budget import Budget
+from kvquant_hf.errors import OutOfPages
 from kvquant_hf.paging import PagePool
 
 PLANES = [(torch.uint8, (2, 4, 3)), (torch.float16, (2, 5)), (torch.float32, (1,))]
@@ -127,12 +129,35 @@ def test_emptied_pool_gives_its_memory_back() -> None:
     assert pool.allocate(2).tolist() == [0, 1] and pool.nbytes == 2 * PAGE_BYTES
 
 
+def test_claimed_pages_are_for_the_claimer() -> None:
+    budget = Budget(max_bytes=10 * PAGE_BYTES)
+    first, second = (PagePool(PLANES, torch.device("cpu"), budget) for _ in range(2))
+    first.allocate(3)
+    claim = budget.claim({first: 2, second: 4})
+    assert budget.promised_bytes == 6 * PAGE_BYTES
+    with pytest.raises(OutOfPages, match=r"needs 2 more pages \(96 bytes\) in 1 layers and 48 bytes of max_bytes=480"):
+        second.allocate(2)
+    assert second.capacity == 0 and second.allocate(1).tolist() == [0]
+    assert second.allocate(4, claim).tolist() == [1, 2, 3, 4]
+    with pytest.raises(OutOfPages):
+        first.allocate(1)
+    claim.close()
+    assert budget.promised_bytes == 0 and first.allocate(2).tolist() == [3, 4]
+    second.release(np.arange(5))  # an emptied pool gives its bytes back to all
+    assert first.allocate(5).tolist() == [5, 6, 7, 8, 9] and first.nbytes == budget.max_bytes
+    forgotten = budget.claim({first: 0})
+    del forgotten
+    assert budget.promised_bytes == 0
+
+
 class PoolMachine(RuleBasedStateMachine):
     """A pool against a dict of page -> [references, content]."""
 
+    most = 150
+
     def __init__(self) -> None:
         super().__init__()
-        self.pool = make_pool()
+        self.pool = PagePool(PLANES, torch.device("cpu"), Budget(max_bytes=self.most * PAGE_BYTES + 5))
         self.model: dict[int, list[int]] = {}
         self.mark = 0
 
@@ -144,6 +169,11 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(count=st.integers(0, 90))
     def allocate(self, count: int) -> None:
         before, held = self.pool.capacity, len(self.model)
+        if held + count > self.most:
+            with pytest.raises(OutOfPages):
+                self.pool.allocate(count)
+            assert self.pool.capacity == before
+            return
         pages = self.pool.allocate(count)
         assert len(set(pages.tolist())) == count and not self.model.keys() & set(pages.tolist())
         marks = [(self.mark + i) % 250 for i in range(count)]
@@ -185,7 +215,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def same_pages_same_references_same_content(self) -> None:
         held = np.array(sorted(self.model), dtype=np.int64)
-        assert self.pool.used == len(held)
+        assert self.pool.used == len(held) and self.pool.capacity <= self.most
         assert self.pool.references(held).tolist() == [self.model[page][0] for page in held.tolist()]
         assert self.pool.nbytes == measured_bytes(self.pool) == self.pool.capacity * PAGE_BYTES
         expected = torch.tensor([self.model[page][1] for page in held.tolist()])
