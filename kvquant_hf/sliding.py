@@ -1,9 +1,10 @@
 """A layer with a sliding window: pages of its last tokens only.
 
-    tokens seen      0 ....................................... 150
-    given back       pages 0 to 5            (page_size 16, window 40: token 151 will see tokens 112 to 151)
-    held                          | page 6 | page 7 | page 8 | open page |
-                                    96 ..................... 144 .. 150
+    window 40, page_size 16, tokens 0 to 149 seen: token 150 will see tokens 111 to 150
+
+    given back   pages 0 to 5
+    held                       page 6   | page 7     | page 8     | open page
+                               96 . 111 | 112 .. 127 | 128 .. 143 | 144 .. 149
 
 What the next token sees begins somewhere in the first page held: attention gets whole pages, and the mask that
 transformers builds for them (it asks for their first position) hides the rest.
