@@ -11,9 +11,10 @@ from .versions import check_version_on_import
 
 check_version_on_import()  # before anything is imported from transformers
 
-from .cache import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, TurboQuantPagedCache
+from .cache import QuantizedPagedCache
 from .policy import POLICIES, KVPolicy
 from .pools import PagePools
+from .presets import Int4PagedCache, Int8PagedCache, TurboQuantPagedCache
 from .transformers_api import install, uninstall
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import torch
 
-from .carrier import KVTensor
+from .carrier import is_packed
 from .errors import CacheMismatchError
 from .triton_kernels.ops import choose, dense_attention, paged_attention
 
@@ -46,7 +46,7 @@ def attend(
     causal = causal and mask is None
     if position_bias is not None:
         mask = position_bias if mask is None else _combine(mask, position_bias)
-    if not isinstance(keys, KVTensor):
+    if not is_packed(keys):
         return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
     view, store = keys.view_pages(), keys.store
     chosen = choose(store.impl, query.dtype, view.keys, view.values)

@@ -3,19 +3,18 @@
 import copy
 import os
 import weakref
-from collections import Counter
 from typing import Any, Literal
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .errors import OutOfPages, SavedCacheError, UnknownPolicyError, WrongModelError
+from .inventory import take_inventory
 from .layer import PagedLayer, StepGuard
 from .policy import KVPolicy, PolicyLike
 from .pools import PagePools
 from .report import CacheReport, CallLog
 from .saving import load_cache, save_cache
-from .sliding import SlidingPagedLayer
 from .steps import Rotation, StepPlan
 from .store import PagedStore
 from .transformers_api import (
@@ -85,12 +84,11 @@ class QuantizedPagedCache(DynamicCache):
                 f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl, sliding, "
                 "max_pages, max_bytes, pool or offload."
             )
-        if prefill not in ("exact", "quantized"):
-            raise UnknownPolicyError(f"unknown prefill {prefill!r}; use 'exact' or 'quantized'.")
-        if sliding not in ("quantized", "exact"):
-            raise UnknownPolicyError(f"unknown sliding {sliding!r}; use 'quantized' or 'exact'.")
-        if impl not in IMPLEMENTATIONS:
-            raise UnknownPolicyError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
+        either = ("exact", "quantized")
+        choices = (("prefill", prefill, either), ("sliding", sliding, either), ("impl", impl, IMPLEMENTATIONS))
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise UnknownPolicyError(f"unknown {name} {value!r}; use {', '.join(map(repr, allowed))}.")
         options: dict[str, Any] = {"policy": policy, "page_size": page_size, "offload": offload}
         options |= {"max_pages": max_pages, "max_bytes": max_bytes}
         options = {name: value for name, value in options.items() if value is not None}
@@ -150,7 +148,6 @@ class QuantizedPagedCache(DynamicCache):
 
     def set_padding(self, attention_mask: torch.Tensor | None) -> None:
         """Say which tokens are padding, so that they take no part in the scales of their pages; ``generate`` does this.
-
         What is attended to is not decided here: the model needs the mask as well.
 
         Args:
@@ -205,10 +202,7 @@ class QuantizedPagedCache(DynamicCache):
             layer.guard = fresh
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens, as transformers' caches do; with 0, only give back what was kept for doing so.
-
-        Args:
-            tokens_to_remove: minus the number of tokens.
+        """Drop the last ``-tokens_to_remove`` tokens, as transformers does; 0: only give back what was kept for it.
 
         Raises:
             RollbackError: a layer does not hold what came before them; no layer has changed.
@@ -235,8 +229,7 @@ class QuantizedPagedCache(DynamicCache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file: the packed pages in use, each once, and the open pages.
 
-        A file that is there is replaced, once the new one is complete.  The half of an ``EncoderDecoderCache`` that is
-        quantized is saved with ``cache.self_attention_cache.save(path)``.
+        A file that is there is replaced, once the new one is complete.
 
         Raises:
             InterruptedForwardError: the last forward pass did not finish.
@@ -258,21 +251,19 @@ class QuantizedPagedCache(DynamicCache):
 
         Args:
             path: the file.
-            config: the config of the model that filled the cache.  Its shape is compared; that the weights are the same
-                is for the caller to know.
+            config: the config of the model that filled the cache.  Its shape is compared, its weights are not.
             device: where the cache is to live: the model's device.
             impl: what is to work on the pages; the file does not say.
 
         Raises:
             WrongModelError: the cache was filled by a model with another config.
-            SavedCacheError: not a saved cache, truncated or changed, written by a version that stores pages in another
-                way, or (called on ``Int4PagedCache`` and its like) of another policy.
+            SavedCacheError: not a saved cache, truncated, changed, of an incompatible version, or of another policy.
             FileNotFoundError: no such file.
         """
 
         def make(policy: KVPolicy, options: dict[str, Any]) -> QuantizedPagedCache:
-            if cls is QuantizedPagedCache:
-                return QuantizedPagedCache(config, policy, impl=impl, **options)
+            if cls is QuantizedPagedCache:  # the others have their own policy
+                options = options | {"policy": policy}
             cache = cls(config, impl=impl, **options)
             if (cache.policy.keys, cache.policy.values) != (policy.keys, policy.values):
                 raise SavedCacheError(
@@ -285,49 +276,8 @@ class QuantizedPagedCache(DynamicCache):
 
     def report(self) -> CacheReport:
         """What the cache holds, in bytes measured on its tensors, and what ran on it."""
-        stores = self.stores
-        prints = [store.footprint() for store in stores]
-        windows = [str(layer.window) for layer in self.paged_layers if isinstance(layer, SlidingPagedLayer)]
-        others = [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
-        unused = 0 if self._pools_shared else sum(p.unused for p in prints)
-        per_page = [store.elements_per_token() * store.batch_size for store in stores]
-        return CacheReport(
-            policy=self.policy.name,
-            page_size=self.page_size,
-            tokens=max((layer.length for layer in self.paged_layers), default=0),
-            batch_size=max((store.batch_size for store in stores), default=0),
-            paged_layers=len(self.paged_layers),
-            sliding_layers=dict(Counter(windows)),
-            vectors=dict(Counter(self._vectors(store) for store in stores)),
-            other_layers=dict(Counter(type(layer).__name__ for layer in others)),
-            bytes=sum(p.total - p.unused for p in prints) + unused,
-            packed_bytes=sum(p.packed for p in prints),
-            open_page_bytes=sum(p.open_page for p in prints),
-            unused_bytes=unused,
-            shared_bytes=sum(p.shared for p in prints),
-            holders=max((p.holders for p in prints), default=0),
-            devices=dict(sum((store.devices() for store in stores), Counter())),
-            other_bytes=sum(_dense_bytes(layer) for layer in others),
-            dense_bytes=sum(layer.dense_bytes for layer in self.paged_layers),
-            dtype=str(stores[0].dtype).removeprefix("torch.") if stores else "",
-            elements=sum(n * store.length for n, store in zip(per_page, stores, strict=True)),
-            sealed_elements=sum(
-                n * store.sealed_pages * self.page_size for n, store in zip(per_page, stores, strict=True)
-            ),
-            reopened_pages=sum(store.reopened_pages for store in stores),
-            implementation=" and ".join(sorted(self._log.paged)),
-            implementation_reason=self._log.reason,
-            paged_calls=self._log.paged.total(),
-            prefill_calls=self._log.prefill,
-            fallback_calls=sum(self._log.fallbacks.values()),
-            fallback_reasons=dict(self._log.fallbacks),
-        )
-
-    def _vectors(self, store: PagedStore) -> str:
-        """What ``store`` holds of a token, in words."""
-        latent = store.vectors[0] == (1, self._latent_rank)  # MLA hands over what it makes keys and values from
-        names = ("latents", "rotary keys") if latent else ("keys", "values")
-        return ", ".join(f"{name} {heads} x {dim}" for name, (heads, dim) in zip(names, store.vectors, strict=True))
+        about = (self.policy.name, self.page_size, self.layers, self._log)
+        return take_inventory(*about, self._pools_shared, self._latent_rank)
 
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()
@@ -347,31 +297,3 @@ class QuantizedPagedCache(DynamicCache):
     def __getstate__(self) -> dict[str, Any]:
         # The model is no part of a saved cache.
         return self.__dict__ | {"_model": None}
-
-
-class Int8PagedCache(QuantizedPagedCache):
-    """``QuantizedPagedCache`` with policy ``"int8"``."""
-
-    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
-        super().__init__(config, "int8", **options)
-
-
-class Int4PagedCache(QuantizedPagedCache):
-    """``QuantizedPagedCache`` with policy ``"int4"``."""
-
-    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
-        super().__init__(config, "int4", **options)
-
-
-class TurboQuantPagedCache(QuantizedPagedCache):
-    """``QuantizedPagedCache`` with policy ``"turboquant"``."""
-
-    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
-        super().__init__(config, "turboquant", **options)
-
-
-def _dense_bytes(layer: Any) -> int:
-    """Bytes of a layer of transformers' own: keys and values, and the tensors in its dicts of states."""
-    held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-    held += [x for value in vars(layer).values() if isinstance(value, dict) for x in value.values()]
-    return sum(x.nbytes for x in held if isinstance(x, torch.Tensor))

@@ -8,7 +8,7 @@ stays correct, and the detour is counted (``cache.report()``) and said once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch.utils._pytree import tree_map
@@ -85,6 +85,11 @@ class KVTensor(torch.Tensor):
         return func(*tree_map(unwrap, args), **tree_map(unwrap, dict(kwargs or {})))
 
 
+def is_packed(tensor: torch.Tensor) -> TypeGuard[KVTensor]:
+    """Whether ``tensor`` is a ``KVTensor``; by what it can do, so that one made before a module was reloaded counts."""
+    return hasattr(tensor, "view_pages")
+
+
 def dense(tensor: torch.Tensor, reason: str) -> torch.Tensor:
     """``tensor`` itself, or its pages multiplied out."""
-    return tensor.dense(reason) if isinstance(tensor, KVTensor) else tensor
+    return tensor.dense(reason) if is_packed(tensor) else tensor

@@ -67,6 +67,7 @@ RULES = {
             "kvquant_hf.transformers_api",
             "kvquant_hf.transformers_api.*",
             "kvquant_hf.cache",
+            "kvquant_hf.presets",
             "kvquant_hf.versions",
             "kvquant_hf.cli",
             "kvquant_hf.cli.*",

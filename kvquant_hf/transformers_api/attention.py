@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import attend
-from ..carrier import KVTensor, dense
+from ..carrier import dense, is_packed
 
 # Arguments of an attention call that change its result and that pages cannot honour.
 _UNKNOWN_TO_PAGES = ("indices", "block_indices", "cache")
@@ -28,7 +28,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function "kvquant"; arguments and result as transformers' ``sdpa_attention_forward``."""
-    packed = isinstance(key, KVTensor) and isinstance(value, KVTensor)
+    packed = is_packed(key) and is_packed(value)
     foreign = [name for name in _UNKNOWN_TO_PAGES if kwargs.get(name) is not None]
     if dropout > 0:
         foreign.append("dropout")
@@ -62,13 +62,32 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _sdpa_drops_softcap() -> bool:
+    """Whether this transformers' "sdpa" computes without a softcap that it is given; newer versions refuse it."""
+    x = torch.zeros(1, 1, 1, 1)
+    try:
+        sdpa_attention_forward(torch.nn.Module(), x, x, x, None, softcap=1.0)
+    except ValueError:
+        return False
+    return True
+
+
+_DROPS_SOFTCAP = _sdpa_drops_softcap()
+
+
 def route_packed(original: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' "sdpa", except that packed keys and values go to :func:`attention_forward`."""
+    """transformers' "sdpa", except that packed keys and values go to :func:`attention_forward`.
+
+    The name stands for the same arithmetic either way: where transformers leaves out a softcap, so does this.
+    """
 
     def sdpa(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        function = attention_forward if isinstance(key, KVTensor) else original
-        return function(module, query, key, value, *args, **kwargs)
+        if not is_packed(key):
+            return original(module, query, key, value, *args, **kwargs)
+        if _DROPS_SOFTCAP:
+            kwargs.pop("softcap", None)
+        return attention_forward(module, query, key, value, *args, **kwargs)
 
     return sdpa

@@ -24,9 +24,24 @@ from .layers import make_encoder_decoder
 NAME = "kvquant"
 
 
-def _padding_mask(model: Any) -> str:
-    """Name of the argument that says which tokens of the decoder are padding."""
-    return "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any]) -> None:
+    """Tell a cache of ours, or the halves of an encoder-decoder's that are, which model and which padding they serve.
+
+    Raises:
+        UnsupportedModelError: the model would not use the cache.
+        WrongModelError: it is another model's.
+    """
+    halves = (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None))
+    own = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+    for half, mask in zip(halves, (own, "attention_mask"), strict=True):
+        if isinstance(half, cache_type):
+            if not model._supports_default_dynamic_cache():
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} does not use transformers' cache classes, so there is no KV cache to "
+                    "quantize; generate without one."
+                )
+            half.bind(model)
+            half.set_padding(model_kwargs.get(mask))
 
 
 def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
@@ -41,22 +56,12 @@ def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..
             if generation_config.cache_config:
                 generation_config.cache_config = dict(generation_config.cache_config)
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
-            cache = model_kwargs.get("past_key_values")
-            cache = getattr(cache, "self_attention_cache", cache)
-            if isinstance(cache, cache_type):
-                cache.bind(self)
-                cache.set_padding(model_kwargs.get(_padding_mask(self)))
+            _tie(self, model_kwargs.get("past_key_values"), cache_type, model_kwargs)
             return result
-        if not self._supports_default_dynamic_cache():
-            raise UnsupportedModelError(
-                f"{type(self).__name__} does not use transformers' cache classes, so there is no KV cache to quantize; "
-                "leave cache_implementation out."
-            )
         cache = cache_type(self.config, **(generation_config.cache_config or {}))
-        cache.bind(self)
-        cache.set_padding(model_kwargs.get(_padding_mask(self)))
         if self.config.is_encoder_decoder:
             cache = make_encoder_decoder(cache, self.config)
+        _tie(self, cache, cache_type, model_kwargs)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
