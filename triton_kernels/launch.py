@@ -73,6 +73,7 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("", 0, 64 * 128, 9, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
     LaunchRow("", 0, 64 * 128, 0, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 256, 9, 6, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    LaunchRow("sm_1", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=4, stages=1, residents=2, long_stages=2)),
     # Without the prefetch: with it, look-up tables and a page ahead do not fit in the registers together.  A long page
     # of a narrower head is the other way round.
     LaunchRow("", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),

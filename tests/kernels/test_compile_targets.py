@@ -20,6 +20,11 @@ PAIRS = {
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),
 }
+# Bytes of stack of a thread that are left, outside of the loop.
+STACK = {
+    Case("sm_80", *PAIRS["turboquant-qjl"], mask="bool"): 8,
+    Case("sm_120", *PAIRS["turboquant-qjl"], head_dim=256): 8,
+}
 # Masks of several rows, float32 models and GPUs whose products run without tensor cores are not promised anything.
 UNTUNED = ("sm_7",)
 
@@ -33,19 +38,20 @@ def check(case: Case, built: list[Built] | str) -> list[str]:
     for kernel in built:
         if kernel.shared > TARGETS[case.target].shared:
             wrong.append(f"{case}: {kernel.name} wants {kernel.shared} bytes of shared memory")
-        if tuned and kernel.spilled:
+        if tuned and kernel.spilled > STACK.get(case, 0):
             wrong.append(f"{case}: {kernel.name} spills {kernel.spilled} bytes with {kernel.registers} registers")
     return wrong
 
 
 def trimmed(target: str) -> list[Case]:
-    """A case of each kind that could fail on ``target`` alone."""
+    """A case of each kind that could fail on ``target`` alone; ``test_the_loop_of_sm_90`` has the common ones there."""
     half = "float16" if target == "sm_75" else "bfloat16"
-    cases = [Case(target, *PAIRS[name], dtype=half) for name in ("int8", "int4", "turboquant")]
-    cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
-    if target in ("sm_80", "sm_90"):
-        cases += [Case(target, *pair) for name, pair in PAIRS.items() if "token" in name or "qjl" in name]
+    names = {"sm_80": ("int8", "int4", "turboquant", "turboquant-qjl"), "sm_90": ("int8-token", "int4-token")}
+    cases = [Case(target, *PAIRS[name], dtype=half) for name in names.get(target, ("int4", "turboquant"))]
+    if target in ("sm_75", "sm_90", "gfx942"):
+        cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
     if target == "sm_90":
+        cases.append(Case(target, *PAIRS["turboquant-qjl"]))
         cases += [Case(target, *PAIRS[name], head_dim=dim) for name in ("exact", "turboquant") for dim in (64, 256)]
         cases += [Case(target, *PAIRS["int4"], queries=16), Case(target, *PAIRS["int8"], dtype="float32", head_dim=64)]
         cases += [Case(target, *PAIRS["int4"], mask="bool"), Case(target, *PAIRS["int8"], mask="bool", queries=4)]
@@ -105,6 +111,7 @@ def test_the_loop_of_sm_90() -> None:
     # Bits of a code, keys plus values.
     cases = {Case("sm_90", *PAIRS[name]): bits for name, bits in (("int8", 16), ("int4", 8), ("turboquant", 6))}
     for case, built in compile_cases(list(cases), sass=True).items():
+        assert not check(case, built)
         (decode,) = (kernel for kernel in built if "decode" in kernel.name)
         loop = main_loop(decode.sass)
         # Bytes of keys and values of one page that a thread copies, 16 at a time.
