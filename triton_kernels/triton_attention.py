@@ -56,6 +56,8 @@ def paged_attention_triton(
     """``ops.paged_attention``, which see."""
     if query.stride(-1) != 1:
         query = query.contiguous()
+    if mask is not None and mask.stride(-1) not in (0, 1):
+        mask = mask.contiguous()
     batch, query_heads, queries, key_dim = query.shape
     heads, value_dim = values.tail.shape[1], values.head_dim
     rows = query_heads // heads * queries
@@ -64,7 +66,10 @@ def paged_attention_triton(
     bits = keys.codec.bits + values.codec.bits
     config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits)
     programs = batch * heads * triton.cdiv(rows, config.rows)
-    splits = split_count(config, programs, page_table.shape[1], processors(query.device))
+    pages = page_table.shape[1]
+    if window:
+        pages = min(pages, triton.cdiv(window + queries - 1, keys.page_size) + 1)  # more are never seen
+    splits = split_count(config, programs, pages, processors(query.device))
     packed_columns = v.parts * part_width(v, value_dim)
     columns = max(packed_columns, triton.next_power_of_2(value_dim), 16)
     partial = query.new_empty(batch, heads, splits + 1, rows, columns, dtype=torch.float32)

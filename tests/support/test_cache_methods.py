@@ -13,7 +13,6 @@ import pytest
 import torch
 from support.architectures import ARCHITECTURES
 from support.features import model_of
-from support.table import HERE
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -197,8 +196,8 @@ def test_a_life(kind: str) -> None:
 @pytest.mark.parametrize(
     "indices",
     [
-        pytest.param([True, False, True], marks=pytest.mark.xfail(raises=RuntimeError, reason="store.select: bool")),
-        pytest.param([-1, 0], marks=pytest.mark.xfail(raises=(RuntimeError, IndexError), reason="store.select: < 0")),
+        [True, False, True],
+        [-1, 0],
         [0, 2],
     ],
     ids=str,
@@ -211,23 +210,8 @@ def test_what_indexes_a_tensor_selects_sequences(indices: list[int] | list[bool]
     check(*pair)
 
 
-# transformers' own layers: `reset` of 5.17 zeroes the keys of a window and keeps them, and that of a linear layer keeps
-# its batch size.
-_WINDOW_KEPT = pytest.mark.xfail(HERE == "5.17", reason="cache.reset: layers with a window keep zeros")
-_BATCH_KEPT = pytest.mark.xfail(raises=RuntimeError, reason="cache.reset: linear layers keep their batch size")
-
-
-@pytest.mark.parametrize(
-    ("kind", "batch"),
-    [
-        ("full", 3),
-        ("full", 2),
-        pytest.param("sliding", 3, marks=_WINDOW_KEPT),
-        pytest.param("sliding", 2, marks=_WINDOW_KEPT),
-        ("linear", 3),
-        pytest.param("linear", 2, marks=_BATCH_KEPT),
-    ],
-)
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("kind", list(MODELS))
 def test_reset(kind: str, batch: int) -> None:
     """Reset is as good as new, with any batch size; so the oracle is a new cache."""
     fresh, cache = caches(kind)
