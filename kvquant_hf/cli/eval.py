@@ -60,8 +60,8 @@ def evaluate(
     from ..evaluation import cut_windows, with_outlier_keys
     from ..evaluation.baselines import baseline, parse_baseline
     from ..evaluation.figure import check_figure, draw
+    from ..evaluation.harness import check_step, paged
     from ..evaluation.harness import evaluate as measure
-    from ..evaluation.harness import paged
     from ..evaluation.text import read_dataset, read_file
 
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
@@ -69,14 +69,16 @@ def evaluate(
     names = list({parse_policy(name).name: name for name in names}.values())
     for name in names:
         check_cache_options(name, page_size)
+    step = page_size if step is None else step
+    check_step(step, page_size)
     others = _list(baselines)
     for name in others:
         parse_baseline(name)
     if text is not None and dataset is not None:
         raise InputError("--text and --dataset exclude each other.")
     for file in (csv_file, figure):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise InputError(f"cannot write {file!r}: no such folder.")
+        if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
+            raise InputError(f"cannot write {file!r}: give the name of a file in a folder that exists.")
     if figure is not None:
         check_figure(figure)
     content = read_file(text) if text is not None else read_dataset(dataset) if dataset is not None else long_text()
@@ -93,7 +95,6 @@ def evaluate(
             loaded = loaded._replace(model=with_outlier_keys(loaded.model, outliers))
     contenders = [paged(loaded.model, name, page_size=page_size) for name in names]
     contenders += [baseline(loaded.model, name) for name in others]
-    step = page_size if step is None else step
     batches = -(-windows // batch)
     with _progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
         results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)

@@ -1,8 +1,9 @@
 """transformers' own quantized caches, as contenders.
 
-``QuantizedCache`` quantizes the first chunk when it arrives, and everything anew each time that 128 exact tokens have
-come together; its first chunk attends to exact keys and values.  It is read in the same chunks as ours.  Groups of 64
-elements, and the axes that transformers' documentation recommends: 0 for quanto, 1 for HQQ.
+``QuantizedCache`` quantizes the first chunk when it arrives, and everything anew each time that about 128 exact tokens
+have come together (versions of transformers count them differently); its first chunk attends to exact keys and values.
+It is read in the same chunks as ours.  Groups of 64 elements, and the axes that transformers' documentation recommends:
+0 for quanto, 1 for HQQ.
 """
 
 import importlib.util

@@ -121,6 +121,12 @@ def weigh_paged(cache: QuantizedPagedCache, reference: Any) -> Storage:
     )
 
 
+def check_step(step: int, page_size: int) -> None:
+    """Raise ``EvaluationInputError`` unless chunks of ``step`` tokens fill pages of ``page_size``."""
+    if step < 1 or page_size % step:
+        raise EvaluationInputError(f"a step of {step} does not divide a page of {page_size} tokens; use a divisor.")
+
+
 def evaluate(
     model: Any,
     windows: torch.Tensor,
@@ -150,8 +156,7 @@ def evaluate(
         UnsupportedModelError: not a decoder-only model.
         EvaluationError: NaN among the logits, or a cache that was not read.
     """
-    if step < 1 or page_size % step:
-        raise EvaluationInputError(f"a step of {step} does not divide a page of {page_size} tokens; use a divisor.")
+    check_step(step, page_size)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} has an encoder, so its text cannot be cut into windows; use a causal model."

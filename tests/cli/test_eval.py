@@ -78,7 +78,7 @@ def test_rounding_is_told_from_quantization(run: Run, tiny: Path) -> None:
         (("--step", "48"), "divisor"),
         (("--page-size", "60"), "multiple of 8"),
         (("--outliers", "3"), "power of two"),
-        (("--csv", "/no/such/folder/x.csv"), "no such folder"),
+        (("--csv", "/no/such/folder/x.csv"), "folder that exists"),
         (("--figure", "x.gif"), ".png"),
         (("--dtype", "int4"), "bfloat16"),
     ],
