@@ -59,3 +59,15 @@ class StaleCarrierError(KVQuantError, RuntimeError):
 
 class ImplementationError(KVQuantError, RuntimeError):
     """The implementation asked for does not exist or cannot run on this device, dtype or page."""
+
+
+class EvaluationInputError(KVQuantError, ValueError):
+    """What is to be evaluated cannot be: too little text, an unknown baseline, a step that does not divide a page."""
+
+
+class EvaluationError(KVQuantError, RuntimeError):
+    """A measurement is worth nothing: NaN among the logits, or attention that did not go through the cache."""
+
+
+class MissingPackageError(KVQuantError, ImportError):
+    """An optional package is needed for what was asked."""

@@ -1,4 +1,4 @@
-"""The command ``kvquant``: ``demo``, ``generate`` and ``policies``.
+"""The command ``kvquant``: ``demo``, ``eval``, ``generate`` and ``policies``.
 
 Text and JSON go to stdout; progress, reports and errors to stderr.  Every error is one sentence that starts with
 "kvquant:" (``KVQUANT_DEBUG=1`` shows the traceback instead).  Exit code 2: wrong input, 1: failure, 130: interrupted.
@@ -11,14 +11,17 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import KVQuantError, UnknownPolicyError, UnsupportedModelError
+from ..errors import EvaluationInputError, KVQuantError, UnknownPolicyError, UnsupportedModelError
 from . import demo, generate, policies
+from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
 __all__ = ["main"]
 
 # click's base of all errors about the command line; click itself is vendored by newer versions of typer.
 _ClickError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+_WRONG_INPUT = (EvaluationInputError, UnknownPolicyError, UnsupportedModelError)
 
 _app = typer.Typer(
     name="kvquant",
@@ -27,8 +30,10 @@ _app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo.demo, generate.generate, policies.policies):
-    _app.command()(_command)
+_app.command()(demo.demo)
+_app.command("eval")(evaluate)  # not eval: that is Python's own
+_app.command()(generate.generate)
+_app.command()(policies.policies)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -66,6 +71,6 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, CommandError):
         return str(error), error.exit_code
     if isinstance(error, KVQuantError):
-        return str(error), 2 if isinstance(error, (UnknownPolicyError, UnsupportedModelError)) else 1
+        return str(error), 2 if isinstance(error, _WRONG_INPUT) else 1
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}; KVQUANT_DEBUG=1 shows where.", 1

@@ -75,7 +75,7 @@ def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tens
         ({"page_size": 64.0}, ["multiple of 8", "64.0"]),
         ({"page_size": "64"}, ["multiple of 8", "'64'"]),
         ({"prefill": "fast"}, ["'fast'", "'exact'", "'quantized'"]),
-        ({"sliding": "dynamic"}, ["'dynamic'", "'quantized' or 'exact'"]),
+        ({"sliding": "dynamic"}, ["'dynamic'", "'exact', 'quantized'"]),
         ({"impl": "cuda"}, ["'cuda'", "'auto', 'triton', 'reference'"]),
     ],
     ids=str,

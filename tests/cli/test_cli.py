@@ -5,16 +5,12 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from command import Run, is_one_sentence
 
 from kvquant_hf import POLICIES
-from kvquant_hf.cli import main
 from kvquant_hf.cli import models as cli_models
 from kvquant_hf.cli import policies as cli_policies
 from kvquant_hf.cli.policies import LLAMA_3_8B, markdown_table
@@ -22,60 +18,6 @@ from kvquant_hf.memory import page_cost
 
 STORED_KEYS = {"bytes", "ratio", "bits_per_element", "page_bits_per_element"}
 RESULT_KEYS = STORED_KEYS | {"top1_agreement", "tokens_per_second", "text", "answer"}
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line in this process."""
-    monkeypatch.delenv("KVQUANT_DEBUG", raising=False)
-
-    def run(*args: str) -> Outcome:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return Outcome(exit_.value.code, captured.out, captured.err)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llama of two layers and a tokenizer whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet | {"</s>": len(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(alphabet) + 1,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=len(alphabet),
-        pad_token_id=len(alphabet),
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def is_one_sentence(text: str) -> bool:
-    return text.startswith("kvquant: ") and text.count("\n") == 1
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,225 @@
+"""``kvquant eval``: what a quantized cache does to a model's predictions on real text."""
+
+import csv
+import hashlib
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..policy import POLICIES, parse_policy
+from .measure import long_text
+from .models import LoadedModel, check_cache_options, load_model
+from .terminal import InputError, print_json, say, stage
+
+EXACT = "exact"
+DEFAULT_POLICIES = ",".join(name for name in POLICIES if name != EXACT)
+DEFAULT_TEXT = "Python language reference"
+# Differences smaller than this many times the noise floor are not worth a sentence.
+FLOOR_FACTOR = 10
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Option(help="Folder, .gguf file or hub name; default: the built-in SmolLM2-135M-Instruct.")
+    ] = None,
+    policies: Annotated[
+        str, typer.Option(help="Policies to measure, with commas; exact always is.")
+    ] = DEFAULT_POLICIES,
+    baselines: Annotated[
+        str, typer.Option(help="transformers' own quantized caches, with commas: quanto-4,hqq-4,hqq-8.")
+    ] = "",
+    text: Annotated[str | None, typer.Option(help="A UTF-8 file; default: the Python language reference.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="NAME[:CONFIG[:SPLIT]] for the datasets library; column text, split test.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, from the beginning of the text.")] = 8,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per forward pass, at most a page; 1 is as in generation.")
+    ] = None,
+    page_size: Annotated[int, typer.Option(help="Tokens per page, a multiple of 8.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Windows side by side.")] = 4,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "float32",
+    outliers: Annotated[
+        float | None, typer.Option(help="Give the keys outlier channels, so many times larger; a power of two.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    csv_file: Annotated[str | None, typer.Option("--csv", help="Write the numbers to a CSV file too.")] = None,
+    figure: Annotated[str | None, typer.Option(help="Draw bits against mean KLD: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Compare next-token distributions through quantized caches with the exact model's.
+
+    Text is read in windows, a page at a time; everything attended to comes out of the cache, as in generation.
+    """
+    from ..evaluation import cut_windows, with_outlier_keys
+    from ..evaluation.baselines import baseline, parse_baseline
+    from ..evaluation.figure import check_figure, draw
+    from ..evaluation.harness import check_step, paged
+    from ..evaluation.harness import evaluate as measure
+    from ..evaluation.text import read_dataset, read_file
+
+    # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
+    names = [EXACT, *(name for name in _list(policies) if parse_policy(name).name != EXACT)]
+    names = list({parse_policy(name).name: name for name in names}.values())
+    for name in names:
+        check_cache_options(name, page_size)
+    step = page_size if step is None else step
+    check_step(step, page_size)
+    others = _list(baselines)
+    for name in others:
+        parse_baseline(name)
+    if text is not None and dataset is not None:
+        raise InputError("--text and --dataset exclude each other.")
+    for file in (csv_file, figure):
+        if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
+            raise InputError(f"cannot write {file!r}: give the name of a file in a folder that exists.")
+    if figure is not None:
+        check_figure(figure)
+    content = read_file(text) if text is not None else read_dataset(dataset) if dataset is not None else long_text()
+    described = Path(text).name if text is not None else dataset or DEFAULT_TEXT
+
+    loaded = load_model(model, dtype, hidden=as_json)
+    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and context > limit:
+        raise InputError(f"this model takes {limit} tokens; use at most --context {limit}.")
+    with stage("tokenizing the text", hidden=as_json):
+        ids = cut_windows(loaded.tokenizer, content, context, windows)
+    if outliers is not None:
+        with stage("giving the keys outliers", hidden=as_json):
+            loaded = loaded._replace(model=with_outlier_keys(loaded.model, outliers))
+    contenders = [paged(loaded.model, name, page_size=page_size) for name in names]
+    contenders += [baseline(loaded.model, name) for name in others]
+    batches = -(-windows // batch)
+    with _progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
+        results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)
+    facts = _facts(loaded, described, ids) | {
+        "step": step,
+        "page_size": page_size,
+        "batch": batch,
+        "outliers": outliers,
+    }
+    rows = {name: result.as_dict() for name, result in results.items()}
+    if csv_file is not None:
+        _write_csv(csv_file, facts, rows)
+    if figure is not None:
+        draw(results, _title(facts), figure)
+    if as_json:
+        print_json(facts | {"caches": rows})
+    else:
+        _print_table(facts, rows)
+    _say_what_drowns(rows, facts["dtype"])
+
+
+def _list(names: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+@contextmanager
+def _progress(total: int, *, hidden: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; yields what is to be called after each forward pass."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    if not console.is_terminal and not hidden:
+        print("measuring ...", file=sys.stderr, flush=True)
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("measuring", total=total)
+        yield lambda name: progress.update(task, advance=1, description=name or "exact model")
+
+
+def _facts(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
+    """The conditions of a measurement."""
+    from .. import __version__
+
+    return {
+        "model": loaded.description,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+        "text": text,
+        "windows": ids.shape[0],
+        "context_tokens": ids.shape[1],
+        "tokens_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        "versions": {
+            "kvquant_hf": __version__,
+            "transformers": version("transformers"),
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _title(facts: dict[str, Any]) -> str:
+    keys = f", keys with outliers x{facts['outliers']:g}" if facts["outliers"] else ""
+    return f"{facts['model']}, {facts['dtype']}{keys}\n{facts['text']}, first {facts['windows']} windows of " + str(
+        facts["context_tokens"]
+    )
+
+
+def _write_csv(path: str, facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    """A line per cache; the conditions are repeated in each."""
+    conditions = {name: value for name, value in facts.items() if name != "versions"}
+    conditions |= {f"{package}_version": number for package, number in facts["versions"].items()}
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["cache", *next(iter(rows.values())), *conditions])
+        writer.writeheader()
+        writer.writerows({"cache": name} | row | conditions for name, row in rows.items())
+
+
+def _print_table(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    """The conditions, then a line per cache, as wide as a terminal of 80 columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    exact = rows[EXACT]
+    console.print(f"{_title(facts)}, {exact['positions']} positions", highlight=False)
+    console.print(f"perplexity of the exact model: {exact['exact_perplexity']:.3f}\n", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("cache", overflow="fold")
+    for heading in ("bits", "held", "mean KLD", "median", "99.9 %", "top-1", "perplexity"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        bits = row["page_bits_per_element"]
+        klds = (f"{row[key]:.2e}" for key in ("kld_mean", "kld_median", "kld_q999"))
+        table.add_row(
+            name,
+            "-" if bits is None else f"{bits:.2f}",
+            f"{row['bits_per_element']:.2f}",
+            *klds,
+            f"{row['top1_agreement']:.2%}",
+            f"{row['perplexity']:.3f}",
+        )
+    console.print(table)
+    console.print(
+        "\nbits: per key or value element in full pages; held: everything, the open page too\n"
+        "KLD: KL(exact || cache), nats; top-1: the same most likely token; exact: the noise floor",
+        highlight=False,
+    )
+
+
+def _say_what_drowns(rows: dict[str, dict[str, Any]], dtype: str) -> None:
+    """Name the caches whose difference from the exact model is not much more than rounding."""
+    floor = rows[EXACT]["kld_mean"]
+    drowned = [name for name, row in rows.items() if name != EXACT and row["kld_mean"] < FLOOR_FACTOR * floor]
+    if drowned:
+        say(
+            f"{', '.join(drowned)}: mean KLD within {FLOOR_FACTOR} times the noise floor of {dtype} ({floor:.1e}), so "
+            "rounding is part of it; use --dtype float32 to see it alone."
+        )

@@ -1,0 +1,13 @@
+"""How much accuracy a quantized cache costs, measured through the cache that generation uses.
+
+``harness.py`` reads text through caches, chunk by chunk beside the exact model; ``metrics.py`` compares next-token
+distributions; ``text.py`` cuts text into windows; ``outliers.py`` gives any model the outlier keys that make quantizing
+hard; ``baselines.py`` puts transformers' own quantized caches to the same test; ``figure.py`` draws the result.
+"""
+
+from .harness import Contender, Result, Storage, evaluate, paged
+from .metrics import Accuracy
+from .outliers import with_outlier_keys
+from .text import cut_windows
+
+__all__ = ["Accuracy", "Contender", "Result", "Storage", "cut_windows", "evaluate", "paged", "with_outlier_keys"]

@@ -1,0 +1,194 @@
+"""Text read through quantized caches, in chunks, beside the exact model.
+
+Every window of text gets a fresh cache of every contender, and the exact model its own (transformers' DynamicCache).
+All read the same chunk, their logits are compared at each position, and the next chunk follows: memory is that of the
+caches and of two chunks of logits, whatever the length of the text.
+
+A chunk is a page, or a part of one (``step`` divides ``page_size``).  Pages are sealed lazily, so a chunk attends to
+exactly what its tokens would attend to one by one: sealed pages for everything before the current page, exact keys and
+values inside it.  Caches are made with ``prefill="quantized"``; what a chunk attends to always comes out of the cache,
+and ``evaluate`` refuses a cache whose report says otherwise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cache import QuantizedPagedCache
+from ..errors import EvaluationError, EvaluationInputError, UnsupportedModelError
+from ..policy import POLICIES, PolicyLike, parse_policy
+from .metrics import Accuracy, Scores, compare, join, summarize
+
+EXACT = "exact"
+
+
+class Storage(NamedTuple):
+    """What a cache held at the end of its windows; sums over windows.
+
+    Args:
+        bytes: everything held.
+        elements: key and value elements held.
+        packed_bytes: bytes of sealed pages.
+        sealed_elements: elements in sealed pages.
+        fallback_calls: attention calls that multiplied the cache out.
+    """
+
+    bytes: int
+    elements: int
+    packed_bytes: int = 0
+    sealed_elements: int = 0
+    fallback_calls: int = 0
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits held per element, everything counted."""
+        return 8 * self.bytes / self.elements
+
+    @property
+    def page_bits_per_element(self) -> float | None:
+        """Bits per element in sealed pages; None where there are none."""
+        return 8 * self.packed_bytes / self.sealed_elements if self.sealed_elements else None
+
+    def plus(self, other: "Storage") -> "Storage":
+        """The sum."""
+        return Storage(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Contender(NamedTuple):
+    """A cache to be measured.
+
+    Args:
+        name: what the table calls it.
+        make: makes an empty cache.
+        weigh: what a filled cache holds; gets the cache and the exact model's own cache of the same tokens.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    weigh: Callable[[Any, Any], Storage]
+
+
+class Result(NamedTuple):
+    """One contender: accuracy, memory, and the numbers of each position."""
+
+    accuracy: Accuracy
+    storage: Storage
+    scores: Scores
+
+    def as_dict(self) -> dict[str, Any]:
+        """Accuracy and bits per element, ready for JSON."""
+        return self.accuracy.as_dict() | {
+            "bits_per_element": self.storage.bits_per_element,
+            "page_bits_per_element": self.storage.page_bits_per_element,
+            "fallback_calls": self.storage.fallback_calls,
+        }
+
+
+def paged(model: Any, policy: PolicyLike, *, page_size: int = 64) -> Contender:
+    """A contender that is our cache with ``policy``, as generation has it except that a prompt attends to what was
+    stored.  Its name is the one of ``POLICIES``, or else ``policy`` as it was written.
+
+    Raises:
+        UnknownPolicyError: unknown policy or page size.
+    """
+
+    def make() -> QuantizedPagedCache:
+        cache = QuantizedPagedCache(model.config, policy, page_size=page_size, prefill="quantized")
+        cache.bind(model)
+        return cache
+
+    name = parse_policy(policy).name
+    return Contender(policy if name not in POLICIES and isinstance(policy, str) else name, make, weigh_paged)
+
+
+def weigh_paged(cache: QuantizedPagedCache, reference: Any) -> Storage:
+    """Bytes of our cache, from its report.
+
+    Raises:
+        EvaluationError: attention did not go through the cache.
+    """
+    report = cache.report()
+    calls = report.paged_calls + report.fallback_calls
+    if report.prefill_calls or not calls or report.tokens != reference.get_seq_length():
+        raise EvaluationError(
+            f"{report.prefill_calls} of {report.prefill_calls + calls} attention calls did not read the cache, which "
+            f"holds {report.tokens} of {reference.get_seq_length()} tokens; make it with prefill='quantized' and give "
+            "it to no one else."
+        )
+    return Storage(
+        report.bytes, report.elements, report.packed_bytes, report.sealed_elements, fallback_calls=report.fallback_calls
+    )
+
+
+def check_step(step: int, page_size: int) -> None:
+    """Raise ``EvaluationInputError`` unless chunks of ``step`` tokens fill pages of ``page_size``."""
+    if step < 1 or page_size % step:
+        raise EvaluationInputError(f"a step of {step} does not divide a page of {page_size} tokens; use a divisor.")
+
+
+def evaluate(
+    model: Any,
+    windows: torch.Tensor,
+    contenders: Sequence[Contender],
+    *,
+    step: int = 64,
+    page_size: int = 64,
+    batch: int = 1,
+    advance: Callable[[str], object] = lambda name: None,
+) -> dict[str, Result]:
+    """Read ``windows`` through every contender and compare it with the exact model at each position.
+
+    Args:
+        model: a causal language model in eval mode.
+        windows: token ids ``[windows, context]``; each row is read by itself.
+        contenders: what to measure; names are distinct.
+        step: tokens per chunk; divides ``page_size``.
+        page_size: tokens per page of the contenders.
+        batch: windows read side by side; for speed, the distributions differ by rounding only.
+        advance: called with the name of each contender after each of its chunks (``""``: the exact model).
+
+    Returns:
+        Results by contender, over the ``context - 1`` positions of each window that have a next token in it.
+
+    Raises:
+        EvaluationInputError: ``step`` does not divide ``page_size``.
+        UnsupportedModelError: not a decoder-only model.
+        EvaluationError: NaN among the logits, or a cache that was not read.
+    """
+    check_step(step, page_size)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder, so its text cannot be cut into windows; use a causal model."
+        )
+    scores: dict[str, list[Scores]] = {contender.name: [] for contender in contenders}
+    storage: dict[str, Storage] = {}
+    with torch.inference_mode():
+        for rows in windows.to(model.device).split(batch):
+            caches = [contender.make() for contender in contenders]
+            parts: dict[str, list[Scores]] = {contender.name: [] for contender in contenders}
+            own = None  # the cache that the model makes for itself
+            for start in range(0, rows.shape[1], step):
+                chunk, targets = rows[:, start : start + step], rows[:, start + 1 : start + 1 + step]
+                output = model(chunk, past_key_values=own, use_cache=True)
+                own, exact = output.get("past_key_values"), output.logits[:, : targets.shape[1]]
+                if own is None:
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__} returns no KV cache, so the exact model cannot read in chunks; use a "
+                        "model that takes past_key_values."
+                    )
+                advance("")
+                for contender, cache in zip(contenders, caches, strict=True):
+                    logits = model(chunk, past_key_values=cache, use_cache=True).logits[:, : targets.shape[1]]
+                    if targets.shape[1]:
+                        parts[contender.name].append(compare(exact, logits, targets))
+                    advance(contender.name)
+            for contender, cache in zip(contenders, caches, strict=True):
+                held = contender.weigh(cache, own)
+                storage[contender.name] = storage.get(contender.name, Storage(0, 0)).plus(held)
+                scores[contender.name].append(join(parts[contender.name], dim=1))
+    results = {}
+    for name, columns in scores.items():
+        joined = join(columns, dim=0)
+        results[name] = Result(summarize(joined, page_size), storage[name], joined)
+    return results

@@ -1,0 +1,79 @@
+"""Text for the harness: a file, or a data set of the ``datasets`` library; tokenized and cut into windows."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import EvaluationInputError, MissingPackageError
+
+
+def read_file(path: str) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        EvaluationInputError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise EvaluationInputError(f"cannot read the text {path!r}: {reason}; give a UTF-8 text file.") from error
+
+
+def read_dataset(name: str) -> str:
+    """Rows of a data set joined by blank lines.
+
+    Args:
+        name: ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``; the split is ``test`` unless it is said.
+
+    Raises:
+        MissingPackageError: ``datasets`` is not installed.
+        EvaluationInputError: there is no such data set, split, or column ``text``.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise MissingPackageError(
+            "--dataset needs the package datasets; run: pip install datasets, or use --text FILE."
+        )
+    from datasets import load_dataset
+
+    path, config, split = (*name.split(":", 2), "", "")[:3]
+    try:
+        rows = load_dataset(path, config or None, split=split or "test")
+    except Exception as error:  # the library's own, the hub's, and the network's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise EvaluationInputError(
+            f"cannot load the data set {name!r}: {reason}; check NAME:CONFIG:SPLIT, or use --text FILE."
+        ) from error
+    if "text" not in rows.column_names:
+        found = ", ".join(rows.column_names)
+        raise EvaluationInputError(f"the data set {name!r} has no column 'text' but {found}; use --text FILE.")
+    return "\n\n".join(rows["text"])
+
+
+def cut_windows(tokenizer: Any, text: str, context: int, count: int) -> torch.Tensor:
+    """The first ``count`` windows of ``context`` tokens, one after the other, nothing left out between them.
+
+    Where the tokenizer begins a text with a special token, each window begins with it and has one token of text fewer:
+    models that are trained with that token are not themselves without it.  Other special tokens are not added.
+
+    Returns:
+        int64 ``[count, context]``.
+
+    Raises:
+        EvaluationInputError: the text is too short, or a window has no next token to predict.
+    """
+    if context < 2:
+        raise EvaluationInputError(f"a window of {context} tokens has nothing to predict; use --context 2 or more.")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    first = tokenizer("").input_ids[:1]
+    first = first if first and first[0] == tokenizer.bos_token_id else []
+    length = context - len(first)
+    if len(ids) < count * length:
+        raise EvaluationInputError(
+            f"the text has {len(ids)} tokens, and {count} windows of {context} need {count * length}; use at most "
+            f"--windows {len(ids) // length}, or a smaller --context."
+        )
+    rows = torch.tensor(ids[: count * length]).view(count, length)
+    return torch.cat([torch.tensor(first, dtype=rows.dtype).expand(count, -1), rows], dim=1)

@@ -1,0 +1,120 @@
+"""``kvquant eval`` on a tiny model."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import Run, is_one_sentence
+
+from kvquant_hf.memory import page_cost
+
+FAST = ("--context", "70", "--windows", "2", "--page-size", "16")
+
+
+def test_as_json(run: Run, tiny: Path) -> None:
+    code, out, err = run("eval", "--model", tiny, "--policies", "int4,int8", *FAST, "--json")
+    data = json.loads(out)
+    assert (code, err) == (0, "")
+    conditions = {"windows": 2, "context_tokens": 70, "step": 16, "page_size": 16, "dtype": "float32", "outliers": None}
+    assert conditions.items() <= data.items()
+    assert list(data["caches"]) == ["exact", "int4", "int8"]
+    for name, row in data["caches"].items():
+        assert row["positions"] == 2 * 69
+        cost = page_cost(name, 16, heads=2, page_size=16, dtype=torch.float32)
+        assert row["page_bits_per_element"] == cost.bits_per_element
+    exact, int4, int8 = data["caches"].values()
+    assert abs(exact["kld_mean"]) < 1e-10 < int8["kld_mean"] < int4["kld_mean"]
+
+
+def test_as_a_table_of_80_columns(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    policies = "exact,turboquant-qjl,int8/int4,4,int4-token"
+    code, out, err = run("eval", "--model", tiny, "--policies", policies, *FAST, "--outliers", "32")
+    assert code == 0
+    assert "outliers x32" in out and "Python language reference" in out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:1] in "eit" and "%" in line}
+    assert list(rows)[:4] == ["exact", "turboquant-qjl", "int8/int4", "int4-token"]
+    assert rows["exact"][6] == "100.00%"
+    assert "measuring" in err and "measuring" not in out
+
+
+def test_files(run: Run, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")
+    table, picture = tmp_path / "table.csv", tmp_path / "figure.svg"
+    options = ("--text", text, "--csv", table, "--figure", picture, "--policies", "int8", "--step", "8")
+    code, out, _ = run("eval", "--model", tiny, *FAST, *options, "--json")
+    data = json.loads(out)
+    assert code == 0 and data["text"] == "text.txt" and data["step"] == 8
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = {row["cache"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["exact", "int8"]
+    assert float(rows["int8"]["kld_mean"]) == data["caches"]["int8"]["kld_mean"]
+    assert rows["int8"]["torch_version"] == data["versions"]["torch"]
+    drawn = picture.read_text(encoding="utf-8")
+    assert drawn.startswith("<?xml") and "int8" in drawn
+
+
+def test_rounding_is_told_from_quantization(run: Run, tiny: Path) -> None:
+    """In bfloat16 the difference of two orders of summation is as large as int8's; the command says so."""
+    code, _, err = run("eval", "--model", tiny, "--policies", "exact/int8,int4", *FAST, "--dtype", "bfloat16", "--json")
+    assert code == 0
+    assert is_one_sentence(err) and "noise floor of bfloat16" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (("--policies", "int5"), "turboquant"),
+        (("--baselines", "quanto-8"), "quanto-4"),
+        (("--text", "/no/such/file"), "No such file"),
+        (("--text", "x", "--dataset", "y"), "exclude"),
+        (("--context", "1"), "--context"),
+        (("--context", "2000"), "--context 1024"),
+        (("--windows", "100000"), "--windows"),
+        (("--step", "48"), "divisor"),
+        (("--page-size", "60"), "multiple of 8"),
+        (("--outliers", "3"), "power of two"),
+        (("--csv", "/no/such/folder/x.csv"), "folder that exists"),
+        (("--figure", "x.gif"), ".png"),
+        (("--dtype", "int4"), "bfloat16"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_input_is_one_sentence(run: Run, tiny: Path, args: tuple[str, ...], word: str) -> None:
+    code, out, err = run("eval", "--model", tiny, "--json", *args)
+    assert code == 2
+    assert out == ""
+    assert is_one_sentence(err)
+    assert word in err
+
+
+@pytest.mark.parametrize(
+    ("args", "package"),
+    [
+        (("--dataset", "wikitext:wikitext-2-raw-v1"), "datasets"),
+        (("--figure", "x.png"), "matplotlib"),
+        (("--baselines", "quanto-4"), "optimum-quanto"),
+        (("--baselines", "hqq-4"), "hqq"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_package_is_missing(
+    run: Run, tiny: Path, args: tuple[str, ...], package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec, missing = importlib.util.find_spec, ("datasets", "matplotlib", "optimum.quanto", "hqq")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else find_spec(name, *rest)
+    )
+    code, out, err = run("eval", "--model", tiny, *args)
+    assert (code, out) == (1, "")
+    assert is_one_sentence(err) and f"pip install {package}" in err
+
+
+def test_help(run: Run) -> None:
+    code, out, err = run("eval", "--help")
+    assert (code, err) == (0, "")
+    assert "--outliers" in out and "Usage: kvquant eval" in out
