@@ -83,9 +83,9 @@ A cell is right if both hold:
 - **`exact`** generates the same tokens as `DynamicCache`, in float32, with logits within 1e-4 of the largest and no
   runner-up so close that rounding could decide.
 - **`int8`** holds less than the same tokens in float32 (where all layers have windows of 12, its sealed pages do), and
-  what it generates is what the exact model would: led along the same tokens, the next-token distributions differ by less than {MAX_KL:g} nats (mean Kullback-Leibler divergence;
-  for beams, their scores per token by less than {MAX_SCORE:.3f}).  One lost page of 8 tokens makes ten times as much at
-  least, in every row.
+  what it generates is what the exact model would: led along the same tokens, the next-token distributions differ by
+  less than {MAX_KL:g} nats (mean Kullback-Leibler divergence; for beams, their scores per token by less than
+  {MAX_SCORE:.3f}).  One lost page of 8 tokens makes ten times as much at least, in every row.
 
 Layers that are not paged keep transformers' own cache, which is named in the column *layers*.  The column *attention*
 says how the paged layers are read: in pages with the implementation that transformers picks by default, in pages once

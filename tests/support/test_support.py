@@ -77,9 +77,10 @@ def test_windows_are_shorter_than_prompts_and_pages_are_sealed() -> None:
     run = Runner(ARCHITECTURES["Gemma3, text"], "int8")
     FEATURES["greedy"].run(run)
     (cache,) = run.caches
-    windows = {layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")}
-    assert windows and max(windows) < run.architecture.inputs()["input_ids"].shape[1]
-    assert all(store.sealed_pages >= 4 for store in cache.stores)
+    sliding = [layer for layer in cache.paged_layers if layer.is_sliding]
+    assert sliding and all(layer.window < run.architecture.inputs()["input_ids"].shape[1] for layer in sliding)
+    assert all(layer.store.sealed_pages >= (1 if layer.is_sliding else 4) for layer in cache.paged_layers)
+    assert all(layer.first > 0 for layer in sliding)  # and pages were given back
 
 
 def test_the_assistant_is_right_now_and_then() -> None:
