@@ -66,6 +66,11 @@ class QuantizedSlidingLayer(SlidingPagedLayer, QuantizedPagedLayer):
 
     is_sliding = True
 
+    @property
+    def _sliding_window_tensor(self) -> torch.Tensor:
+        """The window, for those who iterate over a cache."""
+        return torch.tensor(self.window)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         first = self.first_of_next_step
         return self.length + query_length - first, first
