@@ -13,6 +13,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import library
 
 from .append_reference import append_reference
 from .choice import IMPLEMENTATIONS, Choice, Implementation, choose
@@ -60,7 +61,7 @@ def _append(
 
 
 _WRITTEN = ("key_planes", "key_tail", "value_planes", "value_tail", "new_lengths")
-_append_op = torch.library.custom_op("kvquant_hf::append_pages", _append, mutates_args=_WRITTEN)
+_append_op = library.custom_op("kvquant_hf::append_pages", _append, mutates_args=_WRITTEN)
 
 
 @_append_op.register_fake
@@ -139,7 +140,7 @@ def _attend(
         return function(query, keys, values, page_table, lengths, mask=mask, sinks=sinks, **options)
 
 
-_attention_op = torch.library.custom_op("kvquant_hf::paged_attention", _attend, mutates_args=())
+_attention_op = library.custom_op("kvquant_hf::paged_attention", _attend, mutates_args=())
 
 
 @_attention_op.register_fake

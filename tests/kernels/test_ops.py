@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from stores import vectors
+from torch import library
 
 from kvquant_hf.errors import ImplementationError, KVQuantError
 from kvquant_hf.policy import POLICIES
@@ -117,11 +118,9 @@ def test_operators_are_what_torch_expects(impl: str, device: torch.device) -> No
     table = torch.tensor([[0, 1], [2, 2]], dtype=torch.int32, device=device)
     pages = ("int4-channel", list(keys.planes), keys.tail, "int4-hadamard", list(values.planes), values.tail)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.kvquant_hf.append_pages, (x, x, *pages, table, lengths, after, impl), test_utils=checks
-    )
+    library.opcheck(torch.ops.kvquant_hf.append_pages, (x, x, *pages, table, lengths, after, impl), test_utils=checks)
     query = vectors(2, 6, 2, 32, seed=5).to(device)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.kvquant_hf.paged_attention,
         (query, *pages, table, lengths, 0.2, True, None, None, None, 0, impl),
         test_utils=checks,
