@@ -61,7 +61,7 @@ def test_budget() -> None:
 
 # -- gate --------------------------------------------------------------------------------------------------------------
 
-GREEN = "def test_green():\n    assert True\n"
+GREEN = "def test_green():\n    assert sum([1, 2]) == 3\n"
 RED = "import pytest\n\n@pytest.mark.parametrize('n', [1, 2])\ndef test_red(n):\n    assert n == 1\n"
 NEEDS = "import a_package_that_nobody_has\n\ndef test_unknown():\n    pass\n"
 
