@@ -188,8 +188,11 @@ class PagedLayer:
         return KVTensor(self.store, "keys", self.log), KVTensor(self.store, "values", self.log)
 
     def _padding_of(self, keys: torch.Tensor) -> np.ndarray | None:
-        """``padding`` of the open page and the new ``keys``, which are not stored yet; None where there is none, or where
-        it was said of another batch: padding then takes part in scales, and the mask still hides it."""
+        """``padding`` of the open page and the new ``keys``, which are not stored yet.
+
+        None where there is none, or where it was said of another batch: padding then takes part in scales, and the
+        mask still hides it.
+        """
         if self.padding is None or self.store is None or len(self.padding) != len(keys):
             return None
         start, end = self.length - self.store.tail_length, self.length + keys.shape[2]
