@@ -1,13 +1,15 @@
 """Random lives of caches and their forks against a dense model of them; every page accounted for after every step.
 
 What is expected of a token: itself as long as its page is open, and what the codecs make of its whole page afterwards.
-A crop into a sealed page takes the decoded tokens for the new truth.  About 2,000 steps usually; the test marked
+A crop into a sealed page takes the decoded tokens for the new truth.  Some caches are offloaded: the CPU poses as a
+device with a memory of its own, and pages are away or there as it comes.  About 2,000 steps usually; the test marked
 ``full`` makes 100,000.
 """
 
 import copy
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from models import tiny_llama
 from stores import live_pages
 
 from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.offload import HostCopy
 from kvquant_hf.policy import POLICIES
 from kvquant_hf.triton_kernels.codecs import CODECS, Codec
 
@@ -50,19 +53,24 @@ class CacheMachine(RuleBasedStateMachine):
         self.caches: list[tuple[QuantizedPagedCache, Dense]] = []
         self.seed = 0
         self.folder = tempfile.TemporaryDirectory()
+        self.apart = patch.object(HostCopy, "helps", staticmethod(lambda device: True))
+        self.apart.start()
 
     def teardown(self) -> None:
+        self.apart.stop()
         self.folder.cleanup()
 
     def fresh(self, batch: int, tokens: int) -> torch.Tensor:
         self.seed += 1
         return torch.randn(batch, HEADS, tokens, DIM, generator=torch.Generator().manual_seed(self.seed))
 
-    @initialize(data=st.data(), batch=st.integers(1, 3))
-    def start(self, data: st.DataObject, batch: int) -> None:
+    @initialize(data=st.data(), batch=st.integers(1, 3), offload=st.booleans())
+    def start(self, data: st.DataObject, batch: int, offload: bool) -> None:
         self.policy = data.draw(st.sampled_from(self.policies))
         self.codecs = CODECS[POLICIES[self.policy].keys], CODECS[POLICIES[self.policy].values]
-        self.caches = [(QuantizedPagedCache(CONFIG, self.policy, page_size=PAGE), self.empty(batch))]
+        self.offload = offload
+        cache = QuantizedPagedCache(CONFIG, self.policy, page_size=PAGE, offload=offload)
+        self.caches = [(cache, self.empty(batch))]
         self.append_to(0, 1)
 
     def empty(self, batch: int) -> Dense:
@@ -162,6 +170,15 @@ class CacheMachine(RuleBasedStateMachine):
         cache.save(path)
         self.caches[i] = (QuantizedPagedCache.load(path, CONFIG), dense)
 
+    @precondition(lambda self: self.offload)
+    @rule(data=st.data(), layer=st.integers(0, LAYERS - 1), leave=st.booleans())
+    def move_pages(self, data: st.DataObject, layer: int, leave: bool) -> None:
+        moved = self.draw(data)[1].paged_layers[layer]
+        moved.offload() if leave else moved.prefetch()
+        if moved.store is not None and moved.store.sealed_pages:
+            assert moved.store.pool.away == leave
+            assert (moved.store.pool.device_bytes == 0) == leave
+
     @invariant()
     def content_is_what_it_should_be(self) -> None:
         for cache, dense in self.caches:
@@ -171,12 +188,15 @@ class CacheMachine(RuleBasedStateMachine):
                 if store is None or held[0].shape[2] == 0:
                     assert held[0].shape[2] == 0
                     continue
+                away = store.pool.away
                 for name, codec, x in zip(("keys", "values"), self.codecs, held, strict=True):
                     expected = through(codec, x)
                     tail = store.tail_length
                     got = store.view().dense(name)
                     assert torch.equal(got[:, :, got.shape[2] - tail :], expected[:, :, got.shape[2] - tail :])
                     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+                if away:  # reading brought them
+                    store.pool.offload()
 
     @invariant()
     def every_page_is_counted_once_per_holder(self) -> None:
