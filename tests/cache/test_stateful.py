@@ -9,6 +9,7 @@ device with a memory of its own, and pages are away or there as it comes.  About
 import copy
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -33,12 +34,26 @@ from kvquant_hf.triton_kernels.codecs import CODECS, Codec
 
 PAGE, HEADS, DIM, LAYERS = 8, 2, 32, 2
 CONFIG = tiny_llama(num_hidden_layers=LAYERS).config
-Dense = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [batch, heads, tokens, head_dim]
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [batch, heads, tokens, head_dim]
 
 
-def through(codec: Codec, x: torch.Tensor) -> torch.Tensor:
-    """Tokens ``[batch, heads, tokens, head_dim]`` as a store gives them back: all but the open page encoded."""
-    sealed = max(0, x.shape[2] - 1) // PAGE * PAGE
+class Dense(NamedTuple):
+    """What a cache was given, and how many tokens of it are in sealed pages."""
+
+    layers: Layers
+    sealed: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.layers[0][0].shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.layers[0][0].shape[2]
+
+
+def through(codec: Codec, x: torch.Tensor, sealed: int) -> torch.Tensor:
+    """Tokens ``[batch, heads, tokens, head_dim]`` as a store gives them back: the first ``sealed`` encoded."""
     pages = x[:, :, :sealed].unflatten(2, (-1, PAGE)) if sealed else x[:, :, :0]
     return torch.cat([codec.decode(codec.encode(pages)).flatten(2, 3) if sealed else pages, x[:, :, sealed:]], 2)
 
@@ -68,13 +83,12 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, data: st.DataObject, batch: int, offload: bool) -> None:
         self.policy = data.draw(st.sampled_from(self.policies))
         self.codecs = CODECS[POLICIES[self.policy].keys], CODECS[POLICIES[self.policy].values]
-        self.offload = offload
         cache = QuantizedPagedCache(CONFIG, self.policy, page_size=PAGE, offload=offload)
         self.caches = [(cache, self.empty(batch))]
         self.append_to(0, 1)
 
     def empty(self, batch: int) -> Dense:
-        return [(self.fresh(batch, 0), self.fresh(batch, 0)) for _ in range(LAYERS)]
+        return Dense([(self.fresh(batch, 0), self.fresh(batch, 0)) for _ in range(LAYERS)])
 
     def draw(self, data: st.DataObject) -> tuple[int, QuantizedPagedCache, Dense]:
         i = data.draw(st.integers(0, len(self.caches) - 1), label="cache")
@@ -85,15 +99,17 @@ class CacheMachine(RuleBasedStateMachine):
 
     def append_to(self, i: int, tokens: int) -> None:
         cache, dense = self.caches[i]
-        grown = []
-        for layer, held in enumerate(dense):
+        grown: Layers = []
+        for layer, held in enumerate(dense.layers):
             new = [self.fresh(x.shape[0], tokens) for x in held]
             cache.update(*new, layer)
             grown.append(tuple(torch.cat(pair, 2) for pair in zip(held, new, strict=True)))
-        self.replace(i, grown)
+        # The first token that does not fit seals a page; a crop to a page's end leaves it sealed.
+        self.replace(i, Dense(grown, max(dense.sealed, (dense.tokens + tokens - 1) // PAGE * PAGE)))
 
     def take(self, i: int, rows: torch.Tensor) -> None:
-        self.replace(i, [(keys[rows], values[rows]) for keys, values in self.caches[i][1]])
+        dense = self.caches[i][1]
+        self.replace(i, dense._replace(layers=[(keys[rows], values[rows]) for keys, values in dense.layers]))
 
     @rule(data=st.data(), tokens=st.sampled_from([1, 1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 2]))
     def append(self, data: st.DataObject, tokens: int) -> None:
@@ -102,48 +118,46 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(1, 3 * PAGE))
     def crop(self, data: st.DataObject, count: int) -> None:
         i, cache, dense = self.draw(data)
-        held = dense[0][0].shape[2]
-        kept = max(0, held - count)
+        kept = max(0, dense.tokens - count)
         # A page that is cut comes back decoded, and what came back is the truth from then on: to decode it here would
         # sum in another order.
-        reopened = held > 0 and kept % PAGE > 0 and kept <= (held - 1) // PAGE * PAGE
+        reopened = kept % PAGE > 0 and kept < dense.sealed
         first = kept // PAGE * PAGE if reopened else kept
         cache.crop(-count)
-        cut = []
-        for layer, pair in enumerate(dense):
+        cut: Layers = []
+        for layer, pair in enumerate(dense.layers):
             parts = []
             for name, codec, x in zip(("keys", "values"), self.codecs, pair, strict=True):
                 part = x[:, :, :kept]
                 if reopened:
                     open_page = cache.paged_layers[layer].store.view().dense(name)[:, :, first:]
-                    expected = through(codec, x)[:, :, first:kept]
+                    expected = through(codec, x, dense.sealed)[:, :, first:kept]
                     torch.testing.assert_close(open_page, expected, rtol=1e-5, atol=1e-5)
                     part = torch.cat([x[:, :, :first], open_page], 2)
                 parts.append(part)
             cut.append(tuple(parts))
-        self.replace(i, cut)
+        self.replace(i, Dense(cut, min(dense.sealed, kept // PAGE * PAGE)))
 
     @rule(data=st.data())
     def reorder(self, data: st.DataObject) -> None:
         i, cache, dense = self.draw(data)
-        rows = torch.tensor(data.draw(st.permutations(range(dense[0][0].shape[0])), label="rows"))
+        rows = torch.tensor(data.draw(st.permutations(range(dense.batch)), label="rows"))
         cache.reorder_cache(rows)
         self.take(i, rows)
 
     @rule(data=st.data())
     def select(self, data: st.DataObject) -> None:
         i, cache, dense = self.draw(data)
-        batch = dense[0][0].shape[0]
-        rows = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3), label="rows"))
+        rows = torch.tensor(data.draw(st.lists(st.integers(0, dense.batch - 1), min_size=1, max_size=3), label="rows"))
         cache.batch_select_indices(rows)
         self.take(i, rows)
 
     @rule(data=st.data())
     def repeat(self, data: st.DataObject) -> None:
         i, cache, dense = self.draw(data)
-        if dense[0][0].shape[0] <= 3:
+        if dense.batch <= 3:
             cache.batch_repeat_interleave(2)
-            self.take(i, torch.arange(dense[0][0].shape[0]).repeat_interleave(2))
+            self.take(i, torch.arange(dense.batch).repeat_interleave(2))
 
     @precondition(lambda self: len(self.caches) < 4)
     @rule(data=st.data())
@@ -170,10 +184,11 @@ class CacheMachine(RuleBasedStateMachine):
         cache.save(path)
         self.caches[i] = (QuantizedPagedCache.load(path, CONFIG), dense)
 
-    @precondition(lambda self: self.offload)
+    @precondition(lambda self: any(cache.pools.offload for cache, _ in self.caches))
     @rule(data=st.data(), layer=st.integers(0, LAYERS - 1), leave=st.booleans())
     def move_pages(self, data: st.DataObject, layer: int, leave: bool) -> None:
-        moved = self.draw(data)[1].paged_layers[layer]
+        movable = [i for i, (cache, _) in enumerate(self.caches) if cache.pools.offload]
+        moved = self.caches[data.draw(st.sampled_from(movable), label="cache")][0].paged_layers[layer]
         moved.offload() if leave else moved.prefetch()
         if moved.store is not None and moved.store.sealed_pages:
             assert moved.store.pool.away == leave
@@ -182,15 +197,16 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def content_is_what_it_should_be(self) -> None:
         for cache, dense in self.caches:
-            assert cache.get_seq_length() == dense[0][0].shape[2]
-            for layer, held in enumerate(dense):
+            assert cache.get_seq_length() == dense.tokens
+            for layer, held in enumerate(dense.layers):
                 store = cache.paged_layers[layer].store
-                if store is None or held[0].shape[2] == 0:
-                    assert held[0].shape[2] == 0
+                if store is None or dense.tokens == 0:
+                    assert dense.tokens == 0
                     continue
+                assert store.sealed_pages * PAGE == dense.sealed
                 away = store.pool.away
                 for name, codec, x in zip(("keys", "values"), self.codecs, held, strict=True):
-                    expected = through(codec, x)
+                    expected = through(codec, x, dense.sealed)
                     tail = store.tail_length
                     got = store.view().dense(name)
                     assert torch.equal(got[:, :, got.shape[2] - tail :], expected[:, :, got.shape[2] - tail :])
