@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from .calibration import QParams, hand_over
 from .errors import OutOfPages, SavedCacheError, UnknownPolicyError, WrongModelError
 from .inventory import take_inventory
 from .layer import PagedLayer, StepGuard
@@ -52,9 +53,10 @@ class QuantizedPagedCache(DynamicCache):
             more raises ``OutOfPages`` before it changes anything.  Forks (``copy.deepcopy``) share the budget.
         pool: a ``PagePools`` that several caches of one model draw from, with a budget of its own.
         offload: keep the pages in the CPU's memory and bring each layer's to the device ahead of its turn.
+        qparams: what ``kvquant qparams`` wrote, a folder or a file, for ``int8-static``; or a ``calibration.QParams``.
 
     Raises:
-        UnknownPolicyError: unknown policy, codec or option.
+        UnknownPolicyError: unknown policy, codec or option.  QParamsError: ``qparams`` missing, unreadable, not taken.
         PoolMismatchError: ``pool`` was made for something else, or has the options that were given beside it.
         UnsupportedModelError: no layer of the model can be quantized.
 
@@ -77,12 +79,13 @@ class QuantizedPagedCache(DynamicCache):
         max_bytes: int | None = None,
         pool: PagePools | None = None,
         offload: bool | None = None,
+        qparams: str | os.PathLike[str] | QParams | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
             raise UnknownPolicyError(
                 f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl, sliding, "
-                "max_pages, max_bytes, pool or offload."
+                "max_pages, max_bytes, pool, offload or qparams."
             )
         either = ("exact", "quantized")
         choices = (("prefill", prefill, either), ("sliding", sliding, either), ("impl", impl, IMPLEMENTATIONS))
@@ -95,12 +98,9 @@ class QuantizedPagedCache(DynamicCache):
         self.pools = PagePools(config, **options) if pool is None else pool.check(config, **options)
         self._pools_shared = pool is not None
         self.policy, self.page_size = self.pools.policy, self.pools.page_size
-        self.prefill = prefill
-        self.impl = impl
-        self.sliding = sliding
+        self.prefill, self.impl, self.sliding = prefill, impl, sliding
         self._log = CallLog()
-        self._plan = StepPlan(self.pools.budget)
-        self._rotation = Rotation()
+        self._plan, self._rotation = StepPlan(self.pools.budget), Rotation()
         arguments = (self.policy, self.page_size, prefill == "exact", StepGuard(), self._log, impl)
         layer_pools = self.pools.layer_pools()
         layers = build_layers(
@@ -110,11 +110,12 @@ class QuantizedPagedCache(DynamicCache):
             if sliding == "quantized"
             else None,
         )
+        self._fingerprint = fingerprint(config)
+        self.qparams = hand_over(qparams, self.policy.name, layers, self._fingerprint)
         # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
         Cache.__init__(self, layers=layers)
         # reset() puts copies of these in place: before 5.23 some of transformers' layers keep their length.
         self._unused = {i: copy.deepcopy(x) for i, x in enumerate(layers) if not isinstance(x, PagedLayer)}
-        self._fingerprint = fingerprint(config)
         self._latent_rank = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None)
         self._model: weakref.ref[PreTrainedModel] | None = None
 

@@ -49,6 +49,14 @@ class PoolMismatchError(CacheMismatchError):
     """The shared pools were made for another model, policy or page size, or have options of their own."""
 
 
+class QParamsError(KVQuantError, ValueError):
+    """Calibrated parameters are missing, cannot be read, or were given to a policy that takes none."""
+
+
+class CalibrationError(KVQuantError, RuntimeError):
+    """A calibration is worth nothing: NaN or infinity among the keys or values, or a cache that was not used."""
+
+
 class GradientError(KVQuantError, RuntimeError):
     """Keys or values carry a gradient; rounding has none."""
 

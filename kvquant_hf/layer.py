@@ -104,6 +104,7 @@ class PagedLayer:
         pool: LayerPool | None = None,
     ) -> None:
         self.policy = policy
+        self.codecs = CODECS[policy.keys], CODECS[policy.values]
         self.page_size = page_size
         self.exact_prefill = exact_prefill
         self.guard = guard
@@ -145,9 +146,8 @@ class PagedLayer:
 
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""
-        codecs = CODECS[self.policy.keys], CODECS[self.policy.values]
         with plain_tensors():
-            self.store = self.store_type(*codecs, self.page_size, keys, values, self.impl, self.pool.make)
+            self.store = self.store_type(*self.codecs, self.page_size, keys, values, self.impl, self.pool.make)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens and return what attention is to read.

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
+from .checked_file import Tensors
 from .errors import SavedCacheError, WrongModelError
 from .layer import PagedLayer
+from .parameters import in_pages
 from .sliding import SlidingPagedLayer
 from .store import PagedStore
 from .triton_kernels.codecs import Plane
 
 _LAYER_VERSION = 1
 _FROM_CONFIG = ("sliding_window", "number_of_states")  # what transformers' layers have from the model's config
-
-Tensors = dict[str, torch.Tensor]
 
 
 def save_layer(layer: Any) -> tuple[dict[str, Any], Tensors]:
@@ -60,7 +60,7 @@ def snapshot(store: PagedStore) -> Tensors:
     gapless = count == 0 or int(pages[-1]) == count - 1
     tensors = {"table": table.to("cpu", torch.int32)}
     for name, side in zip(("keys", "values"), view[:2], strict=True):
-        for plane, rows in zip(side.codec.planes(side.head_dim), side.planes, strict=True):
+        for plane, rows in zip(in_pages(side.codec, side.head_dim), side.planes, strict=False):
             tensors[f"{name}.{plane.name}"] = rows[:count] if gapless else rows[pages]
         tensors[f"{name}.open"] = side.tail[:, :, : view.tail_length]
     return tensors

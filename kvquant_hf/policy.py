@@ -30,6 +30,11 @@ class KVPolicy:
                 raise UnknownPolicyError(f"unknown codec {codec!r}; use one of {', '.join(CODECS)}.")
 
     @property
+    def calibrated(self) -> bool:
+        """Whether a codec needs parameters from a calibration (``qparams``)."""
+        return CODECS[self.keys].calibrated or CODECS[self.values].calibrated
+
+    @property
     def name(self) -> str:
         """The name in ``POLICIES``, or ``"<keys codec>/<values codec>"``."""
         for name, policy in POLICIES.items():
@@ -38,7 +43,7 @@ class KVPolicy:
         return f"{self.keys}/{self.values}"
 
 
-# The table.  The first four are ours; the next three are LMDeploy's formulae, for comparison to the bit.
+# The table.  The first four are ours; the others are LMDeploy's formulae, for comparison to the bit.
 POLICIES: MappingProxyType[str, KVPolicy] = MappingProxyType(
     {
         "exact": KVPolicy("exact", "exact", "the baseline: same pages, same attention, nothing rounded"),
@@ -48,6 +53,7 @@ POLICIES: MappingProxyType[str, KVPolicy] = MappingProxyType(
         "int8-token": KVPolicy("int8-token", "int8-token", "LMDeploy quant_policy 8"),
         "int4-token": KVPolicy("int4-token", "int4-token", "LMDeploy quant_policy 4"),
         "turboquant-qjl": KVPolicy("lloyd3-sign", "lloyd2-plain", "LMDeploy quant_policy 42, as intended"),
+        "int8-static": KVPolicy("int8-static", "int8-static", "LMDeploy's offline int8, calibrated beforehand"),
     }
 )
 

@@ -5,26 +5,25 @@
               layers.<i>.keys.<plane>      [pages, heads, ...]: each page in use once, however many sequences share it
               layers.<i>.keys.open         [batch, heads, tokens, head_dim]: the used part of the open page
               layers.<i>.<attribute>[.<j>] layers of transformers' own: their tensors as they are
+              qparams.<name>               what a calibrated policy was given, as in ``calibration/files.py``
 
-Each layer says its kind, a version and its integers (``PagedStore.SAVED``: one more name is one more integer).  The
-checksum covers the JSON and every tensor with its name, dtype and shape, so a file with a flipped bit is refused.
+Each layer says its kind, a version and its integers (``PagedStore.SAVED``: one more name is one more integer).  What
+every file is checked for is in ``checked_file.py``.
 """
 
 import json
 import os
-import uuid
-import zlib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .errors import InterruptedForwardError, SavedCacheError, WrongModelError
-from .layer_state import Tensors, expect, inconsistent, restore_layer, save_layer
+from .calibration import QParams
+from .checked_file import CheckedFile, Tensors, check_model
+from .errors import InterruptedForwardError, SavedCacheError
+from .layer_state import expect, inconsistent, restore_layer, save_layer
 from .policy import KVPolicy
 from .triton_kernels.codecs import CODECS
 
@@ -32,7 +31,9 @@ if TYPE_CHECKING:
     from .cache import QuantizedPagedCache
 
 FORMAT = "kvquant_hf cache"
-VERSION = 1
+_REMEDY = "write one with cache.save(path)"
+_FILE = CheckedFile(FORMAT, 1, "a cache saved by kvquant_hf", _REMEDY, SavedCacheError)
+read_file, write_file = _FILE.read, _FILE.write
 _OPTIONS = ("page_size", "prefill", "sliding")  # what the constructor takes and what changes results
 
 
@@ -64,28 +65,10 @@ def save_cache(cache: "QuantizedPagedCache", path: str | os.PathLike[str], finge
         "dtype": str(stores[0].dtype).removeprefix("torch.") if stores else "",
         "layers": layers,
     }
+    if cache.qparams is not None:
+        header["qparams"] = cache.qparams.header
+        tensors |= {f"qparams.{name}": tensor for name, tensor in cache.qparams.tensors.items()}
     write_file(Path(os.path.realpath(path)), header, tensors)
-
-
-def write_file(path: Path, header: dict[str, Any], tensors: Tensors) -> None:
-    """Write header and CPU tensors; ``path`` has the whole file afterwards, or what it had before.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        SavedCacheError: the file could not be written.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist; make it, or save elsewhere.")
-    text = json.dumps(header, separators=(",", ":"))
-    checksum = f"{_checksum(text, tensors):08x}"
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # in the same folder: replacing must not cross file systems
-    try:
-        save_file(tensors, temporary, {"format": FORMAT, "version": str(VERSION), "crc32": checksum, "cache": text})
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise SavedCacheError(f"{path} could not be written ({error}); free some space or save elsewhere.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -108,11 +91,7 @@ def load_cache(
     text, tensors = read_file(Path(path))
     try:
         header = json.loads(text)
-        if header["model"] != json.loads(json.dumps(fingerprint)):
-            raise WrongModelError(
-                f"{path} was filled by the model {header['model']}, the config given is of {list(fingerprint)}; load "
-                "it with the config of the model that filled it."
-            )
+        check_model(path, header["model"], fingerprint, "filled by")
         unknown = [codec for codec in header["policy"].values() if codec not in CODECS]
         unknown += [option for option in header["options"] if option not in _OPTIONS]
         if unknown:
@@ -120,13 +99,15 @@ def load_cache(
                 f"{path} needs {unknown[0]!r}, which this version does not have; install kvquant-hf "
                 f"{header['kvquant_hf']}, which wrote it, or newer."
             )
-        cache = make(KVPolicy(**header["policy"]), header["options"])
+        options = dict(header["options"])
+        if "qparams" in header:
+            options["qparams"] = QParams.from_parts(header["qparams"], _below("qparams.", tensors))
+        cache = make(KVPolicy(**header["policy"]), options)
         # What is written later must be plain tensors, also when the caller is in inference mode now.
         expect(len(header["layers"]) == len(cache.layers), f"the list of layers in {path}")
         with torch.inference_mode(False), torch.no_grad():
             for i, (layer, saved) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-                prefix = f"layers.{i}."
-                held = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+                held = _below(f"layers.{i}.", tensors)
                 restore_layer(layer, saved, held, device, f"layer {i} of {path}", header["transformers"])
         expect(header["tokens"] == max((store.length for store in cache.stores), default=0), f"{path} in its length")
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -134,43 +115,6 @@ def load_cache(
     return cache
 
 
-def read_file(path: Path) -> tuple[str, Tensors]:
-    """The header's JSON and the tensors of a file; the tensors lie in the mapped file and must be copied.
-
-    Raises:
-        FileNotFoundError: no such file.
-        SavedCacheError: not a file of ours, of a newer version, truncated or changed.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; write one with cache.save(path).")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise SavedCacheError(f"{path} is not a cache saved by kvquant_hf; write one with cache.save(path).")
-            if metadata.get("version") != str(VERSION):
-                raise SavedCacheError(
-                    f"{path} has format version {metadata.get('version')}, this version of kvquant_hf reads {VERSION}; "
-                    "load it with the version of kvquant-hf that wrote it, or make the cache again."
-                )
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except SafetensorError as error:
-        raise SavedCacheError(
-            f"{path} is truncated, corrupt or no safetensors file ({error}); save the cache again."
-        ) from error
-    text = metadata.get("cache", "")
-    if metadata.get("crc32") != f"{_checksum(text, tensors):08x}":
-        raise SavedCacheError(f"{path} was changed after it was written (its checksum differs); save the cache again.")
-    return text, tensors
-
-
-# -- both --------------------------------------------------------------------------------------------------------------
-
-
-def _checksum(text: str, tensors: Tensors) -> int:
-    """CRC-32 of the header's JSON and of every tensor, in the order of names."""
-    crc = zlib.crc32(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return crc
+def _below(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -20,6 +20,7 @@ from .errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
 from .padding import padded_pages, replace_padding
 from .page_table import PageTable
 from .paging import PagePool, PlaneShape
+from .parameters import in_pages, on_every_page, placed
 from .triton_kernels.codecs import Codec
 from .triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .views import Footprint, StoreView
@@ -39,6 +40,7 @@ class PagedStore:
 
     Raises:
         UnsupportedModelError: a head_dim that a codec cannot store.
+        WrongModelError: a codec's planes per layer are of another shape.
         ImplementationError: ``impl`` cannot run on such pages.
     """
 
@@ -54,7 +56,7 @@ class PagedStore:
         impl: Implementation = "auto",
         make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
     ) -> None:
-        self.codecs = (keys, values)
+        self.codecs = (placed(keys, like_keys), placed(values, like_values))
         self.page_size = page_size
         self.impl = impl
         planes: list[PlaneShape] = []
@@ -65,11 +67,11 @@ class PagedStore:
                     f"codec {codec.name!r} needs a head_dim that is a multiple of {codec.head_dim_multiple}, "
                     f"this model has {head_dim}; choose another policy."
                 )
-            planes += [(p.dtype or like.dtype, (heads, *p.shape(page_size))) for p in codec.planes(head_dim)]
+            planes += [(p.dtype or like.dtype, (heads, *p.shape(page_size))) for p in in_pages(codec, head_dim)]
         self.vectors = [(like.shape[1], like.shape[3]) for like in (like_keys, like_values)]  # heads, head_dim
         self.pool = make_pool(planes, like_keys.device)
         self.claim: Claim | None = None  # where the pages of the current step were promised
-        self._key_planes = len(keys.planes(like_keys.shape[3]))
+        self._key_planes = len(in_pages(keys, like_keys.shape[3]))
         self.table = PageTable(self.pool, like_keys.shape[0], like_keys.device)
         self._lengths: torch.Tensor | None = None
         self._tail = tuple(
@@ -129,8 +131,11 @@ class PagedStore:
     def _sides(self, tails: tuple[torch.Tensor, ...]) -> tuple[PagedSide, PagedSide]:
         """Keys and values with ``tails`` for open pages."""
         n, planes = self._key_planes, tuple(self.pool.planes)  # a snapshot: another fork may make the pool grow
-        keys = PagedSide(self.codecs[0], planes[:n], tails[0], self.page_size)
-        return keys, PagedSide(self.codecs[1], planes[n:], tails[1], self.page_size)
+        keys, values = (
+            PagedSide(codec, mine + on_every_page(codec, self.pool.capacity), tail, self.page_size)
+            for codec, mine, tail in zip(self.codecs, (planes[:n], planes[n:]), tails, strict=True)
+        )
+        return keys, values
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
@@ -141,6 +146,7 @@ class PagedStore:
         copies = self.pool.host_bytes + self.pool.device_bytes - self.pool.nbytes
         open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
         tables = self.table.nbytes + (0 if self._lengths is None else self._lengths.nbytes)
+        tables += sum(parameter.nbytes for codec in self.codecs for parameter in codec.parameters)
         return Footprint(packed, open_page, unused, tables, shared, int(holders.max(initial=0)), copies)
 
     def devices(self) -> Counter[str]:
@@ -279,7 +285,7 @@ class PagedStore:
         table, count = tensors["table"].numpy().copy(), tensors["keys.open"].shape[2]
         pages = self.pool.allocate(int(table.max(initial=-1)) + 1)
         for name, side in zip(("keys", "values"), self._sides(self._tail), strict=True):
-            for plane, rows in zip(side.codec.planes(side.head_dim), side.planes, strict=True):
+            for plane, rows in zip(in_pages(side.codec, side.head_dim), side.planes, strict=False):
                 rows.copy_(tensors[f"{name}.{plane.name}"])
             side.tail[:, :, :count] = tensors[f"{name}.open"]
         self.table.adopt(table, pages)

@@ -29,7 +29,8 @@ class Footprint:
     """Bytes held by one store.  ``packed``: its sealed pages, each once however many sequences share it, without those
     of forks in the same pool.  ``unused``: pages of the pool that nobody holds.  ``shared``: of ``packed``, the pages
     that several sequences refer to, of this store or of others; ``holders``: the most that refer to one.  ``copies``:
-    pages of the pool that are both on the CPU and on the device."""
+    pages of the pool that are both on the CPU and on the device.  ``tables``: page tables, lengths, and what codecs
+    keep once per layer."""
 
     packed: int
     open_page: int

@@ -272,8 +272,8 @@ def append(
     slots = max(1, triton.cdiv(tokens, page_size))  # held <= page_size: never more pages are completed
     wide = page_size * max(key_dim, value_dim) > 64 * 128
     _append_kernel[(batch * heads, slots, 2)](
-        tuple(key_planes),
-        tuple(value_planes),
+        k.arguments(key_planes, heads),
+        v.arguments(value_planes, heads),
         keys,
         values,
         key_tail,

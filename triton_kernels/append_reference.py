@@ -46,7 +46,11 @@ def _store_pages(
 ) -> None:
     """Encode the tokens of ``open_page`` followed by those of ``new`` into ``pages`` ``[batch, count]``."""
     batch, count = pages.shape
+    if not count:
+        return
     held = open_page.shape[2]
+    in_pages = [plane.per != "layer" for plane in codec.planes(open_page.shape[3])]
+    codec = codec.given(*(plane[0] for plane, paged in zip(planes, in_pages, strict=True) if not paged))
     step = max(1, ENCODED_PAGES // batch)
     for first in range(0, count, step):
         last = min(first + step, count)
@@ -55,5 +59,6 @@ def _store_pages(
             x = torch.cat([open_page, x], dim=2)
         x = x.unflatten(2, (last - first, page_size)).transpose(1, 2)  # [batch, n, heads, page_size, head_dim]
         ids = pages[:, first:last].reshape(-1)
-        for stored, plane in zip(planes, codec.encode(x), strict=True):
-            stored[ids] = plane.flatten(0, 1)
+        for stored, plane, paged in zip(planes, codec.encode(x), in_pages, strict=True):
+            if paged:
+                stored[ids] = plane.flatten(0, 1)

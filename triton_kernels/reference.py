@@ -25,8 +25,9 @@ BLOCK_BYTES = 4 << 20
 class PagedSide(NamedTuple):
     """Keys or values of one layer.
 
-    ``planes`` are the codec's planes for all physical pages, ``[pages, heads, *Plane.shape(page_size)]``; ``tail`` is
-    the open page, ``[batch, heads, page_size, head_dim]`` in the model's dtype; ``page_size`` is in tokens.
+    ``planes`` are the codec's planes for all physical pages, ``[pages, heads, *Plane.shape(page_size)]``, those per
+    layer the same memory for every page; ``tail`` is the open page, ``[batch, heads, page_size, head_dim]`` in the
+    model's dtype; ``page_size`` is in tokens.
     """
 
     codec: Codec

@@ -3,9 +3,6 @@
 import csv
 import hashlib
 import platform
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +12,10 @@ import typer
 from ..policy import POLICIES, parse_policy
 from .measure import long_text
 from .models import LoadedModel, check_cache_options, load_model
-from .terminal import InputError, print_json, say, stage
+from .terminal import InputError, print_json, progress, say, stage
 
 EXACT = "exact"
-DEFAULT_POLICIES = ",".join(name for name in POLICIES if name != EXACT)
+DEFAULT_POLICIES = ",".join(name for name, policy in POLICIES.items() if name != EXACT and not policy.calibrated)
 DEFAULT_TEXT = "Python language reference"
 # Differences smaller than this many times the noise floor are not worth a sentence.
 FLOOR_FACTOR = 10
@@ -49,6 +46,9 @@ def evaluate(
     outliers: Annotated[
         float | None, typer.Option(help="Give the keys outlier channels, so many times larger; a power of two.")
     ] = None,
+    qparams: Annotated[
+        str | None, typer.Option(help="What `kvquant qparams` wrote, for policy int8-static: a folder or a file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
     csv_file: Annotated[str | None, typer.Option("--csv", help="Write the numbers to a CSV file too.")] = None,
     figure: Annotated[str | None, typer.Option(help="Draw bits against mean KLD: .png, .svg or .pdf.")] = None,
@@ -67,8 +67,11 @@ def evaluate(
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
     names = [EXACT, *(name for name in _list(policies) if parse_policy(name).name != EXACT)]
     names = list({parse_policy(name).name: name for name in names}.values())
+    parameters = {name: qparams if parse_policy(name).calibrated else None for name in names}
+    if qparams is not None and not any(parameters.values()):
+        raise InputError("--qparams is for calibrated policies; add int8-static to --policies.")
     for name in names:
-        check_cache_options(name, page_size)
+        check_cache_options(name, page_size, qparams=parameters[name])
     step = page_size if step is None else step
     check_step(step, page_size)
     others = _list(baselines)
@@ -93,10 +96,11 @@ def evaluate(
     if outliers is not None:
         with stage("giving the keys outliers", hidden=as_json):
             loaded = loaded._replace(model=with_outlier_keys(loaded.model, outliers))
-    contenders = [paged(loaded.model, name, page_size=page_size) for name in names]
+    contenders = [paged(loaded.model, name, page_size=page_size, qparams=parameters[name]) for name in names]
     contenders += [baseline(loaded.model, name) for name in others]
     batches = -(-windows // batch)
-    with _progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
+    with progress("measuring", (len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as step_done:
+        advance = lambda name: step_done(name or "exact model")  # noqa: E731
         results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)
     facts = _facts(loaded, described, ids) | {
         "step": step,
@@ -118,29 +122,6 @@ def evaluate(
 
 def _list(names: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-
-
-@contextmanager
-def _progress(total: int, *, hidden: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr; yields what is to be called after each forward pass."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    if not console.is_terminal and not hidden:
-        print("measuring ...", file=sys.stderr, flush=True)
-    with Progress(
-        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("measuring", total=total)
-        yield lambda name: progress.update(task, advance=1, description=name or "exact model")
 
 
 def _facts(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:

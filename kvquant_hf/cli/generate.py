@@ -23,6 +23,9 @@ def generate(
     page_size: Annotated[int, typer.Option(help="Tokens per page, a multiple of 8.")] = 64,
     prefill: Annotated[str, typer.Option(help="exact or quantized: what the prompt attends to in itself.")] = "exact",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    qparams: Annotated[
+        str | None, typer.Option(help="What `kvquant qparams` wrote, for policy int8-static: a folder or a file.")
+    ] = None,
     report: Annotated[bool, typer.Option(help="Print at the end what the cache held, on stderr.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the text and the report.")] = False,
 ) -> None:
@@ -35,7 +38,7 @@ def generate(
     from ..cache import QuantizedPagedCache
 
     text = _read_prompt(prompt, file)
-    check_cache_options(policy, page_size, prefill)
+    check_cache_options(policy, page_size, prefill, qparams)
     loaded = load_model(model, dtype, hidden=as_json)
     inputs = encode_prompt(loaded, text, chat=chat)
     length = inputs["input_ids"].shape[1]
@@ -44,7 +47,8 @@ def generate(
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature}
-    cache = QuantizedPagedCache(loaded.model.config, policy, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"page_size": page_size, "prefill": prefill, "qparams": qparams}
+    cache = QuantizedPagedCache(loaded.model.config, policy, **settings)
     options |= {"past_key_values": cache, "max_new_tokens": max_new_tokens}
     if as_json:
         with stage("generating", hidden=True):

@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..policy import PolicyLike
+from ..policy import PolicyLike, parse_policy
 from .terminal import CommandError, InputError, downloading, hushed, stage
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -146,16 +146,23 @@ def load_model(model: str | None, dtype: str = "auto", *, hidden: bool = False) 
     return LoadedModel(loaded, tokenizer, source.description)
 
 
-def check_cache_options(policy: PolicyLike, page_size: int = 64, prefill: str = "exact") -> None:
+def check_cache_options(
+    policy: PolicyLike, page_size: int = 64, prefill: str = "exact", qparams: str | None = None
+) -> None:
     """Let the library judge the options before a model is loaded.
 
     Raises:
         UnknownPolicyError: one of them is unknown.
+        QParamsError: ``qparams`` are missing, cannot be read, or the policy takes none.
     """
     from transformers import LlamaConfig
 
     from ..cache import QuantizedPagedCache
+    from ..calibration import read_qparams
 
+    parsed = parse_policy(policy)
+    if read_qparams(qparams, parsed.name, parsed.calibrated) is not None:
+        policy = "exact"  # the parameters are not of the model below
     QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), policy, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
 
 

@@ -5,11 +5,12 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 INTERRUPTED = 130
 
@@ -52,6 +53,34 @@ def stage(text: str, *, hidden: bool = False) -> Iterator[None]:
     if not hidden:
         print(f"{text} ...", file=sys.stderr, flush=True)
     yield
+
+
+@contextmanager
+def progress(what: str, total: int, *, hidden: bool = False) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, a line where that is no terminal.
+
+    Args:
+        what: what is being done.
+        total: steps.
+        hidden: show nothing unless stderr is a terminal.
+
+    Yields:
+        What is to be called after each step, with what is being done in it.
+    """
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    if not console.is_terminal and not hidden:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=2,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda now: bar.update(task, advance=1, description=now)
 
 
 @contextmanager

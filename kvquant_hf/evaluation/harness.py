@@ -85,16 +85,17 @@ class Result(NamedTuple):
         }
 
 
-def paged(model: Any, policy: PolicyLike, *, page_size: int = 64) -> Contender:
+def paged(model: Any, policy: PolicyLike, *, page_size: int = 64, qparams: Any = None) -> Contender:
     """A contender that is our cache with ``policy``, as generation has it except that a prompt attends to what was
-    stored.  Its name is the one of ``POLICIES``, or else ``policy`` as it was written.
+    stored.  Its name is the one of ``POLICIES``, or else ``policy`` as it was written.  ``qparams`` as for the cache.
 
     Raises:
         UnknownPolicyError: unknown policy or page size.
     """
+    options = {"page_size": page_size, "prefill": "quantized", "qparams": qparams}
 
     def make() -> QuantizedPagedCache:
-        cache = QuantizedPagedCache(model.config, policy, page_size=page_size, prefill="quantized")
+        cache = QuantizedPagedCache(model.config, policy, **options)
         cache.bind(model)
         return cache
 

@@ -32,31 +32,53 @@ def read_dataset(name: str) -> str:
         MissingPackageError: ``datasets`` is not installed.
         EvaluationInputError: there is no such data set, split, or column ``text``.
     """
-    if importlib.util.find_spec("datasets") is None:
-        raise MissingPackageError(
-            "--dataset needs the package datasets; run: pip install datasets, or use --text FILE."
-        )
-    from datasets import load_dataset
-
     path, config, split = (*name.split(":", 2), "", "")[:3]
-    try:
-        rows = load_dataset(path, config or None, split=split or "test")
-    except Exception as error:  # the library's own, the hub's, and the network's
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise EvaluationInputError(
-            f"cannot load the data set {name!r}: {reason}; check NAME:CONFIG:SPLIT, or use --text FILE."
-        ) from error
+    rows = load_rows(name, path, config or None, split or "test", "--text FILE")
     if "text" not in rows.column_names:
         found = ", ".join(rows.column_names)
         raise EvaluationInputError(f"the data set {name!r} has no column 'text' but {found}; use --text FILE.")
     return "\n\n".join(rows["text"])
 
 
-def cut_windows(tokenizer: Any, text: str, context: int, count: int) -> torch.Tensor:
+def load_rows(name: str, path: str, config: str | None, split: str, instead: str, **options: Any) -> Any:
+    """Rows of a data set, as ``datasets.load_dataset`` gives them.
+
+    Args:
+        name: what errors call it.
+        path, config, split, options: arguments of ``load_dataset``.
+        instead: the option that takes a file instead.
+
+    Raises:
+        MissingPackageError: ``datasets`` is not installed.
+        EvaluationInputError: there is no such data set or split, or it cannot be had.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise MissingPackageError(f"--dataset needs the package datasets; run: pip install datasets, or use {instead}.")
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, config, split=split, **options)
+    except Exception as error:  # the library's own, the hub's, and the network's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise EvaluationInputError(
+            f"cannot load the data set {name!r}: {reason}; check its name and the network, or use {instead}."
+        ) from error
+
+
+def cut_windows(
+    tokenizer: Any, text: str, context: int, count: int, options: tuple[str, str] = ("--context", "--windows")
+) -> torch.Tensor:
     """The first ``count`` windows of ``context`` tokens, one after the other, nothing left out between them.
 
     Where the tokenizer begins a text with a special token, each window begins with it and has one token of text fewer:
     models that are trained with that token are not themselves without it.  Other special tokens are not added.
+
+    Args:
+        tokenizer: the model's.
+        text: the text.
+        context: tokens of a window.
+        count: windows.
+        options: what errors call ``context`` and ``count``.
 
     Returns:
         int64 ``[count, context]``.
@@ -65,7 +87,7 @@ def cut_windows(tokenizer: Any, text: str, context: int, count: int) -> torch.Te
         EvaluationInputError: the text is too short, or a window has no next token to predict.
     """
     if context < 2:
-        raise EvaluationInputError(f"a window of {context} tokens has nothing to predict; use --context 2 or more.")
+        raise EvaluationInputError(f"a window of {context} tokens has nothing to predict; use {options[0]} 2 or more.")
     ids = tokenizer(text, add_special_tokens=False).input_ids
     first = tokenizer("").input_ids[:1]
     first = first if first and first[0] == tokenizer.bos_token_id else []
@@ -73,7 +95,7 @@ def cut_windows(tokenizer: Any, text: str, context: int, count: int) -> torch.Te
     if len(ids) < count * length:
         raise EvaluationInputError(
             f"the text has {len(ids)} tokens, and {count} windows of {context} need {count * length}; use at most "
-            f"--windows {len(ids) // length}, or a smaller --context."
+            f"{options[1]} {len(ids) // length}, or a smaller {options[0]}."
         )
     rows = torch.tensor(ids[: count * length]).view(count, length)
     return torch.cat([torch.tensor(first, dtype=rows.dtype).expand(count, -1), rows], dim=1)

@@ -4,6 +4,7 @@ from .base import Codec, Plane, Tile
 from .exact import EXACT
 from .integer import INT4_CHANNEL, INT4_HADAMARD, INT8_AFFINE, INT8_CHANNEL
 from .lmdeploy_token import INT4_TOKEN, INT8_TOKEN
+from .static import INT8_STATIC
 from .turboquant import LLOYD2, LLOYD4_CENTRED
 from .turboquant_qjl import LLOYD2_PLAIN, LLOYD3_SIGN
 
@@ -24,5 +25,6 @@ CODECS: dict[str, Codec] = {
         INT4_TOKEN,
         LLOYD3_SIGN,
         LLOYD2_PLAIN,
+        INT8_STATIC,
     )
 }

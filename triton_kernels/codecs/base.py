@@ -36,13 +36,14 @@ class Plane:
     Args:
         name: what it holds, for instance ``"codes"``.
         dtype: element type as stored; ``None`` stands for the model's own dtype.
-        per: ``"token"``: ``width`` elements for every token and head; ``"page"``: ``width`` for every page and head.
+        per: ``"token"``: ``width`` elements for every token and head; ``"page"``: ``width`` for every page and head;
+            ``"layer"``: ``width`` for every head, the same in all pages, so that no page stores them.
         width: number of elements.
     """
 
     name: str
     dtype: torch.dtype | None
-    per: Literal["token", "page"]
+    per: Literal["token", "page", "layer"]
     width: int
 
     def shape(self, page_size: int) -> tuple[int, ...]:
@@ -51,7 +52,7 @@ class Plane:
 
     def bytes_per_page(self, page_size: int, model_dtype: torch.dtype) -> int:
         """Bytes of this plane for one page of one head."""
-        rows = page_size if self.per == "token" else 1
+        rows = {"token": page_size, "page": 1, "layer": 0}[self.per]
         return rows * self.width * (self.dtype or model_dtype).itemsize
 
 
@@ -89,6 +90,7 @@ class Codec(ABC):
         source: paper, equation or document that it comes from.
         rotated: whether codes describe Hadamard-rotated vectors.
         head_dim_multiple: head_dim must be a multiple of this (codes per byte).
+        calibrated: whether it has planes per layer, which are measured beforehand and handed over by ``given``.
     """
 
     name: str
@@ -97,10 +99,23 @@ class Codec(ABC):
     source: str
     rotated: bool = False
     head_dim_multiple: int = 1
+    calibrated: bool = False
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """The planes per layer, each ``[heads, head_dim]``; none for most codecs, and before ``given``."""
+        return ()
+
+    def given(self, *parameters: torch.Tensor) -> "Codec":
+        """This codec with the planes per layer ``parameters``; codecs that are not ``calibrated`` take none."""
+        if parameters:
+            raise ValueError(f"codec {self.name!r} has no planes per layer; give it none")
+        return self
 
     @abstractmethod
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
-        """The planes of a page, in the order in which ``encode`` returns and ``tile`` takes them."""
+        """The planes of a page, in the order in which ``encode`` returns and ``tile`` takes them; those per layer are
+        the last."""
 
     @abstractmethod
     def _encode(self, x: torch.Tensor, model_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -132,7 +147,7 @@ class Codec(ABC):
             x: ``[..., page_size, head_dim]``, any floating dtype, finite.  Pages are encoded independently.
 
         Returns:
-            One tensor per plane, ``[..., *Plane.shape(page_size)]``, in the plane's dtype.
+            One tensor per plane, ``[..., *Plane.shape(page_size)]``, in the plane's dtype; those per layer as given.
         """
         # Rotated in float64, where the sums of a rotation are all but always exact: codes must not depend on the order
         # in which a matrix product adds, which changes with the shape of the call and with the machine.
@@ -152,5 +167,8 @@ class Codec(ABC):
         return hadamard(x) if self.rotated else x
 
     def bytes_per_token(self, head_dim: int, page_size: int, model_dtype: torch.dtype) -> float:
-        """Stored bytes per token and head in a full page, scales and codebooks included."""
+        """Stored bytes per token and head in a full page, scales and codebooks included; planes per layer are none."""
         return sum(p.bytes_per_page(page_size, model_dtype) for p in self.planes(head_dim)) / page_size
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Codec":
+        return self  # immutable: forks share the planes per layer

@@ -11,10 +11,12 @@
         stores every plane of one full page, given as x [PAGE, BYTES * FIELDS] in byte order (``pack.py``): float32 and
         rotated where the codec is, else in the model's dtype; padded columns are zero
 
-``planes`` is the tuple of plane pointers, ``page_head`` = page * heads + head as int64.  A part that the codec does not
-have (see the flags) may be anything; kernels never use it.
+``planes`` is the tuple of plane pointers, ``page_head`` = page * heads + head as int64; for a codec with planes per
+layer the tuple ends with ``heads``, so that ``page_head % heads`` is their row.  A part that the codec does not have
+(see the flags) may be anything; kernels never use it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ class KernelCodec:
         byte_codes: whether levels are unpacked from bytes; otherwise they are vectors in the model's dtype.
         token_scale, token_offset, channel_scale, channel_offset: which parts of ``Tile`` exist.
         integer_codes: whether levels are the codes themselves.
+        layer_planes: whether the codec has planes per layer.
     """
 
     tile: Any
@@ -45,11 +48,16 @@ class KernelCodec:
     channel_scale: bool = False
     channel_offset: bool = False
     integer_codes: bool = False
+    layer_planes: bool = False
 
     @property
     def parts(self) -> int:
         """Tiles of levels that a tile of 16-bit words becomes; 1 for vectors."""
         return 2 * self.fields if self.byte_codes else 1
+
+    def arguments(self, planes: Sequence[Any], heads: int) -> tuple[Any, ...]:
+        """What kernels receive as ``planes``."""
+        return (*planes, heads) if self.layer_planes else tuple(planes)
 
 
 @triton.jit
