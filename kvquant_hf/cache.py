@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from .errors import OutOfPages, SavedCacheError, UnknownPolicyError, WrongModelError
+from .errors import OutOfPages, SavedCacheError, WrongModelError
 from .inventory import take_inventory
 from .layer import PagedLayer, StepGuard
+from .options import check_options, check_static
 from .policy import KVPolicy, PolicyLike
 from .pools import PagePools
 from .report import CacheReport, CallLog
@@ -18,14 +19,12 @@ from .saving import load_cache, save_cache
 from .steps import Rotation, StepPlan
 from .store import PagedStore
 from .transformers_api import (
-    QuantizedPagedLayer,
-    QuantizedSlidingLayer,
     build_layers,
     check_crop,
     check_rollback,
     fingerprint,
 )
-from .triton_kernels.ops import IMPLEMENTATIONS, Implementation
+from .triton_kernels.ops import Implementation
 
 
 class QuantizedPagedCache(DynamicCache):
@@ -52,6 +51,8 @@ class QuantizedPagedCache(DynamicCache):
             more raises ``OutOfPages`` before it changes anything.  Forks (``copy.deepcopy``) share the budget.
         pool: a ``PagePools`` that several caches of one model draw from, with a budget of its own.
         offload: keep the pages in the CPU's memory and bring each layer's to the device ahead of its turn.
+        static: reserve everything for ``max_length`` tokens with the first prompt, for ``torch.compile`` and CUDA
+            graphs: ``generate`` compiles by itself on a GPU.  More tokens raise ``CacheFullError``.
 
     Raises:
         UnknownPolicyError: unknown policy, codec or option.
@@ -77,18 +78,13 @@ class QuantizedPagedCache(DynamicCache):
         max_bytes: int | None = None,
         pool: PagePools | None = None,
         offload: bool | None = None,
+        static: bool = False,
+        max_length: int | None = None,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            raise UnknownPolicyError(
-                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl, sliding, "
-                "max_pages, max_bytes, pool or offload."
-            )
-        either = ("exact", "quantized")
-        choices = (("prefill", prefill, either), ("sliding", sliding, either), ("impl", impl, IMPLEMENTATIONS))
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise UnknownPolicyError(f"unknown {name} {value!r}; use {', '.join(map(repr, allowed))}.")
+        check_options(unknown, prefill=prefill, impl=impl, sliding=sliding)
+        dynamic = {"max_pages": max_pages, "max_bytes": max_bytes, "pool": pool, "offload": offload}
+        self.max_length = check_static(static, max_length, dynamic)
         options: dict[str, Any] = {"policy": policy, "page_size": page_size, "offload": offload}
         options |= {"max_pages": max_pages, "max_bytes": max_bytes}
         options = {name: value for name, value in options.items() if value is not None}
@@ -102,14 +98,7 @@ class QuantizedPagedCache(DynamicCache):
         self._plan = StepPlan(self.pools.budget)
         self._rotation = Rotation()
         arguments = (self.policy, self.page_size, prefill == "exact", StepGuard(), self._log, impl)
-        layer_pools = self.pools.layer_pools()
-        layers = build_layers(
-            config,
-            lambda: QuantizedPagedLayer(*arguments, next(layer_pools)),
-            (lambda window: QuantizedSlidingLayer(window, *arguments, next(layer_pools)))
-            if sliding == "quantized"
-            else None,
-        )
+        layers = build_layers(config, arguments, self.pools.layer_pools(), sliding == "quantized", self.max_length)
         # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
         Cache.__init__(self, layers=layers)
         # reset() puts copies of these in place: before 5.23 some of transformers' layers keep their length.
@@ -168,6 +157,8 @@ class QuantizedPagedCache(DynamicCache):
         Raises:
             OutOfPages: the budget has no pages for this step; the cache is as it was before the step, in all layers.
         """
+        if self.max_length is not None:  # nothing to plan, and nothing that a graph should follow
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._plan.enter(self.layers, layer_idx, key_states.shape[0], key_states.shape[2])
         if self.pools.offload and isinstance(self.layers[layer_idx], PagedLayer):
             self._rotation.enter(self.layers, layer_idx)
