@@ -4,7 +4,8 @@ import torch
 
 from .carrier import is_packed
 from .errors import CacheMismatchError
-from .triton_kernels.ops import choose, dense_attention, paged_attention
+from .static_ops import compiled_dense_attention
+from .triton_kernels.ops import Choice, choose, dense_attention, paged_attention
 
 
 def attend(
@@ -46,10 +47,14 @@ def attend(
     causal = causal and mask is None
     if position_bias is not None:
         mask = position_bias if mask is None else _combine(mask, position_bias)
+    compiling = torch.compiler.is_compiling()
     if not is_packed(keys):
+        if compiling:
+            return compiled_dense_attention(query, keys, values, scale, causal, mask, softcap, sinks)
         return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
     view, store = keys.view_pages(), keys.store
-    chosen = choose(store.impl, query.dtype, view.keys, view.values)
+    # In a graph the operator chooses when it runs.
+    chosen = Choice(store.impl) if compiling else choose(store.impl, query.dtype, view.keys, view.values)
     with torch.autocast(query.device.type, enabled=False):
         output = paged_attention(
             query,
@@ -62,9 +67,12 @@ def attend(
             mask=mask,
             softcap=softcap,
             sinks=sinks,
+            # Several queries may see images beyond a window, both ways; for them the mask alone decides.
+            window=keys.window if query.shape[2] == 1 else 0,
             impl=chosen.name,
         )
-    keys._log.attended(*chosen)
+    if not compiling:
+        keys._log.attended(*chosen)
     return output
 
 

@@ -9,9 +9,10 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .calibration import QParams, hand_over
-from .errors import OutOfPages, SavedCacheError, UnknownPolicyError, WrongModelError
+from .errors import OutOfPages, SavedCacheError, WrongModelError
 from .inventory import take_inventory
 from .layer import PagedLayer, StepGuard
+from .options import check_options, check_static
 from .policy import KVPolicy, PolicyLike
 from .pools import PagePools
 from .report import CacheReport, CallLog
@@ -19,14 +20,12 @@ from .saving import load_cache, save_cache
 from .steps import Rotation, StepPlan
 from .store import PagedStore
 from .transformers_api import (
-    QuantizedPagedLayer,
-    QuantizedSlidingLayer,
     build_layers,
     check_crop,
     check_rollback,
     fingerprint,
 )
-from .triton_kernels.ops import IMPLEMENTATIONS, Implementation
+from .triton_kernels.ops import Implementation
 
 
 class QuantizedPagedCache(DynamicCache):
@@ -54,6 +53,8 @@ class QuantizedPagedCache(DynamicCache):
         pool: a ``PagePools`` that several caches of one model draw from, with a budget of its own.
         offload: keep the pages in the CPU's memory and bring each layer's to the device ahead of its turn.
         qparams: what ``kvquant qparams`` wrote, a folder or a file, for ``int8-static``; or a ``calibration.QParams``.
+        static: reserve everything for ``max_length`` tokens with the first prompt, for ``torch.compile`` and CUDA
+            graphs: ``generate`` compiles by itself on a GPU.  More tokens raise ``CacheFullError``.
 
     Raises:
         UnknownPolicyError: unknown policy, codec or option.  QParamsError: ``qparams`` missing, unreadable, not taken.
@@ -80,18 +81,13 @@ class QuantizedPagedCache(DynamicCache):
         pool: PagePools | None = None,
         offload: bool | None = None,
         qparams: str | os.PathLike[str] | QParams | None = None,
+        static: bool = False,
+        max_length: int | None = None,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            raise UnknownPolicyError(
-                f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl, sliding, "
-                "max_pages, max_bytes, pool, offload or qparams."
-            )
-        either = ("exact", "quantized")
-        choices = (("prefill", prefill, either), ("sliding", sliding, either), ("impl", impl, IMPLEMENTATIONS))
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise UnknownPolicyError(f"unknown {name} {value!r}; use {', '.join(map(repr, allowed))}.")
+        check_options(unknown, prefill=prefill, impl=impl, sliding=sliding)
+        dynamic = {"max_pages": max_pages, "max_bytes": max_bytes, "pool": pool, "offload": offload}
+        self.max_length = check_static(static, max_length, dynamic)
         options: dict[str, Any] = {"policy": policy, "page_size": page_size, "offload": offload}
         options |= {"max_pages": max_pages, "max_bytes": max_bytes}
         options = {name: value for name, value in options.items() if value is not None}
@@ -102,14 +98,7 @@ class QuantizedPagedCache(DynamicCache):
         self._log = CallLog()
         self._plan, self._rotation = StepPlan(self.pools.budget), Rotation()
         arguments = (self.policy, self.page_size, prefill == "exact", StepGuard(), self._log, impl)
-        layer_pools = self.pools.layer_pools()
-        layers = build_layers(
-            config,
-            lambda: QuantizedPagedLayer(*arguments, next(layer_pools)),
-            (lambda window: QuantizedSlidingLayer(window, *arguments, next(layer_pools)))
-            if sliding == "quantized"
-            else None,
-        )
+        layers = build_layers(config, arguments, self.pools.layer_pools(), sliding == "quantized", self.max_length)
         self._fingerprint = fingerprint(config)
         self.qparams = hand_over(qparams, self.policy.name, layers, self._fingerprint)
         # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
@@ -169,6 +158,8 @@ class QuantizedPagedCache(DynamicCache):
         Raises:
             OutOfPages: the budget has no pages for this step; the cache is as it was before the step, in all layers.
         """
+        if self.max_length is not None:  # nothing to plan, and nothing that a graph should follow
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._plan.enter(self.layers, layer_idx, key_states.shape[0], key_states.shape[2])
         if self.pools.offload and isinstance(self.layers[layer_idx], PagedLayer):
             self._rotation.enter(self.layers, layer_idx)

@@ -29,6 +29,7 @@ class KVTensor(torch.Tensor):
 
     store: PagedStore
     side: Side
+    window = 0  # what a window hides is given back or masked
     _stamp: int
     _log: CallLog
     _dense: torch.Tensor | None

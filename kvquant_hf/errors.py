@@ -79,3 +79,11 @@ class EvaluationError(KVQuantError, RuntimeError):
 
 class MissingPackageError(KVQuantError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class CacheFullError(KVQuantError, RuntimeError):
+    """A static cache has no room for more tokens."""
+
+
+class StaticCacheError(KVQuantError, RuntimeError):
+    """A static cache is asked for what would change its memory."""

@@ -28,6 +28,18 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
+def refuse_gradient(keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuse to store what carries a gradient.
+
+    Raises:
+        GradientError: it does.
+    """
+    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        raise GradientError(
+            "a quantized KV cache has no gradient: call the model under torch.no_grad(), or train with use_cache=False."
+        )
+
+
 class StepGuard:
     """Notices that a forward pass stopped half way, by comparing the layers of one cache.
 
@@ -162,11 +174,7 @@ class PagedLayer:
             CacheMismatchError: they do not fit what is held.
             OutOfPages: the budget has no more pages.
         """
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise GradientError(
-                "a quantized KV cache has no gradient: call the model under torch.no_grad(), or train with "
-                "use_cache=False."
-            )
+        refuse_gradient(keys, values)
         if self.store is not None and self.length == 0 and self.store.batch_size != keys.shape[0]:
             self.store = None  # emptied by reset(): the next batch may have another size
         if self.store is not None:

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from .budget import Claim
-from .errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
+from .layout import StoreLayout
 from .padding import padded_pages, replace_padding
 from .page_table import PageTable
 from .paging import PagePool, PlaneShape
-from .parameters import in_pages, on_every_page, placed
+from .parameters import in_pages
 from .triton_kernels.codecs import Codec
 from .triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .views import Footprint, StoreView
 
 
-class PagedStore:
+class PagedStore(StoreLayout):
     """Keys and values of one layer.
 
     Args:
@@ -56,27 +56,11 @@ class PagedStore:
         impl: Implementation = "auto",
         make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
     ) -> None:
-        self.codecs = (placed(keys, like_keys), placed(values, like_values))
-        self.page_size = page_size
-        self.impl = impl
-        planes: list[PlaneShape] = []
-        for codec, like in zip(self.codecs, (like_keys, like_values), strict=True):
-            heads, head_dim = like.shape[1], like.shape[3]
-            if head_dim % codec.head_dim_multiple:
-                raise UnsupportedModelError(
-                    f"codec {codec.name!r} needs a head_dim that is a multiple of {codec.head_dim_multiple}, "
-                    f"this model has {head_dim}; choose another policy."
-                )
-            planes += [(p.dtype or like.dtype, (heads, *p.shape(page_size))) for p in in_pages(codec, head_dim)]
-        self.vectors = [(like.shape[1], like.shape[3]) for like in (like_keys, like_values)]  # heads, head_dim
-        self.pool = make_pool(planes, like_keys.device)
+        super().__init__(keys, values, page_size, like_keys, like_values, impl)
+        self.pool = make_pool(self.plane_shapes, like_keys.device)
         self.claim: Claim | None = None  # where the pages of the current step were promised
-        self._key_planes = len(in_pages(keys, like_keys.shape[3]))
         self.table = PageTable(self.pool, like_keys.shape[0], like_keys.device)
         self._lengths: torch.Tensor | None = None
-        self._tail = tuple(
-            like.new_empty(*like.shape[:2], page_size, like.shape[3]) for like in (like_keys, like_values)
-        )
         self._tail_shared = False
         self.tail_length = 0
         self.reopened_pages = 0
@@ -84,11 +68,6 @@ class PagedStore:
         choose(impl, self.dtype, *self.view()[:2])
 
     # -- what it holds -------------------------------------------------------------------------------------------------
-
-    @property
-    def batch_size(self) -> int:
-        """Number of sequences."""
-        return self.table.ids.shape[0]
 
     @property
     def sealed_pages(self) -> int:
@@ -99,16 +78,6 @@ class PagedStore:
     def length(self) -> int:
         """Tokens held per sequence."""
         return self.sealed_pages * self.page_size + self.tail_length
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pages live."""
-        return self._tail[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The model's dtype, as the keys arrive."""
-        return self._tail[0].dtype
 
     @property
     def page_table(self) -> torch.Tensor:
@@ -130,12 +99,7 @@ class PagedStore:
 
     def _sides(self, tails: tuple[torch.Tensor, ...]) -> tuple[PagedSide, PagedSide]:
         """Keys and values with ``tails`` for open pages."""
-        n, planes = self._key_planes, tuple(self.pool.planes)  # a snapshot: another fork may make the pool grow
-        keys, values = (
-            PagedSide(codec, mine + on_every_page(codec, self.pool.capacity), tail, self.page_size)
-            for codec, mine, tail in zip(self.codecs, (planes[:n], planes[n:]), tails, strict=True)
-        )
-        return keys, values
+        return self.sides(tuple(self.pool.planes), tails)  # a snapshot: another fork may make the pool grow
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
@@ -154,36 +118,11 @@ class PagedStore:
         open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
         return Counter({str(self.device): self.pool.device_bytes + open_page}) + Counter(cpu=self.pool.host_bytes)
 
-    def elements_per_token(self) -> int:
-        """Key and value elements of one token of one sequence."""
-        return sum(heads * head_dim for heads, head_dim in self.vectors)
-
     def dense_bytes(self) -> int:
         """Bytes that the same tokens take in the model's dtype."""
         return self.batch_size * self.length * self.elements_per_token() * self.dtype.itemsize
 
     # -- appending -----------------------------------------------------------------------------------------------------
-
-    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Refuse keys and values that do not fit, before anything is changed.
-
-        Raises:
-            BatchSizeError: another batch size than the sequences held.
-            CacheMismatchError: other heads, head_dim, dtype, device, or unequal numbers of tokens.
-        """
-        if keys.shape[0] != self.batch_size:
-            raise BatchSizeError(
-                f"this cache holds a batch of {self.batch_size}, the call has {keys.shape[0]}; "
-                "call cache.reset() or make a new cache."
-            )
-        for name, new, tail in zip(("keys", "values"), (keys, values), self._tail, strict=True):
-            held = (tail.shape[0], tail.shape[1], keys.shape[2], tail.shape[3])
-            if tuple(new.shape) != held or new.dtype != tail.dtype or new.device != tail.device:
-                raise CacheMismatchError(
-                    f"this cache holds {name} of shape {list(held)}, {tail.dtype} on {tail.device}; the call has "
-                    f"{list(new.shape)}, {new.dtype} on {new.device}; was it filled by another model? "
-                    "Call cache.reset() or make a new cache."
-                )
 
     def pages_for(self, tokens: int) -> int:
         """Pages that storing ``tokens`` more tokens of every sequence takes from the pool, at most."""

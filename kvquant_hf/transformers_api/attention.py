@@ -8,6 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import attend
 from ..carrier import dense, is_packed
+from ..static_carrier import exact_prompt
 
 # Arguments of an attention call that change its result and that pages cannot honour.
 _UNKNOWN_TO_PAGES = ("indices", "block_indices", "cache")
@@ -28,6 +29,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function "kvquant"; arguments and result as transformers' ``sdpa_attention_forward``."""
+    key, value, attention_mask, position_bias = exact_prompt(key, value, attention_mask, position_bias)
     packed = is_packed(key) and is_packed(value)
     foreign = [name for name in _UNKNOWN_TO_PAGES if kwargs.get(name) is not None]
     if dropout > 0:
@@ -82,12 +84,22 @@ def route_packed(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def sdpa(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
+        bias = kwargs.pop("position_bias", None)
+        key, value, attention_mask, bias = exact_prompt(key, value, attention_mask, bias)
+        if bias is not None:
+            kwargs["position_bias"] = bias
         if not is_packed(key):
-            return original(module, query, key, value, *args, **kwargs)
+            return original(module, query, key, value, attention_mask, *args, **kwargs)
         if _DROPS_SOFTCAP:
             kwargs.pop("softcap", None)
-        return attention_forward(module, query, key, value, *args, **kwargs)
+        return attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
 
     return sdpa

@@ -18,16 +18,19 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModelError
+from ..static_layer import check_before_generating
 from .attention import attention_forward, route_packed
 from .layers import make_encoder_decoder
 
 NAME = "kvquant"
 
 
-def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any]) -> None:
-    """Tell a cache of ours, or the halves of an encoder-decoder's that are, which model and which padding they serve.
+def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any], needed: int) -> None:
+    """Tell a cache of ours, or the halves of an encoder-decoder's that are, which model and which padding they serve,
+    and a static one how many tokens may come.
 
     Raises:
+        CacheFullError: a static cache has no room for them.
         UnsupportedModelError: the model would not use the cache.
         WrongModelError: it is another model's.
     """
@@ -42,26 +45,51 @@ def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any]) 
                 )
             half.bind(model)
             half.set_padding(model_kwargs.get(mask))
+            if half.max_length is not None:
+                check_before_generating(half.paged_layers, needed if mask == own else 0)
+
+
+def _with_length(model: Any, generation_config: Any, needed: int) -> dict[str, Any]:
+    """The options of a cache, a copy; a static one gets room for ``needed`` tokens unless they say how many.
+
+    As transformers does for its own static cache, never for fewer than in an earlier call: graphs of another length
+    would have to be compiled anew.
+    """
+    options = dict(generation_config.cache_config or {})
+    if options.get("static") and options.get("max_length") is None:
+        wanted = (needed, generation_config.max_cache_len or 0, getattr(model, "_previous_max_cache_length", 0))
+        options["max_length"] = model._previous_max_cache_length = max(wanted)
+    return options
 
 
 def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
     """``GenerationMixin._prepare_cache_for_generation`` that also knows the name "kvquant"."""
 
-    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prepare(
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
         given = model_kwargs.get("past_key_values")
         wanted = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
         if given is not None or not wanted:
             # transformers' own ways in: a cache that the user made, or cache_implementation="quantized".  Before 5.23
             # the latter takes "backend" out of the caller's dict, so it gets a copy.
             if generation_config.cache_config:
-                generation_config.cache_config = dict(generation_config.cache_config)
-            result = original(self, generation_config, model_kwargs, *args, **kwargs)
-            _tie(self, model_kwargs.get("past_key_values"), cache_type, model_kwargs)
+                options = generation_config.cache_config
+                ours = generation_config.cache_implementation == "quantized" and options.get("backend") == NAME
+                options = _with_length(self, generation_config, max_cache_length) if ours else dict(options)
+                generation_config.cache_config = options
+            result = original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            _tie(self, model_kwargs.get("past_key_values"), cache_type, model_kwargs, max_cache_length)
             return result
-        cache = cache_type(self.config, **(generation_config.cache_config or {}))
+        cache = cache_type(self.config, **_with_length(self, generation_config, max_cache_length))
         if self.config.is_encoder_decoder:
-            cache = make_encoder_decoder(cache, self.config)
-        _tie(self, cache, cache_type, model_kwargs)
+            cache = make_encoder_decoder(cache, self.config, model_kwargs["encoder_outputs"][0].shape[1])
+        _tie(self, cache, cache_type, model_kwargs, max_cache_length)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

@@ -1,13 +1,14 @@
 """Cache layers behind the methods that transformers calls on a layer, and which layers a model gets."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
@@ -15,7 +16,9 @@ from transformers.cache_utils import (
 
 from ..errors import InterruptedForwardError, RollbackError, UnsupportedModelError
 from ..layer import PagedLayer
+from ..paging import LayerPool
 from ..sliding import SlidingPagedLayer
+from ..static_layer import StaticPagedLayer
 
 
 class QuantizedPagedLayer(PagedLayer, CacheLayerMixin):
@@ -86,19 +89,47 @@ class QuantizedSlidingLayer(SlidingPagedLayer, QuantizedPagedLayer):
         self.settle()
 
 
+class QuantizedStaticLayer(StaticPagedLayer, QuantizedPagedLayer):
+    """A ``StaticPagedLayer`` behind the methods that transformers calls on a layer."""
+
+    is_compileable = True
+
+    def get_seq_length(self) -> Any:
+        """A scalar on the device once there are tokens, so that no graph depends on its value; 0 before."""
+        return 0 if self.store is None else self.store.held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_length, 0
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+
+class QuantizedStaticSlidingLayer(QuantizedStaticLayer):
+    """The same for a layer with a window; transformers asks which layers' masks have one."""
+
+    is_sliding = True
+
+
 # From a cache's point of view a chunk is a window: only the mask differs, and that is transformers'.
 _WINDOWED = ("sliding_attention", "chunked_attention")
 
 
 def build_layers(
-    config: PreTrainedConfig, make_full: Callable[[], PagedLayer], make_sliding: Callable[[int], PagedLayer] | None
+    config: PreTrainedConfig,
+    arguments: tuple[Any, ...],
+    pools: Iterator[LayerPool],
+    quantize_windows: bool,
+    max_length: int | None,
 ) -> list[Any]:
     """One cache layer per decoder layer: ours where there are keys and values, transformers' own for other kinds.
 
     Args:
         config: the model's config.
-        make_full: makes a layer that sees all tokens.
-        make_sliding: makes a layer that sees as many tokens as it is given; None for transformers' own.
+        arguments: those of ``PagedLayer`` before its pool.
+        pools: a pool for each layer of ours.
+        quantize_windows: whether layers with a window or in chunks are ours too.
+        max_length: tokens for which static layers reserve memory; None for layers that grow.
 
     Raises:
         UnsupportedModelError: no layer could be ours.
@@ -109,18 +140,28 @@ def build_layers(
         kwargs = [kwargs] * len(types)
     layers: list[Any] = []
     for kind, options in zip(types, kwargs, strict=True):
-        if kind == "full_attention":
-            layers.append(make_full())
-        elif kind in _WINDOWED and make_sliding is not None:
-            layers.append(make_sliding(options["sliding_window"]))
+        window = options["sliding_window"] if kind in _WINDOWED else 0
+        if kind != "full_attention" and not (window and quantize_windows):
+            reserved = {} if max_length is None else {"max_cache_len": max_length}
+            layers.append(
+                (STATIC_LAYER_TYPE_MAPPING if reserved else DYNAMIC_LAYER_TYPE_MAPPING)[kind](**reserved, **options)
+            )
+        elif max_length is not None:
+            kind_of_layer = QuantizedStaticSlidingLayer if window else QuantizedStaticLayer
+            layers.append(kind_of_layer(max_length, window, *arguments))
+        elif window:
+            layers.append(QuantizedSlidingLayer(window, *arguments, next(pools)))
         else:
-            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+            layers.append(QuantizedPagedLayer(*arguments, pool=next(pools)))
     if not any(isinstance(layer, PagedLayer) for layer in layers):
         remedy = "sliding='quantized'" if any(kind in _WINDOWED for kind in types) else "transformers' own cache"
         raise UnsupportedModelError(
             f"model type {decoder.model_type!r} has no layer to quantize (its layers are "
             f"{', '.join(sorted(set(types)))}); use {remedy}."
         )
+    first = next(layer for layer in layers if isinstance(layer, PagedLayer))
+    if isinstance(first, StaticPagedLayer):
+        first.leads = True
     return layers
 
 
@@ -167,14 +208,18 @@ def check_rollback(layers: list[Any], level: int) -> None:
             )
 
 
-def make_encoder_decoder(cache: Any, config: PreTrainedConfig) -> EncoderDecoderCache:
+def make_encoder_decoder(cache: Any, config: PreTrainedConfig, read: int) -> EncoderDecoderCache:
     """``cache`` for self attention, and one with the same options for cross attention, which is filled once.
 
     Args:
         cache: an empty ``QuantizedPagedCache``.
         config: the model's config.
+        read: tokens that the encoder has read.
     """
     cross: Cache = copy.deepcopy(cache)  # empty: nothing is shared, counters included
+    for layer in cross.layers:
+        if isinstance(layer, StaticPagedLayer):
+            layer.max_length = read
     if any(cache.is_sliding):
         # Such models replace the cross half by an object of its class with arguments of DynamicCache (T5Gemma).
         cross = DynamicCache(config=config.get_text_config(decoder=True))

@@ -8,7 +8,9 @@ had.  ``outcomes.py`` compares them.
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from support.architectures import ARCHITECTURES, IMAGE_TOKEN, Architecture
 from transformers import (
     Cache,
+    CompileConfig,
     DynamicCache,
     EncoderDecoderCache,
     GenerationMixin,
@@ -90,6 +93,7 @@ class Runner:
     policy: str | None
     implementation: str | None = None
     caches: list[QuantizedPagedCache] = field(default_factory=list)
+    operators: Counter[str] = field(default_factory=Counter)  # in compiled graphs
 
     def __post_init__(self) -> None:
         self.model, default = model_of(self.architecture.name), model_of(self.architecture.name, assistant=True)
@@ -123,10 +127,13 @@ class Runner:
         torch.manual_seed(5)
         options = {"max_new_tokens": NEW, "do_sample": False} | options
         cache = self.cache() if cache is None else cache
+        given = {} if cache is NAMED else {"past_key_values": cache}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KVQuantFallbackWarning)
             # Not `model.generate`: Whisper's own cuts its output to pieces; see `greedy`.
-            output = GenerationMixin.generate(self.model, **inputs, past_key_values=cache, **options, **RETURN)
+            output = GenerationMixin.generate(self.model, **inputs, **given, **options, **RETURN)
+        if not given:
+            self.watch(output.past_key_values)
         beams = options.get("num_beams", 1) > 1
         return Turn(
             output.sequences,
@@ -237,16 +244,45 @@ def save_and_load(run: Runner) -> list[Turn]:
 
 
 def compiled(run: Runner) -> list[Turn]:
-    inputs, cache = run.architecture.inputs(), run.cache()
+    """Twice with a new cache: the second call must find the graph of the first."""
+    asked = [run.architecture.inputs(ragged=True, seed=seed) for seed in range(2)]
     if run.policy is None:
-        return [run.generate(inputs, cache)]
-    if not cache.is_compileable:
-        raise NotAvailableError("the cache says is_compileable = False")
-    run.model.forward = torch.compile(run.model.forward, backend="eager")
+        return [run.generate(inputs) for inputs in asked]
+    with compiling(run.model) as (options, operators):
+        options |= {"cache_implementation": "kvquant"}
+        options["cache_config"] = {"policy": run.policy, "page_size": PAGE, "static": True}
+        turns = [run.generate(inputs, NAMED, **options) for inputs in asked]
+    run.operators.update(operators)
+    return turns
+
+
+NAMED = Cache(layers=[])  # stands for the cache that ``generate`` makes by itself
+
+
+@contextmanager
+def compiling(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], Counter[str]]]:
+    """Have ``generate`` compile decode steps as it does on a GPU, with fixed shapes and in one graph.
+
+    Yields:
+        Options of ``generate``; and a counter of the package's operators in the graphs, in which ``"graphs"`` counts
+        the graphs.
+    """
+    operators: Counter[str] = Counter()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        operators.update(name.split(".")[1] for name in names if name.startswith("kvquant_hf."))
+        operators["graphs"] += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
+    config._compile_all_devices = True
+    torch.compiler.reset()
     try:
-        return [run.generate(inputs, cache)]
+        yield {"compile_config": config}, operators
     finally:
-        del run.model.forward  # the class has the original
+        for name in ("_compiled_call", "_last_compile_config", "_previous_max_cache_length"):
+            vars(model).pop(name, None)
         torch.compiler.reset()
 
 
@@ -272,6 +308,10 @@ FEATURES: dict[str, Feature] = {
         Feature("multi-turn", multi_turn, "a second `generate` with the same cache and a longer prompt"),
         Feature("fork", fork, "`copy.deepcopy(cache)`, two different continuations"),
         Feature("save and load", save_and_load, "`cache.save`, `QuantizedPagedCache.load`, a continuation"),
-        Feature("compile", compiled, "`torch.compile` of the model's forward"),
+        Feature(
+            "compile",
+            compiled,
+            "`static=True`, left-padded; `generate` compiles its decode steps, in one graph for two calls",
+        ),
     )
 }
