@@ -7,10 +7,12 @@ import torch
 
 from ..errors import ImplementationError
 from .codecs.base import Codec
+from .cpu.build import BuildError
+from .cpu.native import DTYPES, library
 from .reference import PagedSide
 from .target import interpreting, why_not
 
-Implementation = Literal["auto", "triton", "reference"]
+Implementation = Literal["auto", "triton", "cpu", "reference"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 # A page of keys in registers and shared memory; twice the default page at the largest head_dim does not fit.
@@ -29,6 +31,7 @@ def _choose(
     impl: str,
     device: torch.device,
     dtype: torch.dtype,
+    stored: torch.dtype,
     page_size: int,
     head_dims: tuple[int, int],
     codecs: tuple[Codec, Codec],
@@ -37,16 +40,46 @@ def _choose(
     """:func:`choose`, kept: it is asked at every step of every layer."""
     if impl == "reference":
         return Choice("reference")
-    if impl == "auto" and device.type != "cuda":
-        return Choice("reference", f"the tensors are on {device.type!r}")
-    obstacle = _obstacle(device, dtype, page_size, head_dims, codecs)
-    if impl == "auto" and interpreted and obstacle is None:
-        obstacle = "Triton's interpreter is for tests; unset TRITON_INTERPRET"
+    kernels: Implementation = "triton" if impl == "auto" and device.type == "cuda" else "cpu"
+    if impl != "auto":
+        kernels = "triton" if impl == "triton" else "cpu"
+    if kernels == "cpu":
+        obstacle = _cpu_obstacle(device, dtype, stored, head_dims, codecs)
+    else:
+        obstacle = _obstacle(device, dtype, page_size, head_dims, codecs)
+        if impl == "auto" and interpreted and obstacle is None:
+            obstacle = "Triton's interpreter is for tests; unset TRITON_INTERPRET"
     if obstacle is None:
-        return Choice("triton")
-    if impl == "triton":
-        raise ImplementationError(f"impl='triton' cannot run here: {obstacle}, or use impl='auto'.")
+        return Choice(kernels)
+    if impl != "auto":
+        raise ImplementationError(f"impl={impl!r} cannot run here: {obstacle}, or use impl='auto'.")
     return Choice("reference", obstacle)
+
+
+def _cpu_obstacle(
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    head_dims: tuple[int, int],
+    codecs: tuple[Codec, Codec],
+) -> str | None:
+    """Why the CPU kernels cannot take such pages, ending with a remedy; None if they can.  Compiles them if need be."""
+    if device.type != "cpu":
+        return f"the tensors are on {device.type!r}, the CPU kernels need them on 'cpu'; use another impl"
+    for wanted in (dtype, stored):
+        if wanted not in (torch.float16, torch.bfloat16, torch.float32):
+            return (
+                "the CPU kernels take float16, bfloat16 and float32, not "
+                f"{str(wanted).removeprefix('torch.')}; cast the model"
+            )
+    for head_dim, codec in zip(head_dims, codecs, strict=True):
+        if codec.cpu(head_dim) is None:
+            return f"codec {codec.name!r} does not say how the CPU kernels read it; use another policy"
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 def _obstacle(
@@ -81,15 +114,15 @@ def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide) ->
     """What ``impl`` means for these pages.
 
     Args:
-        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
         dtype: of the queries (attention) or of the new keys (append).
         keys, values: the pages.
 
     Raises:
-        ImplementationError: ``"triton"`` was asked for and cannot run; unknown ``impl``.
+        ImplementationError: ``"triton"`` or ``"cpu"`` was asked for and cannot run; unknown ``impl``.
     """
     if impl not in IMPLEMENTATIONS:
         raise ImplementationError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
     dims = keys.head_dim, values.head_dim
     codecs = keys.codec, values.codec
-    return _choose(impl, keys.tail.device, dtype, keys.page_size, dims, codecs, interpreting())
+    return _choose(impl, keys.tail.device, dtype, keys.tail.dtype, keys.page_size, dims, codecs, interpreting())

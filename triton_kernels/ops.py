@@ -4,12 +4,14 @@ Both are registered with torch (as ``torch.ops.kvquant_hf.append_pages`` and ``.
 ``torch.compile`` takes them whole; eager calls go past the registration, which costs as much as a launch.  Both take
 ``impl``:
 
-    "triton"     the kernels, or an error that says what is missing
+    "triton"     Triton kernels, or an error that says what is missing
+    "cpu"        compiled C++ kernels, or an error that says what is missing
     "reference"  plain torch, anywhere
-    "auto"       the kernels where they run compiled, else plain torch; ``choose`` says which, and why
+    "auto"       the kernels of the device where they run, else plain torch; ``choose`` says which, and why
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import library
 from .append_reference import append_reference
 from .choice import IMPLEMENTATIONS, Choice, Implementation, choose
 from .codecs import CODECS
+from .cpu.append import append_cpu
+from .cpu.attention import paged_attention_cpu
 from .reference import PagedSide, gather_dense, paged_attention_reference
 from .triton_attention import append_triton, paged_attention_triton
 
@@ -32,6 +36,18 @@ __all__ = [
     "gather_dense",
     "paged_attention",
 ]
+
+
+_APPEND: dict[str, Callable[..., None]] = {
+    "triton": append_triton,
+    "cpu": append_cpu,
+    "reference": append_reference,
+}
+_ATTEND: dict[str, Callable[..., torch.Tensor]] = {
+    "triton": paged_attention_triton,
+    "cpu": paged_attention_cpu,
+    "reference": paged_attention_reference,
+}
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -55,9 +71,9 @@ def _append(
 ) -> None:
     key_side = PagedSide(CODECS[key_codec], key_planes, key_tail, key_tail.shape[2])
     value_side = PagedSide(CODECS[value_codec], value_planes, value_tail, value_tail.shape[2])
-    function = append_triton if choose(impl, keys.dtype, key_side, value_side).name == "triton" else append_reference
+    chosen = choose(impl, keys.dtype, key_side, value_side).name
     with _on(keys):
-        function(keys, values, key_side, value_side, page_table, lengths, new_lengths)
+        _APPEND[chosen](keys, values, key_side, value_side, page_table, lengths, new_lengths)
 
 
 _WRITTEN = ("key_planes", "key_tail", "value_planes", "value_tail", "new_lengths")
@@ -94,7 +110,7 @@ def append_pages(
         impl: what is to run.
 
     Raises:
-        ImplementationError: ``impl="triton"`` cannot run here.
+        ImplementationError: ``impl`` names kernels that cannot run here.
     """
     function = _append_op if torch.compiler.is_compiling() else _append
     function(
@@ -133,8 +149,7 @@ def _attend(
 ) -> torch.Tensor:
     keys = PagedSide(CODECS[key_codec], key_planes, key_tail, key_tail.shape[2])
     values = PagedSide(CODECS[value_codec], value_planes, value_tail, value_tail.shape[2])
-    triton = choose(impl, query.dtype, keys, values).name == "triton"
-    function = paged_attention_triton if triton else paged_attention_reference
+    function = _ATTEND[choose(impl, query.dtype, keys, values).name]
     options: dict[str, Any] = {"scale": scale, "causal": causal, "softcap": softcap, "window": window}
     with _on(query):
         return function(query, keys, values, page_table, lengths, mask=mask, sinks=sinks, **options)
@@ -186,7 +201,7 @@ def paged_attention(
         ``[batch, query_heads, queries, value_dim]`` in the query's dtype.  A row that sees no token is zero.
 
     Raises:
-        ImplementationError: ``impl="triton"`` cannot run here.
+        ImplementationError: ``impl`` names kernels that cannot run here.
     """
     function = _attention_op if torch.compiler.is_compiling() else _attend
     return function(

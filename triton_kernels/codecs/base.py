@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..hadamard import hadamard
+from .cpu import CpuCodec
 from .jit import KernelCodec
 
 
@@ -132,6 +133,10 @@ class Codec(ABC):
     @abstractmethod
     def kernel(self) -> KernelCodec:
         """How kernels read the planes."""
+
+    def cpu(self, head_dim: int) -> CpuCodec | None:
+        """How the CPU kernels read the planes of vectors of ``head_dim``; None: they cannot."""
+        return None
 
     @abstractmethod
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from ..target import tl, triton
 from .base import Codec, Plane, Tile
+from .cpu import CpuCodec
 from .jit import KernelCodec, no_channels
 
 
@@ -78,6 +79,9 @@ class ExactCodec(Codec):
     @property
     def kernel(self) -> KernelCodec:
         return KernelCodec(_exact_tile, no_channels, _exact_encode, byte_codes=False)
+
+    def cpu(self, head_dim: int) -> CpuCodec:
+        return CpuCodec()
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)

@@ -41,6 +41,7 @@ from ..tile_math import fp16_at_most as tile_at_most
 from ..tile_math import round_half_even
 from ..unpack import load_channels, load_words, unpack_codes
 from .base import Codec, Plane, Tile
+from .cpu import CpuCodec
 from .jit import KernelCodec, no_channels
 from .packing import INTEGERS, expand_levels, fp16_at_least, fp16_at_most, pack_fields
 
@@ -203,6 +204,12 @@ class IntegerCodec(Codec):
         return KernelCodec(
             _token_tile, no_channels, _token_encode, fields, token_scale=True, token_offset=True, integer_codes=True
         )
+
+    def cpu(self, head_dim: int) -> CpuCodec:
+        levels = None if self.bits == 8 else INTEGERS
+        if self.axis == "channel":
+            return CpuCodec(levels, channel_scale=1, channel_offset=2, affine=True)
+        return CpuCodec(levels, token_scale=1, token_offset=2, affine=True)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         y = self.to_domain(x.float())

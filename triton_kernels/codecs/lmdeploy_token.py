@@ -38,6 +38,7 @@ from ..target import tl, triton
 from ..tile_math import round_to
 from ..unpack import load_words, unpack_codes
 from .base import Codec, Plane, Tile
+from .cpu import CpuCodec
 from .jit import KernelCodec, no_channels
 from .packing import INTEGERS, expand_levels, pack_fields
 
@@ -138,6 +139,9 @@ class TokenZeroPointCodec(Codec):
         return KernelCodec(
             _zero_point_tile, no_channels, _zero_point_encode, 8 // self.bits, token_scale=True, token_offset=True
         )
+
+    def cpu(self, head_dim: int) -> CpuCodec:
+        return CpuCodec(None if self.bits == 8 else INTEGERS, token_scale=1, token_offset=2, zero_point=True)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         y = x.float()

@@ -47,6 +47,7 @@ from ..tile_math import bucket_levels
 from ..tile_math import round_saturating as tile_saturating
 from ..unpack import load_channels, load_words, unpack_levels
 from .base import Codec, Plane, Tile
+from .cpu import CpuCodec
 from .jit import KernelCodec, no_channels
 from .lloyd_max import BOUNDARIES, LEVELS, cell_radius, levels, quantize
 from .packing import expand_levels, pack_fields, round_saturating
@@ -238,6 +239,9 @@ class LloydMaxCodec(Codec):
         encode = _ENCODE[self.scale_rule]
         fields = 8 // self.bits
         return KernelCodec(_lloyd_max_tile, channels, encode, fields, token_scale=True, channel_offset=self.centred)
+
+    def cpu(self, head_dim: int) -> CpuCodec:
+        return CpuCodec(LEVELS[self.bits], token_scale=1, channel_offset=2 if self.centred else None)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         """Bound from the widths of the cells, plus what the stored scale differs from the ideal one.

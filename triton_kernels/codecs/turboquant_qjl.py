@@ -45,6 +45,7 @@ from ..tile_math import bucket_levels, round_to
 from ..tile_math import round_saturating as tile_saturating
 from ..unpack import load_words, unpack_levels, unpack_signed_levels
 from .base import Codec, Plane, Tile
+from .cpu import CpuCodec
 from .jit import KernelCodec, no_channels
 from .lloyd_max import bucket, cell_radius, lookup
 from .packing import expand_levels, pack_fields, round_saturating
@@ -213,6 +214,9 @@ class SignCorrectedCodec(Codec):
     def kernel(self) -> KernelCodec:
         return KernelCodec(_sign_tile, no_channels, _sign_encode, fields=2, token_scale=True)
 
+    def cpu(self, head_dim: int) -> CpuCodec:
+        return CpuCodec(_scaled(LEVELS[3], head_dim) * 2, _SIGNS, residual=2, token_scale=1)
+
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         """|r - rho sign(r)|^2 <= |r|^2 + rho^2 D = 2 |r|^2 + 1e-8, and |r| is bounded by the widths of the cells."""
         head_dim = x.shape[-1]
@@ -247,6 +251,9 @@ class PlainLloydMaxCodec(Codec):
     @property
     def kernel(self) -> KernelCodec:
         return KernelCodec(_plain_tile, no_channels, _plain_encode, fields=4, token_scale=True)
+
+    def cpu(self, head_dim: int) -> CpuCodec:
+        return CpuCodec(_scaled(LEVELS[2], head_dim), token_scale=1)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         y = self.to_domain(x.float())

@@ -1,0 +1,444 @@
+// Attention over pages, split-KV: each item of work is a range of pages of one sequence and key/value head (or its open
+// page) for up to ROWS rows of queries; who finishes the last item of some rows merges them.
+//
+// Within an item each page is unpacked BLOCK tokens at a time, once for all rows: a block of keys gives the scores of
+// its tokens, the online softmax takes those of the whole page, and blocks of values are added under its weights.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "threads.h"
+#include "tile.h"
+
+namespace kv {
+
+constexpr int ROWS = 64;  // rows per item: their queries and results stay in the second-level cache
+constexpr float MINUS_INFINITY = -INFINITY;
+
+// Members are 64 bits wide, in the order of `ATTENTION` in native.py; strides are in elements.
+struct Attention {
+    const char* query;
+    int64_t query_dtype, query_batch, query_head, query_token;
+    char* out;  // [batch, heads * group, queries, value_dim], contiguous, in the query's dtype
+    int64_t batch, heads, group, queries, page_size;
+    const int32_t* table;
+    int64_t table_batch;
+    const int32_t* lengths;  // [batch, 2]
+    double scale, softcap;   // softcap 0: none
+    int64_t causal, window;
+    const char* mask;
+    int64_t mask_dtype, mask_batch, mask_head, mask_query, mask_token;
+    const float* sinks;
+    int64_t threads, splits;
+    void* fork;
+    Side keys, values;
+
+    int64_t rows() const { return group * queries; }
+    int64_t row_blocks() const { return (rows() + ROWS - 1) / ROWS; }
+};
+
+// Dot products of each row of `q` [rows, columns] with the tokens of `tile` [BLOCK, columns], to `scores` [rows, stride].
+inline void score_block(const float* q, int rows, const float* tile, int columns, float* scores, int stride) {
+    for (int first = 0; first < BLOCK; first += W)
+        for (int r = 0; r < rows; r++) {
+            Floats products[W] = {};
+            for (int c = 0; c < columns; c += W) {
+                const Floats x = load(q + int64_t(r) * columns + c);
+#pragma GCC unroll 16
+                for (int t = 0; t < W; t++) products[t] += x * load(tile + int64_t(first + t) * columns + c);
+            }
+            store(scores + int64_t(r) * stride + first, sum_lanes(products));
+        }
+}
+
+// Adds `count` tokens of `tile` under `weights` [R, stride] to `sums` [R, columns], VECTORS vectors from column c on.
+template <int R, int VECTORS>
+inline void weigh_columns(const float* weights, int stride, const float* tile, int columns, int count, float* sums) {
+    Floats total[R][VECTORS];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++) total[r][v] = load(sums + int64_t(r) * columns + v * W);
+    for (int t = 0; t < count; t++) {
+        Floats x[VECTORS];
+        for (int v = 0; v < VECTORS; v++) x[v] = load(tile + int64_t(t) * columns + v * W);
+        for (int r = 0; r < R; r++) {
+            const Floats weight = splat(weights[int64_t(r) * stride + t]);
+            for (int v = 0; v < VECTORS; v++) total[r][v] += weight * x[v];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++) store(sums + int64_t(r) * columns + v * W, total[r][v]);
+}
+
+template <int R>
+inline void weigh_rows(const float* weights, int stride, const float* tile, int columns, int count, float* sums) {
+    constexpr int VECTORS = W == 4 ? 2 : 4;  // R * VECTORS sums and VECTORS values stay in registers
+    int c = 0;
+    for (; c + VECTORS * W <= columns; c += VECTORS * W)
+        weigh_columns<R, VECTORS>(weights, stride, tile + c, columns, count, sums + c);
+    for (; c < columns; c += W) weigh_columns<R, 1>(weights, stride, tile + c, columns, count, sums + c);
+}
+
+inline void weigh_block(const float* weights, int rows, int stride, const float* tile, int columns, int count,
+                        float* sums) {
+    constexpr int MOST = W == 16 ? 4 : 2;
+    int r = 0;
+    for (; r + MOST <= rows; r += MOST)
+        weigh_rows<MOST>(weights + int64_t(r) * stride, stride, tile, columns, count, sums + int64_t(r) * columns);
+    weights += int64_t(r) * stride, sums += int64_t(r) * columns;
+    if (rows - r == 3) return weigh_rows<3>(weights, stride, tile, columns, count, sums);
+    if (rows - r == 2) return weigh_rows<2>(weights, stride, tile, columns, count, sums);
+    if (rows - r == 1) weigh_rows<1>(weights, stride, tile, columns, count, sums);
+}
+
+// What an item hands to the merge, per row: maximum, sum of weights, sum of weighted token offsets, weighted values.
+struct Partial {
+    float* data;
+    int stride;
+    float* row(int r) const { return data + int64_t(r) * stride; }
+};
+
+// Memory of one thread; a request of the same shape reuses it.
+class Scratch {
+    std::unique_ptr<float[]> memory_;
+    size_t size_ = 0, used_ = 0;
+
+   public:
+    void reset(size_t floats) {
+        if (floats > size_) {
+            memory_.reset(new float[floats + W]());
+            size_ = floats;
+        }
+        used_ = 0;
+    }
+    float* take(size_t floats) {
+        float* p = memory_.get() + used_;
+        used_ += (floats + 15) / 16 * 16;
+        return p;
+    }
+};
+
+// The rows of one item and everything that is the same for all of its pages.
+class Rows {
+    const Attention& call_;
+    const int batch_, head_, first_, rows_, stride_;
+    const Side &keys_, &values_;
+    Partial partial_;
+    int64_t total_ = 0, low_ = 0, high_ = 0;  // tokens of the sequence; range of those that some row sees
+    float *query_, *scaled_, *query_sum_, *constant_, *scores_, *tile_, *channels_, *page_sum_;
+    TokenFactors factors_;
+
+    int64_t position(int r) const { return total_ - call_.queries + (first_ + r) % call_.queries; }
+    bool causal() const { return call_.causal && call_.queries > 1; }
+
+   public:
+    static size_t floats(const Attention& call) {
+        const size_t rows = ROWS, page = size_t(round_up(int(call.page_size), BLOCK));
+        const size_t widest = size_t(std::max(std::max(call.keys.columns(), call.values.columns()),
+                                              round_up(int(std::max(call.keys.dim, call.values.dim)), W)));
+        return rows * (3 * widest + page + 2) + BLOCK * widest + 2 * widest + 3 * page + 16 * 16;
+    }
+
+    Rows(const Attention& call, int batch, int head, int first, int rows, Partial partial, Scratch& scratch)
+        : call_(call), batch_(batch), head_(head), first_(first), rows_(rows),
+          stride_(round_up(int(call.page_size), BLOCK)), keys_(call.keys), values_(call.values), partial_(partial) {
+        const int widest = int(std::max(std::max(keys_.columns(), values_.columns()),
+                                        round_up(int(std::max(keys_.dim, values_.dim)), W)));
+        scratch.reset(floats(call));
+        query_ = scratch.take(size_t(rows) * widest);
+        scaled_ = scratch.take(size_t(rows) * widest);
+        page_sum_ = scratch.take(size_t(rows) * widest);
+        scores_ = scratch.take(size_t(rows) * stride_);
+        query_sum_ = scratch.take(rows);
+        constant_ = scratch.take(rows);
+        tile_ = scratch.take(size_t(BLOCK) * widest);
+        channels_ = scratch.take(size_t(widest) * 2);
+        factors_ = {scratch.take(stride_), scratch.take(stride_), scratch.take(stride_)};
+        const int32_t* lengths = call.lengths + 2 * batch;
+        total_ = int64_t(lengths[0]) * call.page_size + lengths[1];
+        low_ = 0, high_ = total_;
+        int64_t least = INT64_MAX, most = INT64_MIN;
+        for (int r = 0; r < rows; r++) least = std::min(least, position(r)), most = std::max(most, position(r));
+        if (causal()) high_ = std::min(high_, most + 1);
+        if (call.window) low_ = std::max<int64_t>(0, least - call.window + 1);
+        for (int r = 0; r < rows; r++) {
+            float* row = partial.row(r);
+            std::memset(row, 0, size_t(partial.stride) * 4);
+            row[0] = MINUS_INFINITY;
+        }
+    }
+
+    // Scaled queries as floats; `packed`: in the domain and column order of packed keys, else as they are.
+    void read_query(const Side& side, bool packed) {
+        const int columns = side.columns(), dim = int(side.dim);
+        float* row = channels_;
+        for (int r = 0; r < rows_; r++) {
+            const int64_t head = head_ * call_.group + (first_ + r) / call_.queries;
+            const int64_t offset = batch_ * call_.query_batch + head * call_.query_head +
+                                   (first_ + r) % call_.queries * call_.query_token;
+            to_floats(call_.query + offset * item_size(call_.query_dtype), call_.query_dtype, dim, row);
+            for (int i = 0; i < dim; i++) row[i] *= float(call_.scale);
+            if (packed && side.rotated) hadamard(row, dim);
+            to_columns(side, row, query_ + int64_t(r) * columns);
+            float total = 0;
+            for (int i = 0; i < dim; i++) total += row[i];
+            query_sum_[r] = total;
+        }
+    }
+
+    // The sealed pages from `first` up to and without `last`.
+    void pages(int64_t first, int64_t last) {
+        first = std::max(first, low_ / call_.page_size);
+        last = std::min(last, (high_ + call_.page_size - 1) / call_.page_size);
+        if (first >= last) return;
+        read_query(keys_, true);
+        Unpack *unpack_keys = unpacker(keys_), *unpack_values = unpacker(values_);
+        const int32_t* table = call_.table + batch_ * call_.table_batch;
+        const int page_size = int(call_.page_size);
+        for (int64_t page = first; page < last; page++) {
+            const int64_t index = table[page] * call_.heads + head_;
+            if (page + 1 < last) prefetch(table[page + 1] * call_.heads + head_);
+            const char* rows = keys_.codes + index * page_size * keys_.row_bytes();
+            score(keys_, unpack_keys, rows, keys_.row_bytes(), index, page_size, true);
+            if (!weigh(page * page_size, page_size)) continue;
+            rows = values_.codes + index * page_size * values_.row_bytes();
+            add(values_, unpack_values, rows, values_.row_bytes(), index, page_size, true);
+        }
+    }
+
+    // The open page.
+    void tail() {
+        const int32_t* lengths = call_.lengths + 2 * batch_;
+        const int64_t first = lengths[0] * call_.page_size;
+        const int count = lengths[1];
+        if (count == 0 || first >= high_ || first + count <= low_) return;
+        const Side keys = open_side(keys_), values = open_side(values_);
+        read_query(keys, false);
+        const auto rows = [&](const Side& side) {
+            return side.tail + (batch_ * side.tail_batch + head_ * side.tail_head) * item_size(side.tail_dtype);
+        };
+        const auto row_bytes = [](const Side& side) { return side.tail_token * item_size(side.tail_dtype); };
+        score(keys, unpacker(keys), rows(keys), row_bytes(keys), 0, count, false);
+        if (weigh(first, count)) add(values, unpacker(values), rows(values), row_bytes(values), 0, count, false);
+    }
+
+   private:
+    static Side open_side(Side side) {
+        side.format = VECTORS, side.dtype = side.tail_dtype;
+        return side;
+    }
+
+    void prefetch(int64_t index) const {
+        for (const Side* side : {&keys_, &values_}) {
+            const int64_t bytes = call_.page_size * side->row_bytes();
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(side->codes + index * bytes + i, 0, 2);
+        }
+    }
+
+    // Scores of `count` tokens, [rows, stride_].
+    void score(const Side& side, Unpack* unpack, const char* rows, int64_t row_bytes, int64_t index, int count,
+               bool packed) {
+        const int columns = side.columns();
+        const float* query = query_;
+        if (packed) factors_.read(side, index, count);
+        const bool scaled = packed && side.channel_scale.data, shifted = packed && side.channel_offset.data;
+        if (shifted) {
+            channel_factor(side, side.channel_offset, index, channels_);
+            for (int r = 0; r < rows_; r++) {
+                Floats total = {};
+                for (int c = 0; c < columns; c += W) total += load(query_ + int64_t(r) * columns + c) * load(channels_ + c);
+                constant_[r] = sum(total);
+            }
+        }
+        if (scaled) {
+            channel_factor(side, side.channel_scale, index, channels_);
+            for (int r = 0; r < rows_; r++)
+                for (int c = 0; c < columns; c += W) {
+                    const int64_t i = int64_t(r) * columns + c;
+                    store(scaled_ + i, load(query_ + i) * load(channels_ + c));
+                }
+            query = scaled_;
+        }
+        for (int t = 0; t < count; t += BLOCK) {
+            unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, std::min(BLOCK, count - t), tile_);
+            score_block(query, rows_, tile_, columns, scores_ + t, stride_);
+        }
+        for (int r = 0; r < rows_; r++) {
+            float* row = scores_ + int64_t(r) * stride_;
+            if (packed && side.token_scale.data)
+                for (int t = 0; t < count; t++) row[t] *= factors_.scale[t];
+            if (packed && side.token_offset.data)
+                for (int t = 0; t < count; t++) row[t] += query_sum_[r] * factors_.offset[t];
+            if (shifted)
+                for (int t = 0; t < count; t++) row[t] += constant_[r];
+        }
+    }
+
+    // From scores of the tokens from `first` on to weights, in place; false where no row sees any of them.
+    bool weigh(int64_t first, int count) {
+        bool seen = false;
+        for (int r = 0; r < rows_; r++) {
+            float *row = scores_ + int64_t(r) * stride_, *state = partial_.row(r);
+            if (call_.softcap != 0) cap(row, count);
+            if (call_.mask) mask(row, r, first, count);
+            const int64_t last = causal() ? std::min<int64_t>(count, position(r) + 1 - first) : count;
+            for (int64_t t = std::max<int64_t>(0, last); t < stride_; t++) row[t] = MINUS_INFINITY;
+            if (call_.window)
+                for (int64_t t = 0; t < std::min<int64_t>(count, position(r) - call_.window + 1 - first); t++)
+                    row[t] = MINUS_INFINITY;
+            Floats top = load(row);
+            for (int t = W; t < stride_; t += W) top = maximum(load(row + t), top);
+            // A row that sees nothing yet is measured from 0, so that no infinity minus infinity arises.
+            const float most = std::max(state[0], highest(top)), origin = most == MINUS_INFINITY ? 0 : most;
+            seen = seen || most != MINUS_INFINITY;
+            Floats total = {};
+            for (int t = 0; t < stride_; t += W) {
+                const Floats weight = exponential(load(row + t) - origin);
+                store(row + t, weight);
+                total += weight;
+            }
+            if (state[0] != most) {
+                const float decay = exponential(splat(state[0] - origin))[0];
+                for (int i = 1; i < partial_.stride; i++) state[i] *= decay;
+                state[0] = most;
+            }
+            state[1] += sum(total);
+        }
+        return seen;
+    }
+
+    void cap(float* row, int count) const {
+        const float cap = float(call_.softcap);
+        for (int t = 0; t < round_up(count, W); t += W) {
+            // tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|)
+            const Floats x = load(row + t) / cap, size = select(x < splat(0), -x, x);
+            const Floats e = exponential(size * -2.0f), tanh = (1.0f - e) / (1.0f + e);
+            store(row + t, select(x < splat(0), -tanh, tanh) * cap);
+        }
+    }
+
+    void mask(float* row, int r, int64_t first, int count) const {
+        const int64_t head = head_ * call_.group + (first_ + r) / call_.queries, step = call_.mask_token;
+        const int64_t offset = batch_ * call_.mask_batch + head * call_.mask_head +
+                               (first_ + r) % call_.queries * call_.mask_query + first * step;
+        const char* p = call_.mask + offset * item_size(call_.mask_dtype);
+        switch (call_.mask_dtype) {
+            case BOOL:
+                for (int t = 0; t < count; t++) row[t] = p[t * step] ? row[t] : MINUS_INFINITY;
+                break;
+            case FLOAT32:
+                for (int t = 0; t < count; t++) row[t] += ((const float*)p)[t * step];
+                break;
+            case BFLOAT16:
+                for (int t = 0; t < count; t++) row[t] += bfloat_to_float(((const uint16_t*)p)[t * step]);
+                break;
+            default:
+                for (int t = 0; t < count; t++) row[t] += half_to_float(((const uint16_t*)p)[t * step]);
+        }
+    }
+
+    // Adds the values of `count` tokens under the weights.
+    void add(const Side& side, Unpack* unpack, const char* rows, int64_t row_bytes, int64_t index, int count,
+             bool packed) {
+        const int columns = side.columns();
+        const bool scaled = packed && side.channel_scale.data, shifted = packed && side.channel_offset.data;
+        if (packed) factors_.read(side, index, count);
+        if (shifted) channel_factor(side, side.channel_offset, index, channels_);
+        for (int r = 0; r < rows_; r++) {
+            float *row = scores_ + int64_t(r) * stride_, *state = partial_.row(r);
+            if (shifted) {
+                Floats weight = {};
+                for (int t = 0; t < stride_; t += W) weight += load(row + t);
+                const float total = sum(weight);
+                for (int c = 0; c < columns; c++) state[3 + c] += total * channels_[c];
+            }
+            if (packed && side.token_offset.data) {
+                float total = 0;
+                for (int t = 0; t < count; t++) total += row[t] * factors_.offset[t];
+                state[2] += total;
+            }
+            if (packed && side.token_scale.data)
+                for (int t = 0; t < count; t++) row[t] *= factors_.scale[t];
+            std::memcpy(page_sum_ + int64_t(r) * columns, state + 3, size_t(columns) * 4);
+        }
+        if (scaled) std::memset(page_sum_, 0, size_t(rows_) * columns * 4);
+        for (int t = 0; t < count; t += BLOCK) {
+            const int some = std::min(BLOCK, count - t);
+            unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, some, tile_);
+            weigh_block(scores_ + t, rows_, stride_, tile_, columns, some, page_sum_);
+        }
+        if (scaled) channel_factor(side, side.channel_scale, index, channels_);
+        for (int r = 0; r < rows_; r++) {
+            float *state = partial_.row(r) + 3, *sums = page_sum_ + int64_t(r) * columns;
+            if (scaled)
+                for (int c = 0; c < columns; c++) state[c] += sums[c] * channels_[c];
+            else
+                std::memcpy(state, sums, size_t(columns) * 4);
+        }
+    }
+};
+
+// Merges the partial results of one row, its splits' and its open page's, into the output.
+inline void merge(const Attention& call, int64_t head, const float* const* parts, int splits, float* packed,
+                  float* exact, char* out) {
+    const Side& values = call.values;
+    const int dim = int(values.dim), columns = values.columns();
+    float most = call.sinks ? call.sinks[head] : MINUS_INFINITY, total = 0, offset = 0;
+    for (int s = 0; s <= splits; s++) most = std::max(most, parts[s][0]);
+    const float origin = most == MINUS_INFINITY ? 0 : most;
+    if (call.sinks) total = exponential(splat(call.sinks[head] - origin))[0];
+    std::memset(packed, 0, size_t(columns) * 4);
+    for (int s = 0; s < splits; s++) {
+        const float decay = exponential(splat(parts[s][0] - origin))[0];
+        total += parts[s][1] * decay;
+        offset += parts[s][2] * decay;
+        for (int c = 0; c < columns; c++) packed[c] += parts[s][3 + c] * decay;
+    }
+    from_columns(values, packed, exact);
+    for (int i = 0; i < dim; i++) exact[i] += offset;
+    if (values.rotated) hadamard(exact, dim);
+    const float decay = exponential(splat(parts[splits][0] - origin))[0];
+    total += parts[splits][1] * decay;
+    const float divisor = total == 0 ? 1.0f : total;  // a row that sees no token is zero
+    for (int i = 0; i < dim; i++) exact[i] = (exact[i] + parts[splits][3 + i] * decay) / divisor;
+    from_floats(exact, call.query_dtype, dim, out);
+}
+
+inline void attend(const Attention& call) {
+    const int64_t blocks = call.row_blocks(), splits = call.splits, groups = call.batch * call.heads * blocks;
+    const int stride = 3 + std::max(call.values.columns(), round_up(int(call.values.dim), W));
+    const int64_t rows_per_block = std::min<int64_t>(call.rows(), ROWS);
+    std::unique_ptr<float[]> partials(new float[size_t(groups * (splits + 1) * rows_per_block * stride)]);
+    std::unique_ptr<std::atomic<int>[]> left(new std::atomic<int>[size_t(groups)]);
+    for (int64_t g = 0; g < groups; g++) left[g] = int(splits) + 1;
+    const auto partial = [&](int64_t group, int64_t split) {
+        return Partial{partials.get() + (group * (splits + 1) + split) * rows_per_block * stride, stride};
+    };
+    for_each_item(groups * (splits + 1), int(call.threads), call.fork, [&](int64_t item) {
+        static thread_local Scratch scratch;
+        const int64_t split = item / groups, group = item % groups, first = group % blocks * ROWS;
+        const int head = int(group / blocks % call.heads), batch = int(group / blocks / call.heads);
+        const int count = int(std::min<int64_t>(ROWS, call.rows() - first));
+        {
+            Rows rows(call, batch, head, int(first), count, partial(group, split), scratch);
+            const int64_t sealed = call.lengths[2 * batch];
+            if (split < splits)
+                rows.pages(sealed * split / splits, sealed * (split + 1) / splits);
+            else
+                rows.tail();
+        }
+        if (left[group].fetch_sub(1) != 1) return;
+        scratch.reset(Rows::floats(call));
+        float *packed = scratch.take(size_t(stride)), *exact = scratch.take(size_t(stride));
+        std::vector<const float*> parts(size_t(splits) + 1);
+        for (int r = 0; r < count; r++) {
+            for (int64_t s = 0; s <= splits; s++) parts[size_t(s)] = partial(group, s).row(r);
+            const int64_t query_head = head * call.group + (first + r) / call.queries;
+            const int64_t row = (batch * call.heads * call.group + query_head) * call.queries + (first + r) % call.queries;
+            char* out = call.out + row * call.values.dim * item_size(call.query_dtype);
+            merge(call, query_head, parts.data(), int(splits), packed, exact, out);
+        }
+    });
+}
+
+}  // namespace kv

@@ -1,0 +1,19 @@
+// What Python calls (native.py): each function takes one struct, packed there member by member.
+#include <algorithm>
+
+#include "append.h"
+#include "attention.h"
+
+extern "C" {
+
+// Sizes of the structs, which Python compares with its own.
+void kvquant_sizes(int64_t* sizes) {
+    sizes[0] = sizeof(kv::Attention);
+    sizes[1] = sizeof(kv::Append);
+    sizes[2] = sizeof(kv::Encode);
+}
+
+void kvquant_attend(const kv::Attention* call) { kv::attend(*call); }
+void kvquant_append(const kv::Append* call) { kv::append(*call); }
+void kvquant_encode(const kv::Encode* call) { kv::encode(*call); }
+}

@@ -1,0 +1,92 @@
+"""Calls of the compiled kernels: tensors become pointers and strides in a packed struct.
+
+The structs are those of attention.h, append.h and tile.h: every member is 64 bits wide, and their sizes are compared when
+the library is loaded.
+"""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from ..codecs.base import Codec
+from ..codecs.cpu import CpuCodec
+from .build import BuildError, load
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+_FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 1: 4}
+
+_SIDE = "23q"  # format dim rotated codes dtype levels slopes; 5 x (data dtype); zero_point; tail and its strides
+ATTENTION = struct.Struct("14q 2d 12q" + 2 * _SIDE)
+_COPY = "11q"
+APPEND = struct.Struct("4q" + 2 * _COPY)
+ENCODE = struct.Struct("13q" + _SIDE)
+
+
+class Library:
+    """The compiled functions.
+
+    Raises:
+        BuildError: there are none, or they do not fit these calls.
+    """
+
+    def __init__(self, flags: tuple[str, ...] | None = None) -> None:
+        loaded = load() if flags is None else load(flags)
+        if isinstance(loaded, BuildError):
+            raise loaded
+        sizes = (ctypes.c_int64 * 3)()
+        loaded.kvquant_sizes(sizes)
+        assert list(sizes) == [ATTENTION.size, APPEND.size, ENCODE.size], "the structs differ from the sources'"
+        self.attend, self.append, self.encode = loaded.kvquant_attend, loaded.kvquant_append, loaded.kvquant_encode
+        for function in (self.attend, self.append, self.encode):
+            function.argtypes, function.restype = [ctypes.c_char_p], None
+        self.fork = _openmp_fork()
+
+
+@functools.cache
+def library() -> Library:
+    """The library of this process.
+
+    Raises:
+        BuildError: it cannot be built.
+    """
+    return Library()
+
+
+def _openmp_fork() -> int:
+    """Address of the function that starts a parallel region in the OpenMP that torch uses, or 0.
+
+    A second set of threads would compete with torch's, which spin for a while after each operator.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError, TypeError):
+        return 0
+
+
+def _table(levels: tuple[float, ...]) -> "ctypes.Array[ctypes.c_float]":
+    """Sixteen floats that repeat ``levels``."""
+    return (ctypes.c_float * 16)(*(levels * (16 // len(levels))))
+
+
+@functools.lru_cache(maxsize=256)
+def _described(codec: Codec, head_dim: int) -> tuple[CpuCodec, tuple[int, int, int], tuple[int, int], object]:
+    """The codec's declaration, the first members of its struct, its tables' addresses, and what keeps these alive."""
+    cpu = codec.cpu(head_dim)
+    assert cpu is not None, "choose() lets no other codec through"
+    tables = [None if levels is None else _table(levels) for levels in (cpu.levels, cpu.slopes)]
+    addresses = tuple(0 if table is None else ctypes.addressof(table) for table in tables)
+    return cpu, (_FORMATS[codec.bits], head_dim, int(codec.rotated)), (addresses[0], addresses[1]), tables
+
+
+def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> list[int]:
+    """Members of ``Side``."""
+    cpu, head, addresses, _ = _described(codec, tail.shape[3])
+    members = [*head, planes[0].data_ptr(), DTYPES.get(planes[0].dtype, 0), *addresses]
+    for index in (cpu.token_scale, cpu.token_offset, cpu.residual, cpu.channel_scale, cpu.channel_offset):
+        members += (0, 0) if index is None else (planes[index].data_ptr(), DTYPES[planes[index].dtype])
+    batch, head_stride, token, _ = tail.stride()
+    members += (cpu.zero_point, tail.data_ptr(), DTYPES[tail.dtype], batch, head_stride, token)
+    return members
