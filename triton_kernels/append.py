@@ -269,6 +269,7 @@ def append(
     batch, heads, tokens, key_dim = keys.shape
     value_dim, page_size = values.shape[3], key_tail.shape[2]
     k, v = key_codec.kernel, value_codec.kernel
+    assert k is not None and v is not None, "choose() lets no other codec through"
     slots = max(1, triton.cdiv(tokens, page_size))  # held <= page_size: never more pages are completed
     wide = page_size * max(key_dim, value_dim) > 64 * 128
     _append_kernel[(batch * heads, slots, 2)](

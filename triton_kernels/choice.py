@@ -100,6 +100,8 @@ def _obstacle(
     if page_size < 16 or page_size & (page_size - 1):
         return f"pages of {page_size} tokens are no power of two from 16 on; use page_size=64"
     for head_dim, codec in zip(head_dims, codecs, strict=True):
+        if codec.kernel is None:
+            return f"codec {codec.name!r} has no Triton kernels; use another policy"
         padded = 1 << (head_dim - 1).bit_length()
         if padded * page_size > _MAX_PAGE_ELEMENTS:
             return f"pages of {page_size} x {head_dim} elements are too large for the kernels; use a smaller page_size"

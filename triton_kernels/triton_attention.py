@@ -62,6 +62,7 @@ def paged_attention_triton(
     heads, value_dim = values.tail.shape[1], values.head_dim
     rows = query_heads // heads * queries
     k, v = keys.codec.kernel, values.codec.kernel
+    assert k is not None and v is not None, "choose() lets no other codec through"
     elements = keys.page_size * triton.next_power_of_2(max(key_dim, value_dim))
     bits = keys.codec.bits + values.codec.bits
     config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits)

@@ -130,9 +130,9 @@ class Codec(ABC):
         """Unpack stored planes (each ``[..., *Plane.shape(page_size)]``) without multiplying scales in."""
 
     @property
-    @abstractmethod
-    def kernel(self) -> KernelCodec:
-        """How kernels read the planes."""
+    def kernel(self) -> KernelCodec | None:
+        """How the Triton kernels read the planes; None: they cannot."""
+        return None
 
     def cpu(self, head_dim: int) -> CpuCodec | None:
         """How the CPU kernels read the planes of vectors of ``head_dim``; None: they cannot."""
