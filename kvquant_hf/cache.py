@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from .errors import OutOfPages, SavedCacheError, UnknownPolicyError, WrongModelError
 from .inventory import take_inventory
 from .layer import PagedLayer, StepGuard
-from .policy import KVPolicy, PolicyLike
+from .policy import AnyPolicy, PolicyLike
 from .pools import PagePools
 from .report import CacheReport, CallLog
 from .saving import load_cache, save_cache
@@ -36,8 +36,8 @@ class QuantizedPagedCache(DynamicCache):
 
     Args:
         config: the model's config.
-        policy: a name (``"int4"``), ``"<keys>/<values>"``, one of LMDeploy's integers, or a ``KVPolicy``; by default
-            that of ``pool``, or ``"int4"``.
+        policy: a name (``"int4"``), ``"<keys>/<values>"``, one of LMDeploy's integers, a ``KVPolicy``, or by layer: a
+            ``LayerwisePolicy`` or a file of ``kvquant tune``; by default that of ``pool``, or ``"int4"``.
         page_size: tokens per page, and the most tokens that are held exact; a multiple of 8; by default that of
             ``pool``, or 64.
         prefill: ``"exact"``: the first prompt attends to its exact keys and values while they are stored;
@@ -57,6 +57,7 @@ class QuantizedPagedCache(DynamicCache):
         UnknownPolicyError: unknown policy, codec or option.
         PoolMismatchError: ``pool`` was made for something else, or has the options that were given beside it.
         UnsupportedModelError: no layer of the model can be quantized.
+        WrongModelError: a policy by layer that is for another model.
 
     Example:
         >>> cache = QuantizedPagedCache(model.config, policy="int4")
@@ -95,23 +96,22 @@ class QuantizedPagedCache(DynamicCache):
         self.pools = PagePools(config, **options) if pool is None else pool.check(config, **options)
         self._pools_shared = pool is not None
         self.policy, self.page_size = self.pools.policy, self.pools.page_size
-        self.prefill = prefill
-        self.impl = impl
-        self.sliding = sliding
+        self.prefill, self.impl, self.sliding = prefill, impl, sliding
         self._log = CallLog()
         self._plan = StepPlan(self.pools.budget)
         self._rotation = Rotation()
-        arguments = (self.policy, self.page_size, prefill == "exact", StepGuard(), self._log, impl)
-        layer_pools = self.pools.layer_pools()
+        arguments = (self.page_size, prefill == "exact", StepGuard(), self._log, impl)
+        policies, layer_pools = self.policy.by_layer(), self.pools.layer_pools()
         layers = build_layers(
             config,
-            lambda: QuantizedPagedLayer(*arguments, next(layer_pools)),
-            (lambda window: QuantizedSlidingLayer(window, *arguments, next(layer_pools)))
+            lambda: QuantizedPagedLayer(next(policies), *arguments, next(layer_pools)),
+            (lambda window: QuantizedSlidingLayer(window, next(policies), *arguments, next(layer_pools)))
             if sliding == "quantized"
             else None,
         )
         # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
         Cache.__init__(self, layers=layers)
+        self.policy.check_layers(len(self.paged_layers))
         # reset() puts copies of these in place: before 5.23 some of transformers' layers keep their length.
         self._unused = {i: copy.deepcopy(x) for i, x in enumerate(layers) if not isinstance(x, PagedLayer)}
         self._fingerprint = fingerprint(config)
@@ -261,11 +261,11 @@ class QuantizedPagedCache(DynamicCache):
             FileNotFoundError: no such file.
         """
 
-        def make(policy: KVPolicy, options: dict[str, Any]) -> QuantizedPagedCache:
+        def make(policy: AnyPolicy, options: dict[str, Any]) -> QuantizedPagedCache:
             if cls is QuantizedPagedCache:  # the others have their own policy
                 options = options | {"policy": policy}
             cache = cls(config, impl=impl, **options)
-            if (cache.policy.keys, cache.policy.values) != (policy.keys, policy.values):
+            if cache.policy != policy:
                 raise SavedCacheError(
                     f"{path} has policy {policy.name!r} and {cls.__name__} is {cache.policy.name!r}; use "
                     "QuantizedPagedCache.load."

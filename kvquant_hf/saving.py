@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from .errors import InterruptedForwardError, SavedCacheError, WrongModelError
 from .layer_state import Tensors, expect, inconsistent, restore_layer, save_layer
-from .policy import KVPolicy
+from .policy import AnyPolicy, named_codecs, policy_from_dict
 from .triton_kernels.codecs import CODECS
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def save_cache(cache: "QuantizedPagedCache", path: str | os.PathLike[str], finge
     header = {
         "kvquant_hf": version("kvquant-hf"),
         "transformers": version("transformers"),
-        "policy": {"keys": cache.policy.keys, "values": cache.policy.values},
+        "policy": cache.policy.as_dict(),
         "options": {name: getattr(cache, name) for name in _OPTIONS},
         "model": fingerprint,
         "tokens": max((store.length for store in stores), default=0),
@@ -92,7 +92,7 @@ def write_file(path: Path, header: dict[str, Any], tensors: Tensors) -> None:
 
 
 def load_cache(
-    make: Callable[[KVPolicy, dict[str, Any]], "QuantizedPagedCache"],
+    make: Callable[[AnyPolicy, dict[str, Any]], "QuantizedPagedCache"],
     path: str | os.PathLike[str],
     fingerprint: tuple[Any, ...],
     device: torch.device,
@@ -113,14 +113,14 @@ def load_cache(
                 f"{path} was filled by the model {header['model']}, the config given is of {list(fingerprint)}; load "
                 "it with the config of the model that filled it."
             )
-        unknown = [codec for codec in header["policy"].values() if codec not in CODECS]
+        unknown = [codec for codec in named_codecs(header["policy"]) if codec not in CODECS]
         unknown += [option for option in header["options"] if option not in _OPTIONS]
         if unknown:
             raise SavedCacheError(
                 f"{path} needs {unknown[0]!r}, which this version does not have; install kvquant-hf "
                 f"{header['kvquant_hf']}, which wrote it, or newer."
             )
-        cache = make(KVPolicy(**header["policy"]), header["options"])
+        cache = make(policy_from_dict(header["policy"]), header["options"])
         # What is written later must be plain tensors, also when the caller is in inference mode now.
         expect(len(header["layers"]) == len(cache.layers), f"the list of layers in {path}")
         with torch.inference_mode(False), torch.no_grad():

@@ -66,7 +66,7 @@ def evaluate(
 
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
     names = [EXACT, *(name for name in _list(policies) if parse_policy(name).name != EXACT)]
-    names = list({parse_policy(name).name: name for name in names}.values())
+    names = list({parse_policy(name): name for name in names}.values())
     for name in names:
         check_cache_options(name, page_size)
     step = page_size if step is None else step
@@ -96,9 +96,9 @@ def evaluate(
     contenders = [paged(loaded.model, name, page_size=page_size) for name in names]
     contenders += [baseline(loaded.model, name) for name in others]
     batches = -(-windows // batch)
-    with _progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
+    with progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
         results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)
-    facts = _facts(loaded, described, ids) | {
+    facts = conditions(loaded, described, ids) | {
         "step": step,
         "page_size": page_size,
         "batch": batch,
@@ -121,7 +121,7 @@ def _list(names: str) -> list[str]:
 
 
 @contextmanager
-def _progress(total: int, *, hidden: bool) -> Iterator[Callable[[str], None]]:
+def progress(total: int, *, hidden: bool) -> Iterator[Callable[[str], None]]:
     """A bar on stderr; yields what is to be called after each forward pass."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -143,7 +143,7 @@ def _progress(total: int, *, hidden: bool) -> Iterator[Callable[[str], None]]:
         yield lambda name: progress.update(task, advance=1, description=name or "exact model")
 
 
-def _facts(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
+def conditions(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
     """The conditions of a measurement."""
     from .. import __version__
 
@@ -173,12 +173,12 @@ def _title(facts: dict[str, Any]) -> str:
 
 def _write_csv(path: str, facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     """A line per cache; the conditions are repeated in each."""
-    conditions = {name: value for name, value in facts.items() if name != "versions"}
-    conditions |= {f"{package}_version": number for package, number in facts["versions"].items()}
+    repeated = {name: value for name, value in facts.items() if name != "versions"}
+    repeated |= {f"{package}_version": number for package, number in facts["versions"].items()}
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["cache", *next(iter(rows.values())), *conditions])
+        writer = csv.DictWriter(file, ["cache", *next(iter(rows.values())), *repeated])
         writer.writeheader()
-        writer.writerows({"cache": name} | row | conditions for name, row in rows.items())
+        writer.writerows({"cache": name} | row | repeated for name, row in rows.items())
 
 
 def _print_table(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..policy import PolicyLike
+from ..policy import LayerwisePolicy, PolicyLike, parse_policy
 from .terminal import CommandError, InputError, downloading, hushed, stage
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -156,7 +156,9 @@ def check_cache_options(policy: PolicyLike, page_size: int = 64, prefill: str = 
 
     from ..cache import QuantizedPagedCache
 
-    QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), policy, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
+    parsed = parse_policy(policy)
+    one = parsed.layers[0] if isinstance(parsed, LayerwisePolicy) else parsed  # for which model, the model will tell
+    QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), one, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
 
 
 def encode_prompt(loaded: LoadedModel, text: str, *, chat: bool = True) -> dict[str, Any]:
