@@ -102,8 +102,9 @@ def _print_table(policy: LayerwisePolicy, described: dict[str, Any]) -> None:
         whole.add_row(name, f"{measured['bits'][name]:.2f}", f"{kld:.2e}")
     console.print(whole)
     on = measured["on"]
+    where = f"{on['model_name']}, {on['dtype']}, {on['text']}, first {on['windows']} windows of {on['context_tokens']}"
     console.print(
-        f"\n{on['model_name']}, {on['dtype']}, {on['text']}: {on['windows']} windows of {on['context_tokens']}, the text "
-        "that it was tuned on\nKLD of a layer: that part coarse, everything else exact; bits: per element in full pages",
+        f"\n{where}, which it was tuned on\n"
+        "KLD of a layer: that part coarse, everything else exact; bits: per element in full pages",
         highlight=False,
     )

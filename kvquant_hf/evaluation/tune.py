@@ -214,6 +214,4 @@ def choose(sensitivity: Sensitivity, parts: Parts, budget: float, page_size: int
         _, part, finer, bits = max(steps)
         held[part] = finer
         left -= bits
-    return LayerwisePolicy(
-        [KVPolicy(held[Part("keys", i)], held[Part("values", i)]) for i in range(len(parts) // 2)]
-    )
+    return LayerwisePolicy([KVPolicy(held[Part("keys", i)], held[Part("values", i)]) for i in range(len(parts) // 2)])

@@ -1,8 +1,8 @@
 """Three bits per code, stored as two planes: two bits of magnitude and one of sign.
 
 The levels are Lloyd-Max's, which are symmetric around zero, so a code is one of four magnitudes and a sign.  Magnitudes
-are packed like every code of 2 bits; the eight signs of a 16-bit word of magnitudes are one byte, so that both unpack side
-by side:
+are packed like every code of 2 bits; the eight signs of a 16-bit word of magnitudes are one byte, so that both unpack
+side by side:
 
     codes   uint8 [P, D/4]     bit    7 6               5 4              3 2              1 0
                                code   channel j + 3D/4  channel j + D/2  channel j + D/4  channel j     j = 0 .. D/4 - 1
@@ -57,7 +57,7 @@ def _code_planes(head_dim: int) -> tuple[Plane, Plane]:
 
 
 def pack_signed(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both planes, uint8 ``[..., D / 4]`` and ``[..., D / 8]``, from codes 0 to 7 in the order of levels ``[..., D]``."""
+    """Both planes, uint8 ``[..., D / 4]`` and ``[..., D / 8]``, from codes 0 to 7 ``[..., D]``, lowest level first."""
     negative = codes < 4
     magnitudes = torch.where(negative, 3 - codes, codes - 4)
     bits = negative.unflatten(-1, (4, -1, 2)).movedim(-3, -1).flatten(-2)  # [..., D / 8, 8]
@@ -162,9 +162,7 @@ def _store_signed(
 ):
     """Write codes 0 to 7 ``[PAGE, BYTES * FIELDS]``, in byte order, to both planes of one page of one head."""
     negative = codes < 4
-    store_codes(
-        planes[0], page_head, offs_n, tl.where(negative, 3 - codes, codes - 4), HEAD_DIM, PAGE, FIELDS, BYTES
-    )
+    store_codes(planes[0], page_head, offs_n, tl.where(negative, 3 - codes, codes - 4), HEAD_DIM, PAGE, FIELDS, BYTES)
     # Eight columns in byte order are the two bytes of a word: column 4 p + f of them is bit 4 p + f.
     columns = tl.arange(0, BYTES * FIELDS)
     bits = negative.to(tl.int32) << (columns % 8)[None, :]
