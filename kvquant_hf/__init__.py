@@ -12,7 +12,7 @@ from .versions import check_version_on_import
 check_version_on_import()  # before anything is imported from transformers
 
 from .cache import QuantizedPagedCache
-from .policy import POLICIES, KVPolicy
+from .policy import POLICIES, KVPolicy, LayerwisePolicy
 from .pools import PagePools
 from .presets import Int4PagedCache, Int8PagedCache, TurboQuantPagedCache
 from .transformers_api import install, uninstall
@@ -22,6 +22,7 @@ __all__ = [
     "Int4PagedCache",
     "Int8PagedCache",
     "KVPolicy",
+    "LayerwisePolicy",
     "PagePools",
     "QuantizedPagedCache",
     "TurboQuantPagedCache",

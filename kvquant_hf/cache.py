@@ -13,7 +13,7 @@ from .errors import OutOfPages, SavedCacheError, WrongModelError
 from .inventory import take_inventory
 from .layer import PagedLayer, StepGuard
 from .options import check_options, check_static
-from .policy import KVPolicy, PolicyLike
+from .policy import AnyPolicy, PolicyLike
 from .pools import PagePools
 from .report import CacheReport, CallLog
 from .saving import load_cache, save_cache
@@ -36,8 +36,8 @@ class QuantizedPagedCache(DynamicCache):
 
     Args:
         config: the model's config.
-        policy: a name (``"int4"``), ``"<keys>/<values>"``, one of LMDeploy's integers, or a ``KVPolicy``; by default
-            that of ``pool``, or ``"int4"``.
+        policy: a name (``"int4"``), ``"<keys>/<values>"``, one of LMDeploy's integers, a ``KVPolicy``, or by layer: a
+            ``LayerwisePolicy`` or a file of ``kvquant tune``; by default that of ``pool``, or ``"int4"``.
         page_size: tokens per page, and the most tokens that are held exact; a multiple of 8; by default that of
             ``pool``, or 64.
         prefill: ``"exact"``: the first prompt attends to its exact keys and values while they are stored;
@@ -60,6 +60,7 @@ class QuantizedPagedCache(DynamicCache):
         UnknownPolicyError: unknown policy, codec or option.  QParamsError: ``qparams`` missing, unreadable, not taken.
         PoolMismatchError: ``pool`` was made for something else, or has the options that were given beside it.
         UnsupportedModelError: no layer of the model can be quantized.
+        WrongModelError: a policy by layer that is for another model.
 
     Example:
         >>> cache = QuantizedPagedCache(model.config, policy="int4")
@@ -97,12 +98,14 @@ class QuantizedPagedCache(DynamicCache):
         self.prefill, self.impl, self.sliding = prefill, impl, sliding
         self._log = CallLog()
         self._plan, self._rotation = StepPlan(self.pools.budget), Rotation()
-        arguments = (self.policy, self.page_size, prefill == "exact", StepGuard(), self._log, impl)
-        layers = build_layers(config, arguments, self.pools.layer_pools(), sliding == "quantized", self.max_length)
+        arguments = (self.page_size, prefill == "exact", StepGuard(), self._log, impl)
+        policies, pools = self.policy.by_layer(), self.pools.layer_pools()
+        layers = build_layers(config, policies, arguments, pools, sliding == "quantized", self.max_length)
         self._fingerprint = fingerprint(config)
         self.qparams = hand_over(qparams, self.policy.name, layers, self._fingerprint)
         # DynamicCache only for isinstance checks inside transformers; its constructor would build its own layers.
         Cache.__init__(self, layers=layers)
+        self.policy.check_layers(len(self.paged_layers))
         # reset() puts copies of these in place: before 5.23 some of transformers' layers keep their length.
         self._unused = {i: copy.deepcopy(x) for i, x in enumerate(layers) if not isinstance(x, PagedLayer)}
         self._latent_rank = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None)
@@ -253,11 +256,11 @@ class QuantizedPagedCache(DynamicCache):
             FileNotFoundError: no such file.
         """
 
-        def make(policy: KVPolicy, options: dict[str, Any]) -> QuantizedPagedCache:
+        def make(policy: AnyPolicy, options: dict[str, Any]) -> QuantizedPagedCache:
             if cls is QuantizedPagedCache:  # the others have their own policy
                 options = options | {"policy": policy}
             cache = cls(config, impl=impl, **options)
-            if (cache.policy.keys, cache.policy.values) != (policy.keys, policy.values):
+            if cache.policy != policy:
                 raise SavedCacheError(
                     f"{path} has policy {policy.name!r} and {cls.__name__} is {cache.policy.name!r}; use "
                     "QuantizedPagedCache.load."

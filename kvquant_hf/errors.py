@@ -9,6 +9,10 @@ class UnknownPolicyError(KVQuantError, ValueError):
     """The policy, codec or option asked for does not exist."""
 
 
+class PolicyFileError(UnknownPolicyError):
+    """A file is no policy by layer that this version can read."""
+
+
 class UnsupportedModelError(KVQuantError, ValueError):
     """The model has no cache that could be quantized, or a head_dim that a codec cannot store."""
 

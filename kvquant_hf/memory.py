@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .policy import PolicyLike, parse_policy
+from .policy import LayerwisePolicy, PolicyLike, parse_policy
 from .triton_kernels.codecs import CODECS
 
 
@@ -45,15 +45,18 @@ def page_cost(
     """Cost of one token in a full page, summed over ``heads`` (multiply by layers for a model).
 
     Args:
-        policy: anything that ``parse_policy`` takes.
+        policy: anything that ``parse_policy`` takes; of a policy by layer, the mean over its layers.
         head_dim: elements per key vector; ``value_head_dim`` the same for values (default: equal).
         heads: number of key/value heads.
         page_size: tokens per page.
         dtype: the model's dtype, for the ratio and for planes stored in it.
     """
     parsed = parse_policy(policy)
+    layers = parsed.layers if isinstance(parsed, LayerwisePolicy) else (parsed,)
     value_head_dim = value_head_dim or head_dim
-    stored = CODECS[parsed.keys].bytes_per_token(head_dim, page_size, dtype)
-    stored += CODECS[parsed.values].bytes_per_token(value_head_dim, page_size, dtype)
+    stored = 0.0
+    for layer in layers:
+        stored += CODECS[layer.keys].bytes_per_token(head_dim, page_size, dtype) / len(layers)
+        stored += CODECS[layer.values].bytes_per_token(value_head_dim, page_size, dtype) / len(layers)
     elements = heads * (head_dim + value_head_dim)
     return PageCost(heads * stored, elements * dtype.itemsize, elements)

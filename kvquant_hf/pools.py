@@ -74,6 +74,7 @@ class PagePools:
 
     Raises:
         UnknownPolicyError: unknown policy, or an option that is out of range.
+        WrongModelError: a policy by layer that was tuned for another model.
 
     Example:
         >>> pools = PagePools(model.config, "int4", max_bytes=2_000_000_000)
@@ -104,6 +105,7 @@ class PagePools:
         self.offload = offload
         self.budget = Budget(max_pages, max_bytes)
         self._fingerprint = fingerprint(config)
+        self.policy.check_model(self._fingerprint)
         self._layers: list[LayerPool] = []
 
     def check(self, config: Any, **options: Any) -> PagePools:

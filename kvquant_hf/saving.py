@@ -24,7 +24,7 @@ from .calibration import QParams
 from .checked_file import CheckedFile, Tensors, check_model
 from .errors import InterruptedForwardError, SavedCacheError
 from .layer_state import expect, inconsistent, restore_layer, save_layer
-from .policy import KVPolicy
+from .policy import AnyPolicy, named_codecs, policy_from_dict
 from .triton_kernels.codecs import CODECS
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def save_cache(cache: "QuantizedPagedCache", path: str | os.PathLike[str], finge
     header = {
         "kvquant_hf": version("kvquant-hf"),
         "transformers": version("transformers"),
-        "policy": {"keys": cache.policy.keys, "values": cache.policy.values},
+        "policy": cache.policy.as_dict(),
         "options": {name: getattr(cache, name) for name in _OPTIONS},
         "model": fingerprint,
         "tokens": max((store.length for store in stores), default=0),
@@ -75,7 +75,7 @@ def save_cache(cache: "QuantizedPagedCache", path: str | os.PathLike[str], finge
 
 
 def load_cache(
-    make: Callable[[KVPolicy, dict[str, Any]], "QuantizedPagedCache"],
+    make: Callable[[AnyPolicy, dict[str, Any]], "QuantizedPagedCache"],
     path: str | os.PathLike[str],
     fingerprint: tuple[Any, ...],
     device: torch.device,
@@ -92,7 +92,7 @@ def load_cache(
     try:
         header = json.loads(text)
         check_model(path, header["model"], fingerprint, "filled by")
-        unknown = [codec for codec in header["policy"].values() if codec not in CODECS]
+        unknown = [codec for codec in named_codecs(header["policy"]) if codec not in CODECS]
         unknown += [option for option in header["options"] if option not in _OPTIONS]
         if unknown:
             raise SavedCacheError(
@@ -102,7 +102,7 @@ def load_cache(
         options = dict(header["options"])
         if "qparams" in header:
             options["qparams"] = QParams.from_parts(header["qparams"], _below("qparams.", tensors))
-        cache = make(KVPolicy(**header["policy"]), options)
+        cache = make(policy_from_dict(header["policy"]), options)
         # What is written later must be plain tensors, also when the caller is in inference mode now.
         expect(len(header["layers"]) == len(cache.layers), f"the list of layers in {path}")
         with torch.inference_mode(False), torch.no_grad():

@@ -83,9 +83,9 @@ def attention_budget(
 # Integers: a range of 64 tokens, or of a vector of 32 channels, is about 5 standard deviations wide, which makes a step
 # of 5 / (2^b - 1) and an error of step / sqrt(12).  Lloyd-Max: the square root of the known distortion.
 _INTEGER = {bits: 5 / (2**bits - 1) / 12**0.5 for bits in (4, 8)}
-_LLOYD = {2: 0.1175**0.5, 4: 0.009497**0.5}
+_LLOYD = {2: 0.1175**0.5}
 RELATIVE_NOISE: dict[str, tuple[float, float]] = {  # keys, values
     "int8": (_INTEGER[8], _INTEGER[8]),
     "int4": (_INTEGER[4], _INTEGER[4]),
-    "turboquant": (_LLOYD[4], _LLOYD[2]),
+    "turboquant": (_INTEGER[4], _LLOYD[2]),
 }

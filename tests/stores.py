@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from kvquant_hf.policy import POLICIES
+from kvquant_hf.policy import KVPolicy, parse_policy
 from kvquant_hf.store import PagedStore
 from kvquant_hf.triton_kernels.codecs import CODECS
 
@@ -18,7 +18,8 @@ def vectors(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
 
 def make_store(policy: str, keys: torch.Tensor, values: torch.Tensor, page_size: int = 64) -> PagedStore:
     """An empty store for tensors like these."""
-    parsed = POLICIES[policy]
+    parsed = parse_policy(policy)
+    assert isinstance(parsed, KVPolicy)
     return PagedStore(CODECS[parsed.keys], CODECS[parsed.values], page_size, keys, values)
 
 

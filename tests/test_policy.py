@@ -1,14 +1,18 @@
 """What users write as a policy, and what a token costs under each."""
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kvquant_hf import KVPolicy
-from kvquant_hf.errors import UnknownPolicyError
+from kvquant_hf import KVPolicy, LayerwisePolicy
+from kvquant_hf.errors import PolicyFileError, UnknownPolicyError, WrongModelError
 from kvquant_hf.memory import page_cost
-from kvquant_hf.policy import POLICIES, QUANT_POLICY, parse_policy
+from kvquant_hf.policy import POLICIES, QUANT_POLICY, parse_policy, policy_from_dict
+from kvquant_hf.policy_file import write_layers
 from kvquant_hf.triton_kernels.codecs import CODECS
 
 
@@ -18,7 +22,7 @@ from kvquant_hf.triton_kernels.codecs import CODECS
         ("exact", "exact", "exact", "exact"),
         ("int8", "int8-channel", "int8-affine", "int8"),
         ("int4", "int4-channel", "int4-hadamard", "int4"),
-        ("turboquant", "lloyd4-centred", "lloyd2", "turboquant"),
+        ("turboquant", "int4-channel", "lloyd2", "turboquant"),
         (8, "int8-token", "int8-token", "int8-token"),
         (4, "int4-token", "int4-token", "int4-token"),
         (42, "lloyd3-sign", "lloyd2-plain", "turboquant-qjl"),
@@ -28,9 +32,10 @@ from kvquant_hf.triton_kernels.codecs import CODECS
         ("int8/int4", "int8-channel", "int4-hadamard", "int8-channel/int4-hadamard"),
         ("int4/int4", "int4-channel", "int4-hadamard", "int4"),
         ("exact/turboquant", "exact", "lloyd2", "exact/lloyd2"),
-        ("int4-channel/lloyd2", "int4-channel", "lloyd2", "int4-channel/lloyd2"),
+        ("int4/turboquant", "int4-channel", "lloyd2", "turboquant"),
+        ("int4-channel/lloyd2", "int4-channel", "lloyd2", "turboquant"),
         ("int8/lloyd2", "int8-channel", "lloyd2", "int8-channel/lloyd2"),
-        ("lloyd4-centred/lloyd2", "lloyd4-centred", "lloyd2", "turboquant"),
+        ("lloyd4-centred/lloyd2", "lloyd4-centred", "lloyd2", "lloyd4-centred/lloyd2"),
         (KVPolicy("exact", "lloyd2"), "exact", "lloyd2", "exact/lloyd2"),
     ],
     ids=lambda x: repr(x) if isinstance(x, (int, str)) else "KVPolicy",
@@ -82,7 +87,7 @@ def test_codec_that_does_not_exist() -> None:
 def test_policies_compare_by_value() -> None:
     assert KVPolicy("exact", "lloyd2") == KVPolicy("exact", "lloyd2")
     assert KVPolicy("exact", "lloyd2") != KVPolicy("lloyd2", "exact")
-    assert len({KVPolicy("exact", "lloyd2"), KVPolicy("exact", "lloyd2")}) == 1
+    assert len({KVPolicy("exact", "lloyd2"), KVPolicy("exact", "lloyd2", "what it is for")}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         POLICIES["int8"].keys = "exact"  # type: ignore[misc]
 
@@ -118,8 +123,8 @@ def test_lmdeploy_bytes(policy: str, head_dim: int, per_dim: float, extra: int, 
         # codes of keys and values, two fp16 per channel and page of 64, two fp16 per token
         ("int8", 64 + 64 + 4 * 64 / 64 + 4),
         ("int4", 32 + 32 + 4 * 64 / 64 + 4),
-        # 4 bit and 2 bit codes, a centre in fp16 per channel and page, two norms in fp16 per token
-        ("turboquant", 32 + 16 + 2 * 64 / 64 + 4),
+        # 4 bit and 2 bit codes, two fp16 per channel and page of 64, one fp16 per token
+        ("turboquant", 32 + 16 + 4 * 64 / 64 + 2),
     ],
 )
 def test_our_bytes_at_head_dim_64(policy: str, bytes_per_token: float) -> None:
@@ -133,3 +138,74 @@ def test_cost_is_the_sum_of_the_planes(policy: str) -> None:
     planes = [plane for side in x for plane in CODECS[getattr(POLICIES[policy], side)].encode(x[side])]
     assert cost.bytes_per_token * 32 == sum(plane.numel() * plane.element_size() for plane in planes)
     assert cost.elements_per_token == 3 * (128 + 64) and cost.dense_bytes_per_token == 4 * cost.elements_per_token
+
+
+# -- by layer ----------------------------------------------------------------------------------------------------------
+
+MIXED = ("int8", "int4/turboquant", KVPolicy("lloyd3-channel", "lloyd3"))
+
+
+def test_a_policy_for_each_layer() -> None:
+    mixed = LayerwisePolicy(MIXED, model=("llama", 3))
+    assert mixed.name == "mixed" and parse_policy(mixed) is mixed
+    assert [policy.name for policy in mixed.layers] == ["int8", "turboquant", "lloyd3-channel/lloyd3"]
+    assert mixed == LayerwisePolicy(list(MIXED)) == policy_from_dict(mixed.as_dict())
+    assert mixed != LayerwisePolicy(["int8", "int8", "int8"]) and mixed != LayerwisePolicy([*MIXED, "int8"])
+    assert mixed != parse_policy("int8") == policy_from_dict(parse_policy("int8").as_dict())
+    assert len({mixed, LayerwisePolicy(MIXED)}) == 1
+
+
+@pytest.mark.parametrize("layers", [[], "int8", ["int8", "int3"], [LayerwisePolicy(["int8"])]], ids=repr)
+def test_no_policy_for_each_layer(layers: Any) -> None:
+    with pytest.raises(UnknownPolicyError, match=r"^[^\n]*; [^\n]*\.$"):
+        LayerwisePolicy(layers)
+
+
+def test_cost_of_a_mix_is_the_mean_of_its_layers() -> None:
+    costs = [page_cost(policy, 64, heads=2).bytes_per_token for policy in MIXED]
+    assert page_cost(LayerwisePolicy(MIXED), 64, heads=2).bytes_per_token == pytest.approx(sum(costs) / 3, rel=1e-12)
+
+
+def saved(path: Path, **changes: Any) -> Path:
+    """A policy file, with some of its fields changed."""
+    write_layers(path, LayerwisePolicy(MIXED).as_dict()["layers"], ("llama", 3), {"bits_per_element": 4.2})
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+def test_file_gives_the_same_policy(tmp_path: Path) -> None:
+    path = saved(tmp_path / "tuned.json")
+    for given in (path, str(path)):
+        policy = parse_policy(given)
+        assert policy == LayerwisePolicy(MIXED)
+        policy.check_model(("llama", 3))
+        with pytest.raises(WrongModelError, match=r"\['llama', 3\] .* \['llama', 4\]; make one with `kvquant tune`"):
+            policy.check_model(("llama", 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "another"}, "holds no policies by layer"),
+        ({"version": 2}, "format version 2, this version of kvquant_hf reads 1"),
+        ({"layers": []}, "holds no policies by layer"),
+        ({"layers": [{"keys": "exact"}]}, "holds no policies by layer"),
+        ({"layers": "exact"}, "holds no policies by layer"),
+        ({"model": None}, "holds no policies by layer"),
+        ({"layers": [{"keys": "exact", "values": "int3"}]}, "unknown codec 'int3'"),
+    ],
+    ids=str,
+)
+def test_files_that_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnknownPolicyError, match=message):
+        parse_policy(saved(tmp_path / "tuned.json", **changes))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"3", b"\xff\xfe", b"{"], ids=repr)
+def test_files_that_are_no_policy(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PolicyFileError, match=r"x\.json.*kvquant tune --out FILE") as caught:
+        parse_policy(str(path))
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")

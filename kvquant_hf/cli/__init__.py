@@ -1,4 +1,4 @@
-"""The command ``kvquant``: ``calibrate``, ``demo``, ``eval``, ``generate``, ``policies`` and ``qparams``.
+"""The command ``kvquant``: ``calibrate``, ``demo``, ``eval``, ``generate``, ``policies``, ``qparams`` and ``tune``.
 
 Text and JSON go to stdout; progress, reports and errors to stderr.  Every error is one sentence that starts with
 "kvquant:" (``KVQUANT_DEBUG=1`` shows the traceback instead).  Exit code 2: wrong input, 1: failure, 130: interrupted.
@@ -11,8 +11,15 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import EvaluationInputError, KVQuantError, QParamsError, UnknownPolicyError, UnsupportedModelError
-from . import calibrate, demo, generate, policies, qparams
+from ..errors import (
+    EvaluationInputError,
+    KVQuantError,
+    QParamsError,
+    UnknownPolicyError,
+    UnsupportedModelError,
+    WrongModelError,
+)
+from . import calibrate, demo, generate, policies, qparams, tune
 from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
@@ -21,7 +28,7 @@ __all__ = ["main"]
 # click's base of all errors about the command line; click itself is vendored by newer versions of typer.
 _ClickError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-_WRONG_INPUT = (EvaluationInputError, QParamsError, UnknownPolicyError, UnsupportedModelError)
+_WRONG_INPUT = (EvaluationInputError, QParamsError, UnknownPolicyError, UnsupportedModelError, WrongModelError)
 
 _app = typer.Typer(
     name="kvquant",
@@ -36,6 +43,7 @@ _app.command("eval")(evaluate)  # not eval: that is Python's own
 _app.command()(generate.generate)
 _app.command()(policies.policies)
 _app.command()(qparams.qparams)
+_app.command()(tune.tune)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -66,7 +66,7 @@ def evaluate(
 
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
     names = [EXACT, *(name for name in _list(policies) if parse_policy(name).name != EXACT)]
-    names = list({parse_policy(name).name: name for name in names}.values())
+    names = list({parse_policy(name): name for name in names}.values())
     parameters = {name: qparams if parse_policy(name).calibrated else None for name in names}
     if qparams is not None and not any(parameters.values()):
         raise InputError("--qparams is for calibrated policies; add int8-static to --policies.")
@@ -102,7 +102,7 @@ def evaluate(
     with progress("measuring", (len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as step_done:
         advance = lambda name: step_done(name or "exact model")  # noqa: E731
         results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)
-    facts = _facts(loaded, described, ids) | {
+    facts = conditions(loaded, described, ids) | {
         "step": step,
         "page_size": page_size,
         "batch": batch,
@@ -124,7 +124,7 @@ def _list(names: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
-def _facts(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
+def conditions(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
     """The conditions of a measurement."""
     from .. import __version__
 
@@ -154,12 +154,12 @@ def _title(facts: dict[str, Any]) -> str:
 
 def _write_csv(path: str, facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     """A line per cache; the conditions are repeated in each."""
-    conditions = {name: value for name, value in facts.items() if name != "versions"}
-    conditions |= {f"{package}_version": number for package, number in facts["versions"].items()}
+    repeated = {name: value for name, value in facts.items() if name != "versions"}
+    repeated |= {f"{package}_version": number for package, number in facts["versions"].items()}
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["cache", *next(iter(rows.values())), *conditions])
+        writer = csv.DictWriter(file, ["cache", *next(iter(rows.values())), *repeated])
         writer.writeheader()
-        writer.writerows({"cache": name} | row | conditions for name, row in rows.items())
+        writer.writerows({"cache": name} | row | repeated for name, row in rows.items())
 
 
 def _print_table(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:

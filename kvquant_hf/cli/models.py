@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..policy import PolicyLike, parse_policy
+from ..policy import POLICIES, LayerwisePolicy, PolicyLike, parse_policy
 from .terminal import CommandError, InputError, downloading, hushed, stage
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -161,9 +161,10 @@ def check_cache_options(
     from ..calibration import read_qparams
 
     parsed = parse_policy(policy)
+    one = parsed.layers[0] if isinstance(parsed, LayerwisePolicy) else parsed  # for which model, the model will tell
     if read_qparams(qparams, parsed.name, parsed.calibrated) is not None:
-        policy = "exact"  # the parameters are not of the model below
-    QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), policy, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
+        one = POLICIES["exact"]  # the parameters are not of the model below
+    QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), one, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
 
 
 def encode_prompt(loaded: LoadedModel, text: str, *, chat: bool = True) -> dict[str, Any]:

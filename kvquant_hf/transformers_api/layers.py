@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 from ..errors import InterruptedForwardError, RollbackError, UnsupportedModelError
 from ..layer import PagedLayer
 from ..paging import LayerPool
+from ..policy import KVPolicy
 from ..sliding import SlidingPagedLayer
 from ..static_layer import StaticPagedLayer
 
@@ -117,6 +118,7 @@ _WINDOWED = ("sliding_attention", "chunked_attention")
 
 def build_layers(
     config: PreTrainedConfig,
+    policies: Iterator[KVPolicy],
     arguments: tuple[Any, ...],
     pools: Iterator[LayerPool],
     quantize_windows: bool,
@@ -126,7 +128,8 @@ def build_layers(
 
     Args:
         config: the model's config.
-        arguments: those of ``PagedLayer`` before its pool.
+        policies: a policy for each layer of ours.
+        arguments: those of ``PagedLayer`` between its policy and its pool.
         pools: a pool for each layer of ours.
         quantize_windows: whether layers with a window or in chunks are ours too.
         max_length: tokens for which static layers reserve memory; None for layers that grow.
@@ -148,11 +151,12 @@ def build_layers(
             )
         elif max_length is not None:
             kind_of_layer = QuantizedStaticSlidingLayer if window else QuantizedStaticLayer
-            layers.append(kind_of_layer(max_length, window, *arguments))
+            layers.append(kind_of_layer(max_length, window, next(policies), *arguments))
         elif window:
-            layers.append(QuantizedSlidingLayer(window, *arguments, next(pools)))
+            layers.append(QuantizedSlidingLayer(window, next(policies), *arguments, next(pools)))
         else:
-            layers.append(QuantizedPagedLayer(*arguments, pool=next(pools)))
+            given = (next(policies), *arguments, next(pools))
+            layers.append(QuantizedPagedLayer(*given))
     if not any(isinstance(layer, PagedLayer) for layer in layers):
         remedy = "sliding='quantized'" if any(kind in _WINDOWED for kind in types) else "transformers' own cache"
         raise UnsupportedModelError(

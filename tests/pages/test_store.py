@@ -8,13 +8,14 @@ import torch
 from stores import fill, live_pages, logical_planes, make_store, raw, same_bytes, vectors
 
 from kvquant_hf.errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
-from kvquant_hf.policy import POLICIES
+from kvquant_hf.policy import POLICIES, parse_policy
 from kvquant_hf.store import PagedStore
 from kvquant_hf.triton_kernels.codecs import CODECS
 
 PAGE = 64
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 1, 1000)
-policies = pytest.mark.parametrize("policy", list(POLICIES))
+PAIRS = (*POLICIES, "lloyd4-centred/lloyd3", "lloyd3-channel/lloyd2")
+policies = pytest.mark.parametrize("policy", PAIRS)
 
 
 def filled(policy: str = "int4", tokens: int = 150, batch: int = 2, chunk: int = 1 << 30, seed: int = 0) -> PagedStore:
@@ -378,4 +379,4 @@ def test_footprint_counts_own_pages_only() -> None:
 
 def test_unused_codec_table_is_complete() -> None:
     """The policies of these tests store every codec there is."""
-    assert {name for policy in POLICIES.values() for name in (policy.keys, policy.values)} == set(CODECS)
+    assert {name for pair in map(parse_policy, PAIRS) for name in (pair.keys, pair.values)} == set(CODECS)

@@ -5,6 +5,7 @@ from .exact import EXACT
 from .integer import INT4_CHANNEL, INT4_HADAMARD, INT8_AFFINE, INT8_CHANNEL
 from .lmdeploy_token import INT4_TOKEN, INT8_TOKEN
 from .static import INT8_STATIC
+from .three_bit import LLOYD3, LLOYD3_CHANNEL
 from .turboquant import LLOYD2, LLOYD4_CENTRED
 from .turboquant_qjl import LLOYD2_PLAIN, LLOYD3_SIGN
 
@@ -18,7 +19,9 @@ CODECS: dict[str, Codec] = {
         INT8_AFFINE,
         INT4_CHANNEL,
         INT4_HADAMARD,
+        LLOYD3_CHANNEL,
         LLOYD4_CENTRED,
+        LLOYD3,
         LLOYD2,
         # LMDeploy's formulae, for comparison.
         INT8_TOKEN,
