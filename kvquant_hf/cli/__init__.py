@@ -1,4 +1,4 @@
-"""The command ``kvquant``: ``demo``, ``eval``, ``generate`` and ``policies``.
+"""The command ``kvquant``: ``demo``, ``eval``, ``generate``, ``lm-eval``, ``needle`` and ``policies``.
 
 Text and JSON go to stdout; progress, reports and errors to stderr.  Every error is one sentence that starts with
 "kvquant:" (``KVQUANT_DEBUG=1`` shows the traceback instead).  Exit code 2: wrong input, 1: failure, 130: interrupted.
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import EvaluationInputError, KVQuantError, UnknownPolicyError, UnsupportedModelError
-from . import demo, generate, policies
+from . import demo, generate, lm_eval, needle, policies
 from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
@@ -33,6 +33,8 @@ _app = typer.Typer(
 _app.command()(demo.demo)
 _app.command("eval")(evaluate)  # not eval: that is Python's own
 _app.command()(generate.generate)
+_app.command("lm-eval", **lm_eval.PASS_ON)(lm_eval.lm_eval)
+_app.command()(needle.needle)
 _app.command()(policies.policies)
 
 

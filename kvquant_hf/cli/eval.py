@@ -2,11 +2,6 @@
 
 import csv
 import hashlib
-import platform
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +9,7 @@ import typer
 
 from ..policy import POLICIES, parse_policy
 from .measure import long_text
+from .measuring import check_writable, conditions, position_limit, progress, split_names
 from .models import LoadedModel, check_cache_options, load_model
 from .terminal import InputError, print_json, say, stage
 
@@ -65,27 +61,26 @@ def evaluate(
     from ..evaluation.text import read_dataset, read_file
 
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
-    names = [EXACT, *(name for name in _list(policies) if parse_policy(name).name != EXACT)]
+    names = [EXACT, *(name for name in split_names(policies) if parse_policy(name).name != EXACT)]
     names = list({parse_policy(name).name: name for name in names}.values())
     for name in names:
         check_cache_options(name, page_size)
     step = page_size if step is None else step
     check_step(step, page_size)
-    others = _list(baselines)
+    others = split_names(baselines)
     for name in others:
         parse_baseline(name)
     if text is not None and dataset is not None:
         raise InputError("--text and --dataset exclude each other.")
     for file in (csv_file, figure):
-        if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
-            raise InputError(f"cannot write {file!r}: give the name of a file in a folder that exists.")
+        check_writable(file)
     if figure is not None:
         check_figure(figure)
     content = read_file(text) if text is not None else read_dataset(dataset) if dataset is not None else long_text()
     described = Path(text).name if text is not None else dataset or DEFAULT_TEXT
 
     loaded = load_model(model, dtype, hidden=as_json)
-    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = position_limit(loaded.model)
     if limit and context > limit:
         raise InputError(f"this model takes {limit} tokens; use at most --context {limit}.")
     with stage("tokenizing the text", hidden=as_json):
@@ -96,7 +91,7 @@ def evaluate(
     contenders = [paged(loaded.model, name, page_size=page_size) for name in names]
     contenders += [baseline(loaded.model, name) for name in others]
     batches = -(-windows // batch)
-    with _progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
+    with progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
         results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)
     facts = _facts(loaded, described, ids) | {
         "step": step,
@@ -116,51 +111,13 @@ def evaluate(
     _say_what_drowns(rows, facts["dtype"])
 
 
-def _list(names: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-
-
-@contextmanager
-def _progress(total: int, *, hidden: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr; yields what is to be called after each forward pass."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    if not console.is_terminal and not hidden:
-        print("measuring ...", file=sys.stderr, flush=True)
-    with Progress(
-        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("measuring", total=total)
-        yield lambda name: progress.update(task, advance=1, description=name or "exact model")
-
-
 def _facts(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
     """The conditions of a measurement."""
-    from .. import __version__
-
-    return {
-        "model": loaded.description,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device),
+    return conditions(loaded) | {
         "text": text,
         "windows": ids.shape[0],
         "context_tokens": ids.shape[1],
         "tokens_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "versions": {
-            "kvquant_hf": __version__,
-            "transformers": version("transformers"),
-            "torch": version("torch"),
-            "python": platform.python_version(),
-        },
     }
 
 

@@ -52,6 +52,12 @@ def read_dataset(name: str) -> str:
     return "\n\n".join(rows["text"])
 
 
+def first_tokens(tokenizer: Any) -> list[int]:
+    """The special token with which the tokenizer begins every text, if it has one."""
+    first = tokenizer("").input_ids[:1]
+    return list(first) if first and first[0] == tokenizer.bos_token_id else []
+
+
 def cut_windows(tokenizer: Any, text: str, context: int, count: int) -> torch.Tensor:
     """The first ``count`` windows of ``context`` tokens, one after the other, nothing left out between them.
 
@@ -67,8 +73,7 @@ def cut_windows(tokenizer: Any, text: str, context: int, count: int) -> torch.Te
     if context < 2:
         raise EvaluationInputError(f"a window of {context} tokens has nothing to predict; use --context 2 or more.")
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    first = tokenizer("").input_ids[:1]
-    first = first if first and first[0] == tokenizer.bos_token_id else []
+    first = first_tokens(tokenizer)
     length = context - len(first)
     if len(ids) < count * length:
         raise EvaluationInputError(

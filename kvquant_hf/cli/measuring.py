@@ -1,0 +1,77 @@
+"""What the commands that measure share: lists of names, a bar, files to write, the conditions of a measurement."""
+
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .models import LoadedModel
+from .terminal import InputError
+
+
+def split_names(names: str) -> list[str]:
+    """The names of a list with commas, each once, in order."""
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def check_writable(file: str | None) -> None:
+    """Say before anything is measured that the result could not be written.
+
+    Raises:
+        InputError: the folder does not exist, or it is a folder.
+    """
+    if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
+        raise InputError(f"cannot write {file!r}: give the name of a file in a folder that exists.")
+
+
+def position_limit(model: Any) -> int | None:
+    """Tokens that a model can read; None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+@contextmanager
+def progress(total: int, *, hidden: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; yields what is to be called after each forward pass, with what it was for.
+
+    Args:
+        total: forward passes.
+        hidden: show nothing unless stderr is a terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    if not console.is_terminal and not hidden:
+        print("measuring ...", file=sys.stderr, flush=True)
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("measuring", total=total)
+        yield lambda name: bar.update(task, advance=1, description=name or "exact model")
+
+
+def conditions(loaded: LoadedModel) -> dict[str, Any]:
+    """Model, dtype, device and versions, ready for JSON."""
+    from .. import __version__
+
+    return {
+        "model": loaded.description,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+        "versions": {
+            "kvquant_hf": __version__,
+            "transformers": version("transformers"),
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+    }
