@@ -4,8 +4,8 @@
 distributions; ``text.py`` cuts text into windows; ``outliers.py`` gives any model the outlier keys that make quantizing
 hard; ``baselines.py`` puts transformers' own quantized caches to the same test; ``figure.py`` draws the result.
 
-``needle.py`` asks for a fact in a long text, ``heatmap.py`` draws where it was found.  ``lm_eval_model.py``, which nothing
-here imports, is a model for lm-eval.
+``needle.py`` asks for a fact in a long text, and ``heatmap.py`` draws where it was found.  ``lm_eval_model.py``, which
+nothing here imports, is a model for lm-eval.
 """
 
 from .harness import Contender, Result, Storage, evaluate, paged
