@@ -72,7 +72,13 @@ RULES = {
             "kvquant_hf.cli",
             "kvquant_hf.cli.*",
             "kvquant_hf.evaluation.baselines",  # transformers' own quantized caches are what it is about
+            "kvquant_hf.evaluation.lm_eval_model",  # a GGUF file needs transformers' settings
         ),
+    ),
+    "lm-eval is needed by one command and its model alone": Rule(
+        ("kvquant_hf", "kvquant_hf.*"),
+        banned=("lm_eval", "kvquant_hf.evaluation.lm_eval_model"),
+        exempt=("kvquant_hf.cli.lm_eval", "kvquant_hf.evaluation.lm_eval_model"),
     ),
     "the library does not need its command": Rule(
         ("kvquant_hf", "kvquant_hf.*"),
@@ -152,6 +158,7 @@ def test_import_directions(path: Path) -> None:
         ("kvquant_hf.paging", "def f():\n    from transformers import Cache"),
         ("kvquant_hf.attention", "import importlib\nimportlib.import_module('transformers')"),
         ("kvquant_hf.memory", "from . import cli"),
+        ("kvquant_hf.evaluation.text", "from .lm_eval_model import KVQuantLM"),
     ],
 )
 def test_the_checker_refuses(module: str, source: str) -> None:

@@ -1,4 +1,4 @@
-"""The command ``kvquant``: ``calibrate``, ``demo``, ``eval``, ``generate``, ``policies``, ``qparams`` and ``tune``.
+"""The command ``kvquant``: measuring, tuning, calibrating and trying quantized KV caches from a shell.
 
 Text and JSON go to stdout; progress, reports and errors to stderr.  Every error is one sentence that starts with
 "kvquant:" (``KVQUANT_DEBUG=1`` shows the traceback instead).  Exit code 2: wrong input, 1: failure, 130: interrupted.
@@ -19,7 +19,7 @@ from ..errors import (
     UnsupportedModelError,
     WrongModelError,
 )
-from . import calibrate, demo, generate, policies, qparams, tune
+from . import calibrate, demo, generate, lm_eval, needle, policies, qparams, tune
 from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
@@ -41,6 +41,8 @@ _app.command()(calibrate.calibrate)
 _app.command()(demo.demo)
 _app.command("eval")(evaluate)  # not eval: that is Python's own
 _app.command()(generate.generate)
+_app.command("lm-eval", **lm_eval.PASS_ON)(lm_eval.lm_eval)
+_app.command()(needle.needle)
 _app.command()(policies.policies)
 _app.command()(qparams.qparams)
 _app.command()(tune.tune)

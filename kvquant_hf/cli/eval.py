@@ -2,8 +2,6 @@
 
 import csv
 import hashlib
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +9,9 @@ import typer
 
 from ..policy import POLICIES, parse_policy
 from .measure import long_text
+from .measuring import check_writable, conditions, position_limit, progress, split_names
 from .models import LoadedModel, check_cache_options, load_model
-from .terminal import InputError, print_json, progress, say, stage
+from .terminal import InputError, print_json, say, stage
 
 EXACT = "exact"
 DEFAULT_POLICIES = ",".join(name for name, policy in POLICIES.items() if name != EXACT and not policy.calibrated)
@@ -65,7 +64,7 @@ def evaluate(
     from ..evaluation.text import read_dataset, read_file
 
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
-    names = [EXACT, *(name for name in _list(policies) if parse_policy(name).name != EXACT)]
+    names = [EXACT, *(name for name in split_names(policies) if parse_policy(name).name != EXACT)]
     names = list({parse_policy(name): name for name in names}.values())
     parameters = {name: qparams if parse_policy(name).calibrated else None for name in names}
     if qparams is not None and not any(parameters.values()):
@@ -74,21 +73,20 @@ def evaluate(
         check_cache_options(name, page_size, qparams=parameters[name])
     step = page_size if step is None else step
     check_step(step, page_size)
-    others = _list(baselines)
+    others = split_names(baselines)
     for name in others:
         parse_baseline(name)
     if text is not None and dataset is not None:
         raise InputError("--text and --dataset exclude each other.")
     for file in (csv_file, figure):
-        if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
-            raise InputError(f"cannot write {file!r}: give the name of a file in a folder that exists.")
+        check_writable(file)
     if figure is not None:
         check_figure(figure)
     content = read_file(text) if text is not None else read_dataset(dataset) if dataset is not None else long_text()
     described = Path(text).name if text is not None else dataset or DEFAULT_TEXT
 
     loaded = load_model(model, dtype, hidden=as_json)
-    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = position_limit(loaded.model)
     if limit and context > limit:
         raise InputError(f"this model takes {limit} tokens; use at most --context {limit}.")
     with stage("tokenizing the text", hidden=as_json):
@@ -99,10 +97,9 @@ def evaluate(
     contenders = [paged(loaded.model, name, page_size=page_size, qparams=parameters[name]) for name in names]
     contenders += [baseline(loaded.model, name) for name in others]
     batches = -(-windows // batch)
-    with progress("measuring", (len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as step_done:
-        advance = lambda name: step_done(name or "exact model")  # noqa: E731
+    with progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
         results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)
-    facts = conditions(loaded, described, ids) | {
+    facts = text_conditions(loaded, described, ids) | {
         "step": step,
         "page_size": page_size,
         "batch": batch,
@@ -120,28 +117,13 @@ def evaluate(
     _say_what_drowns(rows, facts["dtype"])
 
 
-def _list(names: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-
-
-def conditions(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
+def text_conditions(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
     """The conditions of a measurement."""
-    from .. import __version__
-
-    return {
-        "model": loaded.description,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device),
+    return conditions(loaded) | {
         "text": text,
         "windows": ids.shape[0],
         "context_tokens": ids.shape[1],
         "tokens_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "versions": {
-            "kvquant_hf": __version__,
-            "transformers": version("transformers"),
-            "torch": version("torch"),
-            "python": platform.python_version(),
-        },
     }
 
 

@@ -7,10 +7,11 @@ import typer
 
 from ..policy import LayerwisePolicy
 from ..policy_file import SUFFIX, write_layers
-from .eval import DEFAULT_TEXT, conditions
+from .eval import DEFAULT_TEXT, text_conditions
 from .measure import long_text
+from .measuring import progress
 from .models import check_cache_options, load_model
-from .terminal import InputError, print_json, progress, say, stage
+from .terminal import InputError, print_json, say, stage
 
 UNIFORM = ("turboquant", "int4")
 
@@ -48,15 +49,14 @@ def tune(
     with stage("tokenizing the text", hidden=as_json):
         ids = cut_windows(loaded.tokenizer, content, context, windows)
     parts = find_parts(loaded.model)
-    with progress("measuring", passes(parts, ids, page_size, batch), hidden=as_json) as step_done:
-        advance = lambda name: step_done(name or "exact model")  # noqa: E731
+    with progress(passes(parts, ids, page_size, batch), hidden=as_json) as advance:
         sensitivity = measure(loaded.model, ids, parts, page_size=page_size, batch=batch, advance=advance)
     policy = choose(sensitivity, parts, budget, page_size)
     with stage("measuring the result", hidden=as_json):
         contenders = [paged(loaded.model, policy, page_size=page_size)._replace(name="tuned")]
         contenders += [paged(loaded.model, name, page_size=page_size) for name in UNIFORM]
         results = evaluate(loaded.model, ids, contenders, step=page_size, page_size=page_size, batch=batch)
-    facts = conditions(loaded, DEFAULT_TEXT if text is None else Path(text).name, ids)
+    facts = text_conditions(loaded, DEFAULT_TEXT if text is None else Path(text).name, ids)
     described: dict[str, Any] = {
         "bits_per_element": mean_bits(policy, parts, page_size),
         "budget": budget,

@@ -3,11 +3,26 @@
 ``harness.py`` reads text through caches, chunk by chunk beside the exact model; ``metrics.py`` compares next-token
 distributions; ``text.py`` cuts text into windows; ``outliers.py`` gives any model the outlier keys that make quantizing
 hard; ``baselines.py`` puts transformers' own quantized caches to the same test; ``figure.py`` draws the result.
+
+``needle.py`` asks for a fact in a long text, and ``heatmap.py`` draws where it was found.  ``lm_eval_model.py``, which
+nothing here imports, is a model for lm-eval.
 """
 
 from .harness import Contender, Result, Storage, evaluate, paged
 from .metrics import Accuracy
+from .needle import find_needles, hide_needles
 from .outliers import with_outlier_keys
 from .text import cut_windows
 
-__all__ = ["Accuracy", "Contender", "Result", "Storage", "cut_windows", "evaluate", "paged", "with_outlier_keys"]
+__all__ = [
+    "Accuracy",
+    "Contender",
+    "Result",
+    "Storage",
+    "cut_windows",
+    "evaluate",
+    "find_needles",
+    "hide_needles",
+    "paged",
+    "with_outlier_keys",
+]

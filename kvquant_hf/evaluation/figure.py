@@ -10,8 +10,12 @@ from .harness import EXACT, Result
 SUFFIXES = (".pdf", ".png", ".svg")
 
 
-def check_figure(path: str) -> None:
+def check_figure(path: str, option: str = "--figure") -> None:
     """Say before anything is measured that a figure could not be drawn.
+
+    Args:
+        path: the file to be drawn.
+        option: how the user asked for it.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -21,7 +25,7 @@ def check_figure(path: str) -> None:
         raise EvaluationInputError(f"cannot draw {path!r}; name a file that ends with {', '.join(SUFFIXES)}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingPackageError(
-            "--figure needs the package matplotlib; run: pip install matplotlib, or leave it out."
+            f"{option} needs the package matplotlib; run: pip install matplotlib, or leave it out."
         )
 
 

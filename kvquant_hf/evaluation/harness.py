@@ -18,6 +18,7 @@ import torch
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationError, EvaluationInputError, UnsupportedModelError
 from ..policy import POLICIES, PolicyLike, parse_policy
+from ..report import CacheReport
 from .metrics import Accuracy, Scores, compare, join, summarize
 
 EXACT = "exact"
@@ -103,6 +104,24 @@ def paged(model: Any, policy: PolicyLike, *, page_size: int = 64, qparams: Any =
     return Contender(policy if name not in POLICIES and isinstance(policy, str) else name, make, weigh_paged)
 
 
+def check_was_read(report: CacheReport, tokens: int) -> None:
+    """Refuse a measurement whose attention did not go through the cache.
+
+    Args:
+        report: of a cache that was made with ``prefill="quantized"``.
+        tokens: per sequence, that were read into it.
+
+    Raises:
+        EvaluationError: attention calls bypassed the cache, or it holds something else.
+    """
+    calls = report.paged_calls + report.fallback_calls
+    if report.prefill_calls or not calls or report.tokens != tokens:
+        raise EvaluationError(
+            f"{report.prefill_calls} of {report.prefill_calls + calls} attention calls did not read the cache, which "
+            f"holds {report.tokens} of {tokens} tokens; make it with prefill='quantized' and give it to no one else."
+        )
+
+
 def weigh_paged(cache: QuantizedPagedCache, reference: Any) -> Storage:
     """Bytes of our cache, from its report.
 
@@ -110,13 +129,7 @@ def weigh_paged(cache: QuantizedPagedCache, reference: Any) -> Storage:
         EvaluationError: attention did not go through the cache.
     """
     report = cache.report()
-    calls = report.paged_calls + report.fallback_calls
-    if report.prefill_calls or not calls or report.tokens != reference.get_seq_length():
-        raise EvaluationError(
-            f"{report.prefill_calls} of {report.prefill_calls + calls} attention calls did not read the cache, which "
-            f"holds {report.tokens} of {reference.get_seq_length()} tokens; make it with prefill='quantized' and give "
-            "it to no one else."
-        )
+    check_was_read(report, reference.get_seq_length())
     return Storage(
         report.bytes, report.elements, report.packed_bytes, report.sealed_elements, fallback_calls=report.fallback_calls
     )

@@ -65,6 +65,12 @@ def load_rows(name: str, path: str, config: str | None, split: str, instead: str
         ) from error
 
 
+def first_tokens(tokenizer: Any) -> list[int]:
+    """The special token with which the tokenizer begins every text, if it has one."""
+    first = tokenizer("").input_ids[:1]
+    return list(first) if first and first[0] == tokenizer.bos_token_id else []
+
+
 def cut_windows(
     tokenizer: Any, text: str, context: int, count: int, options: tuple[str, str] = ("--context", "--windows")
 ) -> torch.Tensor:
@@ -89,8 +95,7 @@ def cut_windows(
     if context < 2:
         raise EvaluationInputError(f"a window of {context} tokens has nothing to predict; use {options[0]} 2 or more.")
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    first = tokenizer("").input_ids[:1]
-    first = first if first and first[0] == tokenizer.bos_token_id else []
+    first = first_tokens(tokenizer)
     length = context - len(first)
     if len(ids) < count * length:
         raise EvaluationInputError(
