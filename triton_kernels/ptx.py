@@ -10,7 +10,8 @@ Table levels    ``prmt`` looks up four bytes at once: its selector is four nibbl
                 are looked up as low and as high bytes, and two more ``prmt`` put these together.  Sixteen levels are
                 symmetric around zero: the table has the eight magnitudes, and the sign is the code's highest bit.
 
-Instructions per level: whole bytes 0.5, nibbles 0.875, pairs of bits by table 1.375, nibbles by table 2.375.
+Instructions per level: whole bytes 0.5, nibbles 0.875, pairs of bits by table 1.375, with a sign or nibbles by table
+2.375.
 ``tests/kernels/test_ptx.py`` runs these very strings over all inputs.
 """
 
@@ -74,6 +75,18 @@ def pair_lookup(levels: tuple[float, ...]) -> str:
                 f"    prmt.b32 ${2 * field + byte}, lo, hi, 0x6240;",
                 f"    prmt.b32 ${2 * field + byte + 4}, lo, hi, 0x7351;",
             ]
+    return "\n".join([*lines, "}"])
+
+
+def signed_pair_lookup(magnitudes: tuple[float, ...]) -> str:
+    """PTX that looks up codes of 2 bits in four ``magnitudes`` and gives part p the sign of bit 4 (p % 2) + p // 2 of
+    ``$9``, which holds 8 bits for each of the two words."""
+    lines = pair_lookup(magnitudes).splitlines()[:-1]
+    for part in range(8):
+        lines += [
+            f"    shl.b32 x, $9, {15 - (part % 2 * 4 + part // 2)};",
+            f"    lop3.b32 ${part}, ${part}, x, 0x80008000, 0x78;",
+        ]
     return "\n".join([*lines, "}"])
 
 
@@ -142,6 +155,14 @@ def run_on_words(words, ASM: tl.constexpr, PARTS: tl.constexpr):
         return tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,r", [words], (tl.float16,) * 4, True, 2)
     else:
         return tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [words], (tl.float16,) * 8, True, 2)
+
+
+@triton.jit
+def run_on_words_and_signs(words, signs, ASM: tl.constexpr):
+    """Run ``ASM`` on int16 ``words`` and ``signs`` of their shape; eight fp16 tensors of it."""
+    return tl.inline_asm_elementwise(
+        ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [words, signs], (tl.float16,) * 8, True, 2
+    )
 
 
 @triton.jit

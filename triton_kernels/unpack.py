@@ -18,7 +18,7 @@ Levels leave here in the dtype of the product.  On NVIDIA GPUs integer codes lea
 code, which is the code times 2^-24 exactly; ``level_unit`` in ``decode.py`` is what undoes it, in float32.
 """
 
-from .ptx import nibbles, run_on_words, run_on_words_and_numbers, whole_bytes
+from .ptx import nibbles, run_on_words, run_on_words_and_numbers, run_on_words_and_signs, whole_bytes
 from .target import tl, triton
 
 
@@ -127,6 +127,21 @@ def unpack_levels(
             shift = part // 2 * (8 // FIELDS) + part % 2 * 8
             codes = (words >> shift) & ((1 << (8 // FIELDS)) - 1)
             parts = parts + (select_levels(codes, TABLE, 1 << (8 // FIELDS), DTYPE),)
+        return parts
+
+
+@triton.jit
+def unpack_magnitudes(words, signs, TABLE: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Codes of 2 bits: ``TABLE[code]``, or minus that where bit 4 (p % 2) + p // 2 of ``signs`` (int16, of the shape of
+    ``words``) is set for part p, as a tuple of 8 parts."""
+    if PTX:
+        return run_on_words_and_signs(words, signs, ASM)
+    else:
+        parts = ()
+        for part in tl.static_range(8):
+            codes = (words >> (part // 2 * 2 + part % 2 * 8)) & 3
+            level = select_levels(codes, TABLE, 4, DTYPE)
+            parts = parts + (tl.where(((signs >> (part % 2 * 4 + part // 2)) & 1) != 0, -level, level),)
         return parts
 
 

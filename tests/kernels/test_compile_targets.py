@@ -15,7 +15,9 @@ PAIRS = {
     "exact": ("exact", "exact"),
     "int8": ("int8-channel", "int8-affine"),
     "int4": ("int4-channel", "int4-hadamard"),
-    "turboquant": ("lloyd4-centred", "lloyd2"),
+    "turboquant": ("int4-channel", "lloyd2"),
+    "lloyd4": ("lloyd4-centred", "lloyd2"),
+    "lloyd3": ("lloyd3-channel", "lloyd3"),
     "int8-token": ("int8-token", "int8-token"),
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),
@@ -27,6 +29,8 @@ STACK = {
 }
 # Masks of several rows, float32 models and GPUs whose products run without tensor cores are not promised anything.
 UNTUNED = ("sm_7",)
+# Three bits in two planes, which have no rows of their own in the launch table yet: some stack is left.
+SPILLING = (PAIRS["lloyd3"],)
 
 
 def check(case: Case, built: list[Built] | str) -> list[str]:
@@ -34,7 +38,12 @@ def check(case: Case, built: list[Built] | str) -> list[str]:
     if isinstance(built, str):
         return [f"{case}: {built}"]
     wrong = []
-    tuned = case.dtype != "float32" and not case.target.startswith(UNTUNED) and (not case.mask or case.queries == 1)
+    tuned = (
+        case.dtype != "float32"
+        and (case.keys, case.values) not in SPILLING
+        and not case.target.startswith(UNTUNED)
+        and (not case.mask or case.queries == 1)
+    )
     for kernel in built:
         if kernel.shared > TARGETS[case.target].shared:
             wrong.append(f"{case}: {kernel.name} wants {kernel.shared} bytes of shared memory")
@@ -46,13 +55,13 @@ def check(case: Case, built: list[Built] | str) -> list[str]:
 def trimmed(target: str) -> list[Case]:
     """A case of each kind that could fail on ``target`` alone; ``test_the_loop_of_sm_90`` has the common ones there."""
     half = "float16" if target == "sm_75" else "bfloat16"
-    names = {"sm_80": ("int8", "int4", "turboquant", "turboquant-qjl"), "sm_90": ("int8-token", "int4-token")}
+    names = {"sm_80": ("int8", "int4", "turboquant", "turboquant-qjl"), "sm_90": ("int8-token", "int4-token", "lloyd3")}
     cases = [Case(target, *PAIRS[name], dtype=half) for name in names.get(target, ("int4", "turboquant"))]
     if target in ("sm_75", "sm_90", "gfx942"):
         cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
     if target == "sm_90":
         cases.append(Case(target, *PAIRS["turboquant-qjl"]))
-        cases += [Case(target, *PAIRS[name], head_dim=dim) for name in ("exact", "turboquant") for dim in (64, 256)]
+        cases += [Case(target, *PAIRS[name], head_dim=dim) for name in ("exact", "lloyd4") for dim in (64, 256)]
         cases += [Case(target, *PAIRS["int4"], queries=16), Case(target, *PAIRS["int8"], dtype="float32", head_dim=64)]
         cases += [Case(target, *PAIRS["int4"], mask="bool"), Case(target, *PAIRS["int8"], mask="bool", queries=4)]
         cases += [Case(target, *PAIRS["int4"], dtype="float16", softcap=30.0, window=512, head_dim=80)]

@@ -97,6 +97,21 @@ def test_pair_lookup(levels: tuple[float, ...]) -> None:
     check(ptx.pair_lookup(levels), 4, np.array(levels, np.float16))
 
 
+def test_signed_pair_lookup() -> None:
+    """All words with several bytes of signs, other ones for the word in the upper half."""
+    magnitudes = np.array(lloyd_max.LEVELS[3][4:], np.float16)
+    asm = ptx.signed_pair_lookup(lloyd_max.LEVELS[3][4:])
+    for signs, others in ((0x00, 0xFF), (0xA5, 0x3C), (0x81, 0x42), (0x18, 0xE7)):
+        # The emulator has one input: the signs become an immediate.
+        results = run(asm.replace("$9", f"0x{signs | others << 16:08x}"), 8)
+        for part, result in enumerate(results):
+            bit = part % 2 * 4 + part // 2
+            for words, byte, half in ((WORDS, signs, result & 0xFFFF), (OTHERS, others, result >> 16)):
+                level = magnitudes[(words >> (part // 2 * 2 + part % 2 * 8)) & 3]
+                expected = -level if byte >> bit & 1 else level
+                np.testing.assert_array_equal(half.astype(np.uint16), expected.view(np.uint16), err_msg=f"part {part}")
+
+
 def test_nibble_lookup() -> None:
     check(ptx.nibble_lookup(lloyd_max.LEVELS[4]), 2, np.array(lloyd_max.LEVELS[4], np.float16))
 

@@ -15,8 +15,8 @@ Keys, the levels L stretched over the range of each channel of the page:
     x_hat = centre + scale * L(code)     scale, centre  fp16 [D]                         3 + 32/P bits per element
 
 ``centre`` is the fp16 number next to the middle of the range and ``scale`` the smallest fp16 number with which the last
-levels reach both ends: the token with the largest key of a channel is often the one that all others attend to, and
-clipping it costs more than finer steps bring.  |x_hat - x| <= scale * (widest gap of L) / 2 within the range of fp16.
+levels reach both ends: clipping a channel costs far more accuracy than finer steps bring back, and Lloyd-Max's spacing
+inside the range less than even steps (``docs/accuracy.md`` has the numbers).  |x_hat - x| <= scale * (widest gap of L) / 2 within the range of fp16.
 
 Values, rotated, Lloyd-Max levels and the unbiased scale of ``turboquant.py``:
 
@@ -31,12 +31,12 @@ from dataclasses import dataclass
 import torch
 
 from ..pack import byte_columns, store_codes
-from ..ptx import pair_lookup
+from ..ptx import signed_pair_lookup
 from ..target import tl, triton
 from ..tile_math import bucket_levels
 from ..tile_math import fp16_at_least as tile_at_least
 from ..tile_math import round_saturating as tile_saturating
-from ..unpack import load_channels, load_words, unpack_levels
+from ..unpack import load_channels, load_words, unpack_magnitudes
 from .base import Codec, Plane, Tile
 from .jit import KernelCodec, no_channels
 from .lloyd_max import BOUNDARIES, LEVELS, cell_radius, quantize
@@ -46,7 +46,7 @@ from .turboquant import LloydMaxCodec
 _LEVELS = tl.constexpr(LEVELS[3])
 _BOUNDARIES = tl.constexpr(BOUNDARIES[3])
 _MAGNITUDES = tl.constexpr(LEVELS[3][4:])
-_LOOKUP = tl.constexpr(pair_lookup(LEVELS[3][4:]))
+_LOOKUP = tl.constexpr(signed_pair_lookup(LEVELS[3][4:]))
 
 
 # -- planes ------------------------------------------------------------------------------------------------------------
@@ -100,12 +100,7 @@ def _signed_parts(
         pointers = signs_ptr + offs_n[:, None] * WIDTH + offs_w[None, :]
         mask_w = (offs_w < WIDTH)[None, :]
     signs = tl.load(pointers, mask=mask_w, other=0)  # [N, WORDS] or [WORDS, N]
-    magnitudes = unpack_levels(words, _MAGNITUDES, _LOOKUP, FIELDS, DTYPE, PTX)
-    parts = ()
-    for part in tl.static_range(2 * FIELDS):
-        negative = ((signs >> (part % 2 * 4 + part // 2)) & 1) != 0
-        parts = parts + (tl.where(negative, -magnitudes[part], magnitudes[part]),)
-    return parts
+    return unpack_magnitudes(words, signs.to(tl.int16), _MAGNITUDES, _LOOKUP, DTYPE, PTX)
 
 
 @triton.jit
