@@ -62,7 +62,7 @@ def paged_attention_triton(
     heads, value_dim = values.tail.shape[1], values.head_dim
     rows = query_heads // heads * queries
     k, v = keys.codec.kernel, values.codec.kernel
-    elements = keys.page_size * triton.next_power_of_2(max(key_dim, value_dim))
+    elements = keys.page_size * max(key_dim, value_dim)
     bits = keys.codec.bits + values.codec.bits
     config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits)
     programs = batch * heads * triton.cdiv(rows, config.rows)
