@@ -68,7 +68,7 @@ def decode_kernel(built: list[Built] | str) -> Built:
 
 def half(target: str) -> str:
     """The 16-bit dtype that models use on a GPU."""
-    return "float16" if target == "sm_75" else "bfloat16"
+    return "float16" if target in ("sm_70", "sm_75") else "bfloat16"
 
 
 def resources() -> str:

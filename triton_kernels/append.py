@@ -14,7 +14,9 @@ alone reads the old open page and writes the new one, with a barrier in between.
 Planes equal those of the torch codec bit for bit where no rotation is involved: the same IEEE operations in the same
 order, which is why divisions and roots are the correctly rounded ones and the launch forbids the compiler to fuse a
 multiplication with an addition.  The rotation sums in another order than a matrix product in torch, so a code that is a
-float32 rounding away from a boundary may fall on the other side of it.
+float32 rounding away from a boundary may fall on the other side of it; therefore the Lloyd-Max codecs, always rotated,
+take the GPU's own roots and divisions, right to two units in the last place.  Correctly rounded ones call subroutines,
+for which the assembler keeps a hundred registers and a stack.
 
 The rotation is a product with the Hadamard signs, made in registers, in slices of the head's channels: its operands are
 signs and vectors as the model made them, so products are exact in the model's dtype and only the float32 sums round.

@@ -15,6 +15,7 @@ import torch
 
 from .codecs.jit import KernelCodec
 from .launch import LaunchConfig
+from .ptx import program_again
 from .target import has_ptx, tl, triton
 from .tile_math import online_softmax
 from .unpack import part_channels
@@ -312,6 +313,13 @@ def _decode_kernel(
                 added = added + (accumulator[part] * decay[None, :] + product,)
             accumulator = added
 
+        if PTX and STAGES > 1:  # without a page ahead there are registers enough, and the assembler uses more for this
+            again = program_again(0)
+            split = program_again(1)
+            row = again % row_blocks * ROWS + tl.arange(0, ROWS)
+            row_exists = row < GROUP * queries
+            head = (again // row_blocks) % heads
+            batch = again // row_blocks // heads
         first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
         for part in tl.static_range(V_PARTS):
             columns = part * V_WORDS + tl.arange(0, V_WORDS)

@@ -73,10 +73,13 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("", 0, 64 * 128, 9, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
     LaunchRow("", 0, 64 * 128, 0, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 256, 9, 6, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
-    LaunchRow("sm_1", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=4, stages=1, residents=2, long_stages=2)),
-    # Without the prefetch: with it, look-up tables and a page ahead do not fit in the registers together.  A long page
-    # of a narrower head is the other way round.
-    LaunchRow("", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
+    LaunchRow("sm_1", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    # Without the prefetch on some: with it, look-up tables and a page ahead do not fit in their registers together.  A
+    # narrower head, or a long page of one, is the other way round.
+    LaunchRow("", 0, 64 * 192, 0, 6, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
+    LaunchRow("sm_80", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
+    LaunchRow("sm_90", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
+    LaunchRow("", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
     LaunchRow("", 0, 64 * 256, 9, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
     LaunchRow("", 0, 64 * 256, 0, 16, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
     LaunchRow("", 0, _ANY, 0, _ANY, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
@@ -121,7 +124,7 @@ def launch_config(architecture: str, itemsize: int, elements: int, rows: int, bi
     Args:
         architecture: ``"sm_90"``, ``"gfx942"``, or ``"cpu"`` under the interpreter.
         itemsize: bytes of an element in the model's dtype.
-        elements: tokens of a page times the larger head_dim, padded to a power of two.
+        elements: tokens of a page times the larger head_dim.
         rows: query heads per key/value head times queries.
         bits: bits of a code, keys plus values.
     """

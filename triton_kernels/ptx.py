@@ -181,3 +181,14 @@ def whole_bytes(words):
 def nibbles(words):
     """Four parts of codes of 4 bits, times 2^-24."""
     return run_on_words(words, _NIBBLES, 4)
+
+
+@triton.jit
+def program_again(AXIS: tl.constexpr):
+    """``tl.program_id(AXIS)`` of axis 0 or 1, read anew.
+
+    A compiler computes what follows from the program's id once, at the start, and keeps it in registers up to its last
+    use, over a loop that has none to spare.  It cannot know that this is the same number.
+    """
+    ASM: tl.constexpr = "mov.u32 $0, %ctaid.x;" if AXIS == 0 else "mov.u32 $0, %ctaid.y;"
+    return tl.inline_asm_elementwise(ASM, "=r", [], tl.int32, False, 1)

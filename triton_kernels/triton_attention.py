@@ -63,7 +63,7 @@ def paged_attention_triton(
     rows = query_heads // heads * queries
     k, v = keys.codec.kernel, values.codec.kernel
     assert k is not None and v is not None, "choose() lets no other codec through"
-    elements = keys.page_size * triton.next_power_of_2(max(key_dim, value_dim))
+    elements = keys.page_size * max(key_dim, value_dim)
     bits = keys.codec.bits + values.codec.bits
     config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits)
     programs = batch * heads * triton.cdiv(rows, config.rows)

@@ -35,6 +35,7 @@ class Target(NamedTuple):
 
 
 TARGETS: dict[str, Target] = {
+    "sm_70": Target("cuda", 70, 32, 96 << 10),
     "sm_75": Target("cuda", 75, 32, 64 << 10),
     "sm_80": Target("cuda", 80, 32, 163 << 10),
     "sm_86": Target("cuda", 86, 32, 99 << 10),

@@ -24,7 +24,7 @@ def questions() -> list[tuple[str, int, int, int, int]]:
         for architecture in ARCHITECTURES
         for itemsize in (2, 4)
         for page in (16, 64, 128)
-        for dim in (64, 128, 256)
+        for dim in (64, 128, 192, 256)
         for rows in (1, 8, 9, 64)
         for bits in (6, 8, 16, 32)
     ]

@@ -121,20 +121,20 @@ def _lloyd_max_encode(
         tl.store(planes[2] + page_head * HEAD_DIM + channel, centre, mask=exists)
         x = x - centre.to(tl.float32)[None, :]
     squares = tl.sum(x * x, 1)  # [N]
-    norm = tl.sqrt_rn(squares)
-    unit = x * (tl.div_rn(1.0, tl.where(norm > 0.0, norm, 1.0)) * (HEAD_DIM**0.5))[:, None]
+    norm = tl.sqrt(squares)
+    unit = x * (HEAD_DIM**0.5 / tl.where(norm > 0.0, norm, 1.0))[:, None]
     if FIELDS == 2:
         codes, levels = bucket_levels(unit, _BOUNDARIES_4, _LEVELS_4, 16, 1.0)
     else:
         codes, levels = bucket_levels(unit, _BOUNDARIES_2, _LEVELS_2, 4, 1.0)
     levels = tl.where(exists[None, :], levels, 0.0)
     if RULE == "norm":
-        scale = tl.div_rn(norm, tl.sqrt_rn(tl.sum(levels * levels, 1)))
+        scale = norm / tl.sqrt(tl.sum(levels * levels, 1))
     elif RULE == "least-squares":
-        scale = tl.div_rn(tl.sum(x * levels, 1), tl.sum(levels * levels, 1))
+        scale = tl.sum(x * levels, 1) / tl.sum(levels * levels, 1)
     else:
         product = tl.sum(x * levels, 1)
-        scale = tl.div_rn(squares, tl.where(product > 0.0, product, 1.0))
+        scale = squares / tl.where(product > 0.0, product, 1.0)
     store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
     tl.store(planes[1] + page_head * PAGE + offs_n, tile_saturating(scale, tl.float16))
 

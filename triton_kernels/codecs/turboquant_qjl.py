@@ -153,11 +153,11 @@ def _sign_encode(
     BYTES: tl.constexpr,
 ):
     exists = byte_columns(HEAD_DIM, FIELDS, BYTES)[1][None, :]
-    norm = tl.sqrt_rn(tl.sum(x * x, 1) + 1e-8)  # [N]
-    unit = tl.div_rn(x, norm[:, None])
+    norm = tl.sqrt(tl.sum(x * x, 1) + 1e-8)  # [N]
+    unit = x * (1.0 / norm)[:, None]
     codes, levels = bucket_levels(unit, _BOUNDARIES_3, _LEVELS_3, 8, HEAD_DIM**-0.5)
     residual = tl.where(exists, unit - levels, 0.0)
-    rho = tl.div_rn(tl.sqrt_rn(tl.sum(residual * residual, 1) + 1e-8), HEAD_DIM**0.5)  # [N]
+    rho = tl.sqrt(tl.sum(residual * residual, 1) + 1e-8) * (HEAD_DIM**-0.5)  # [N]
     codes = codes | ((residual >= 0.0).to(tl.int32) << 3)
     store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
     dtype: tl.constexpr = planes[1].dtype.element_ty
@@ -176,8 +176,8 @@ def _plain_encode(
     FIELDS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    norm = tl.sqrt_rn(tl.sum(x * x, 1) + 1e-8)  # [N]
-    unit = tl.div_rn(x, norm[:, None])
+    norm = tl.sqrt(tl.sum(x * x, 1) + 1e-8)  # [N]
+    unit = x * (1.0 / norm)[:, None]
     codes, _ = bucket_levels(unit, _BOUNDARIES_2, _LEVELS_2, 4, HEAD_DIM**-0.5)
     store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
     dtype: tl.constexpr = planes[1].dtype.element_ty
