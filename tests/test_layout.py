@@ -72,7 +72,15 @@ RULES = {
             "kvquant_hf.cli",
             "kvquant_hf.cli.*",
             "kvquant_hf.evaluation.baselines",  # transformers' own quantized caches are what it is about
+            "kvquant_hf.benchmark.contenders",  # and here
+            "kvquant_hf.benchmark.shapes",  # models of transformers' classes, made from numbers
+            "kvquant_hf.benchmark.subject",
         ),
+    ),
+    "measuring stands on top: the cache does not know that it is timed": Rule(
+        ("kvquant_hf", "kvquant_hf.*"),
+        banned=("kvquant_hf.benchmark",),
+        exempt=("kvquant_hf.benchmark", "kvquant_hf.benchmark.*", "kvquant_hf.cli", "kvquant_hf.cli.*"),
     ),
     "the library does not need its command": Rule(
         ("kvquant_hf", "kvquant_hf.*"),
@@ -152,6 +160,9 @@ def test_import_directions(path: Path) -> None:
         ("kvquant_hf.paging", "def f():\n    from transformers import Cache"),
         ("kvquant_hf.attention", "import importlib\nimportlib.import_module('transformers')"),
         ("kvquant_hf.memory", "from . import cli"),
+        ("kvquant_hf.benchmark.compare", "from ..cli.models import load_model"),
+        ("kvquant_hf.benchmark.speed", "from transformers import DynamicCache"),
+        ("kvquant_hf.evaluation.harness", "from ..benchmark.statistics import quantile"),
     ],
 )
 def test_the_checker_refuses(module: str, source: str) -> None:

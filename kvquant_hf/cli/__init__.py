@@ -1,4 +1,4 @@
-"""The command ``kvquant``: ``demo``, ``eval``, ``generate`` and ``policies``.
+"""The command ``kvquant``: ``bench``, ``demo``, ``eval``, ``generate`` and ``policies``.
 
 Text and JSON go to stdout; progress, reports and errors to stderr.  Every error is one sentence that starts with
 "kvquant:" (``KVQUANT_DEBUG=1`` shows the traceback instead).  Exit code 2: wrong input, 1: failure, 130: interrupted.
@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import EvaluationInputError, KVQuantError, UnknownPolicyError, UnsupportedModelError
-from . import demo, generate, policies
+from ..errors import BenchmarkInputError, EvaluationInputError, KVQuantError, UnknownPolicyError, UnsupportedModelError
+from . import bench, demo, generate, policies
 from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
@@ -21,7 +21,7 @@ __all__ = ["main"]
 # click's base of all errors about the command line; click itself is vendored by newer versions of typer.
 _ClickError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-_WRONG_INPUT = (EvaluationInputError, UnknownPolicyError, UnsupportedModelError)
+_WRONG_INPUT = (BenchmarkInputError, EvaluationInputError, UnknownPolicyError, UnsupportedModelError)
 
 _app = typer.Typer(
     name="kvquant",
@@ -30,6 +30,7 @@ _app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_app.command()(bench.bench)
 _app.command()(demo.demo)
 _app.command("eval")(evaluate)  # not eval: that is Python's own
 _app.command()(generate.generate)
