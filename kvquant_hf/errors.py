@@ -81,6 +81,14 @@ class EvaluationError(KVQuantError, RuntimeError):
     """A measurement is worth nothing: NaN among the logits, or attention that did not go through the cache."""
 
 
+class BenchmarkInputError(KVQuantError, ValueError):
+    """What is to be timed cannot be: an unknown cache or shape, a context too short for its steps, a bad file."""
+
+
+class BenchmarkError(KVQuantError, RuntimeError):
+    """Times would be worth nothing, because results differ that must be equal."""
+
+
 class MissingPackageError(KVQuantError, ImportError):
     """An optional package is needed for what was asked."""
 

@@ -73,12 +73,20 @@ RULES = {
             "kvquant_hf.cli.*",
             "kvquant_hf.evaluation.baselines",  # transformers' own quantized caches are what it is about
             "kvquant_hf.evaluation.lm_eval_model",  # a GGUF file needs transformers' settings
+            "kvquant_hf.benchmark.contenders",  # and here
+            "kvquant_hf.benchmark.shapes",  # models of transformers' classes, made from numbers
+            "kvquant_hf.benchmark.subject",
         ),
     ),
     "lm-eval is needed by one command and its model alone": Rule(
         ("kvquant_hf", "kvquant_hf.*"),
         banned=("lm_eval", "kvquant_hf.evaluation.lm_eval_model"),
         exempt=("kvquant_hf.cli.lm_eval", "kvquant_hf.evaluation.lm_eval_model"),
+    ),
+    "measuring stands on top: the cache does not know that it is timed": Rule(
+        ("kvquant_hf", "kvquant_hf.*"),
+        banned=("kvquant_hf.benchmark",),
+        exempt=("kvquant_hf.benchmark", "kvquant_hf.benchmark.*", "kvquant_hf.cli", "kvquant_hf.cli.*"),
     ),
     "the library does not need its command": Rule(
         ("kvquant_hf", "kvquant_hf.*"),
@@ -159,6 +167,9 @@ def test_import_directions(path: Path) -> None:
         ("kvquant_hf.attention", "import importlib\nimportlib.import_module('transformers')"),
         ("kvquant_hf.memory", "from . import cli"),
         ("kvquant_hf.evaluation.text", "from .lm_eval_model import KVQuantLM"),
+        ("kvquant_hf.benchmark.compare", "from ..cli.models import load_model"),
+        ("kvquant_hf.benchmark.speed", "from transformers import DynamicCache"),
+        ("kvquant_hf.evaluation.harness", "from ..benchmark.statistics import quantile"),
     ],
 )
 def test_the_checker_refuses(module: str, source: str) -> None:

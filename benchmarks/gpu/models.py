@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.benchmark.shapes import SHAPES, random_model
 
 from .machine import clocks
 from .plan import DTYPE, Budget
@@ -21,17 +22,7 @@ from .results import Observation
 from .subject import random_vectors
 from .timing import Stopwatch, attempt
 
-LLAMA_3_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
+LLAMA_3_8B = SHAPES["llama-3-8b"].config_options()
 STEPS, WARM_UP = 64, 4
 # The largest cells first, for as long as there is time.
 SITUATIONS = ((8, 32768), (1, 32768), (8, 8192), (1, 8192), (8, 1024), (1, 1024))
@@ -70,16 +61,7 @@ def _quantized(backend: str, axis: int) -> Callable[[PreTrainedConfig, int], Any
 
 def build(device: torch.device, **changes: int) -> PreTrainedModel:
     """The model, with random weights made on the device in bf16."""
-    config = transformers.LlamaConfig(**LLAMA_3_8B | changes)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
-    try:
-        with device:
-            model = transformers.LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.set_attn_implementation("sdpa")
-    return model.eval().requires_grad_(False)
+    return random_model("llama-3-8b", DTYPE, device, **changes)
 
 
 def affordable_layers(free: int, wanted: int = LLAMA_3_8B["num_hidden_layers"]) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import (
+    BenchmarkInputError,
     EvaluationInputError,
     KVQuantError,
     QParamsError,
@@ -19,7 +20,7 @@ from ..errors import (
     UnsupportedModelError,
     WrongModelError,
 )
-from . import calibrate, demo, generate, lm_eval, needle, policies, qparams, tune
+from . import bench, calibrate, demo, generate, lm_eval, needle, policies, qparams, tune
 from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
@@ -28,7 +29,14 @@ __all__ = ["main"]
 # click's base of all errors about the command line; click itself is vendored by newer versions of typer.
 _ClickError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-_WRONG_INPUT = (EvaluationInputError, QParamsError, UnknownPolicyError, UnsupportedModelError, WrongModelError)
+_WRONG_INPUT = (
+    BenchmarkInputError,
+    EvaluationInputError,
+    QParamsError,
+    UnknownPolicyError,
+    UnsupportedModelError,
+    WrongModelError,
+)
 
 _app = typer.Typer(
     name="kvquant",
@@ -37,6 +45,7 @@ _app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_app.command()(bench.bench)
 _app.command()(calibrate.calibrate)
 _app.command()(demo.demo)
 _app.command("eval")(evaluate)  # not eval: that is Python's own

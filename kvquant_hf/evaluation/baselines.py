@@ -72,7 +72,12 @@ def _installed(module: str) -> bool:
 def weigh(cache: Any, reference: Any) -> Storage:
     """Bytes of every tensor that the cache's layers hold, against the elements of the exact cache."""
     elements = sum(layer.keys.numel() + layer.values.numel() for layer in reference.layers)
-    return Storage(sum(_storages([vars(layer) for layer in cache.layers]).values()), elements)
+    return Storage(held_bytes(cache), elements)
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of every tensor that the layers of any cache of transformers hold, memory that is shared counted once."""
+    return sum(_storages([vars(layer) for layer in cache.layers]).values())
 
 
 def _storages(item: Any) -> dict[int, int]:

@@ -1,0 +1,124 @@
+"""Two panels: decode speed and memory against context, a line for each cache."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BenchmarkInputError, MissingPackageError
+from .contenders import DYNAMIC, OURS
+from .tables import SHORT
+
+if TYPE_CHECKING:
+    from .results import Comparison, Row
+
+SUFFIXES = (".pdf", ".png", ".svg")
+# Okabe and Ito's colours, which colour-blind readers can tell apart; transformers' own caches are grey and dashed.
+_OURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_THEIRS = ("#000000", "#777777", "#999999", "#555555", "#bbbbbb")
+_MARKERS = "osD^vP*X"
+
+
+def check_figure(path: str) -> None:
+    """Say before anything is measured that a figure could not be drawn.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        BenchmarkInputError: a file name of another kind.
+    """
+    if Path(path).suffix not in SUFFIXES:
+        raise BenchmarkInputError(f"cannot draw {path!r}; name a file that ends with {', '.join(SUFFIXES)}.")
+    _need_matplotlib()
+
+
+def _need_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingPackageError(
+            "a figure needs the package matplotlib; run: pip install matplotlib, or leave --figure out."
+        )
+
+
+def faster_dtypes(rows: Sequence["Row"]) -> dict[str, str]:
+    """The dtype in which each cache is faster at the longest context at which it was measured."""
+    chosen: dict[str, tuple[int, float, str]] = {}
+    for row in rows:
+        if row.p50_ms is not None:
+            best = chosen.get(row.cache)
+            if best is None or (-row.context, row.p50_ms) < best[:2]:
+                chosen[row.cache] = (-row.context, row.p50_ms, row.dtype)
+    return {cache: dtype for cache, (_, _, dtype) in chosen.items()}
+
+
+def draw(comparison: "Comparison") -> Any:
+    """The figure of a comparison, each cache in its faster dtype.
+
+    Memory is the peak of a process above the loaded model where that was measured, else what the cache holds.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    _need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    rows, conditions = comparison.rows, comparison.conditions
+    dtypes = faster_dtypes(rows)
+    peaks = any(row.peak_bytes is not None for row in rows)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever the machine has
+    speed, memory = figure.subplots(1, 2)
+    counts = {True: 0, False: 0}
+    for cache, dtype in dtypes.items():
+        mine = sorted(
+            (r for r in rows if (r.cache, r.dtype) == (cache, dtype) and r.p50_ms), key=lambda row: row.context
+        )
+        ours = mine[0].family == OURS
+        palette = _OURS if ours else _THEIRS
+        style: dict[str, Any] = {
+            "color": palette[counts[ours] % len(palette)],
+            "marker": _MARKERS[counts[ours] % len(_MARKERS)],
+            "markersize": 5,
+            "linewidth": 2.4 if cache == DYNAMIC else 1.6,
+            "linestyle": "-" if ours or cache == DYNAMIC else "--",
+        }
+        counts[ours] += 1
+        label = f"{cache} ({SHORT.get(dtype, dtype)})"
+        speed.plot([r.context for r in mine], [r.tokens_per_s for r in mine], label=label, **style)
+        weighed = [(r.context, r.peak_bytes if peaks else r.stored_bytes) for r in mine]
+        points = [(context, held / 1e6) for context, held in weighed if held is not None]
+        memory.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+    speed.set_ylabel("decode, tokens/s")
+    speed.set_title("speed: higher is better", fontsize=10)
+    memory.set_ylabel("peak above the loaded model, MB" if peaks else "held by the cache, MB")
+    memory.set_title("memory: lower is better", fontsize=10)
+    contexts = sorted({row.context for row in rows if row.p50_ms is not None})
+    for axes in (speed, memory):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("tokens held")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    if dtypes:
+        figure.legend(*speed.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    machine = conditions["machine"]
+    each = ", each cache in its faster dtype" if len(conditions["dtypes"]) > 1 else ""
+    where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    figure.suptitle(f"{conditions['model']}, batch 1{each}\n{where}, {machine['threads']} threads", fontsize=10)
+    return figure
+
+
+def save(comparison: "Comparison", path: str) -> None:
+    """Write the figure to a .png, .svg or .pdf file.
+
+    Raises:
+        MissingPackageError, BenchmarkInputError: see :func:`check_figure`; or it cannot be written.
+    """
+    check_figure(path)
+    try:
+        draw(comparison).savefig(path, dpi=150)
+    except OSError as error:
+        raise BenchmarkInputError(f"cannot write {path!r}: {error.strerror}; name another file.") from error
