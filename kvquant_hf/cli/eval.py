@@ -99,9 +99,10 @@ def evaluate(
     contenders = [paged(loaded.model, name, page_size=page_size, qparams=parameters[name]) for name in names]
     contenders += [baseline(loaded.model, name) for name in others]
     batches = -(-windows // batch)
-    with progress("measuring", (len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as step_done:
-        advance = lambda name: step_done(name or "exact model")  # noqa: E731
-        results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)
+    steps = (len(contenders) + 1) * batches * -(-context // step)
+    with progress("measuring", steps, hidden=as_json) as advance:
+        options = {"step": step, "page_size": page_size, "batch": batch}
+        results = measure(loaded.model, ids, contenders, **options, advance=lambda name: advance(name or "exact model"))
     facts = _facts(loaded, described, ids) | {
         "step": step,
         "page_size": page_size,
