@@ -56,7 +56,7 @@ class CacheReport:
         vectors: what is stored of a token, heads x head_dim, and by how many of the paged layers.
         other_layers: layers that keep transformers' own cache, by class name.
         bytes: everything held for the paged layers: packed pages, open pages, unused pages of the pools, page tables,
-            and what lies both in the CPU's memory and on a device.
+            calibrated parameters, and what lies both in the CPU's memory and on a device.
         packed_bytes: sealed pages in use, shared pages counted once.
         open_page_bytes: open pages, in the model's dtype, full or not.
         unused_bytes: reserved in the pools and not used; 0 for a cache with ``pool=``, whose ``report()`` counts them

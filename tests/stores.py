@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 
 import torch
+from calibrated import with_range
 
 from kvquant_hf.policy import KVPolicy, parse_policy
 from kvquant_hf.store import PagedStore
 from kvquant_hf.triton_kernels.codecs import CODECS
+
+ONLINE = [name for name, policy in POLICIES.items() if not policy.calibrated]  # nothing has to be measured beforehand
 
 
 def vectors(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -20,7 +23,9 @@ def make_store(policy: str, keys: torch.Tensor, values: torch.Tensor, page_size:
     """An empty store for tensors like these."""
     parsed = parse_policy(policy)
     assert isinstance(parsed, KVPolicy)
-    return PagedStore(CODECS[parsed.keys], CODECS[parsed.values], page_size, keys, values)
+    sides = ((CODECS[parsed.keys], keys), (CODECS[parsed.values], values))
+    codecs = [with_range(codec, x.shape[1], x.shape[3]) for codec, x in sides]
+    return PagedStore(codecs[0], codecs[1], page_size, keys, values)
 
 
 def chunks(total: int, size: int) -> Iterable[slice]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import range_of
 
 from kvquant_hf import KVPolicy, LayerwisePolicy
 from kvquant_hf.errors import PolicyFileError, UnknownPolicyError, WrongModelError
 from kvquant_hf.memory import page_cost
+from kvquant_hf.parameters import in_pages
 from kvquant_hf.policy import POLICIES, QUANT_POLICY, parse_policy, policy_from_dict
 from kvquant_hf.policy_file import write_layers
 from kvquant_hf.triton_kernels.codecs import CODECS
@@ -37,6 +39,7 @@ from kvquant_hf.triton_kernels.codecs import CODECS
         ("int8/lloyd2", "int8-channel", "lloyd2", "int8-channel/lloyd2"),
         ("lloyd4-centred/lloyd2", "lloyd4-centred", "lloyd2", "lloyd4-centred/lloyd2"),
         (KVPolicy("exact", "lloyd2"), "exact", "lloyd2", "exact/lloyd2"),
+        ("int8-static/int4", "int8-static", "int4-hadamard", "int8-static/int4-hadamard"),
     ],
     ids=lambda x: repr(x) if isinstance(x, (int, str)) else "KVPolicy",
 )
@@ -120,6 +123,7 @@ def test_lmdeploy_bytes(policy: str, head_dim: int, per_dim: float, extra: int, 
     ("policy", "bytes_per_token"),
     [
         ("exact", 256),
+        ("int8-static", 128),  # codes alone: what was calibrated is kept once per layer
         # codes of keys and values, two fp16 per channel and page of 64, two fp16 per token
         ("int8", 64 + 64 + 4 * 64 / 64 + 4),
         ("int4", 32 + 32 + 4 * 64 / 64 + 4),
@@ -135,7 +139,10 @@ def test_our_bytes_at_head_dim_64(policy: str, bytes_per_token: float) -> None:
 def test_cost_is_the_sum_of_the_planes(policy: str) -> None:
     cost = page_cost(policy, 128, value_head_dim=64, heads=3, page_size=32, dtype=torch.float32)
     x = {"keys": torch.randn(3, 32, 128), "values": torch.randn(3, 32, 64)}
-    planes = [plane for side in x for plane in CODECS[getattr(POLICIES[policy], side)].encode(x[side])]
+    planes = []
+    for side, page in x.items():
+        codec = range_of(CODECS[getattr(POLICIES[policy], side)], page)
+        planes += codec.encode(page)[: len(in_pages(codec, page.shape[-1]))]
     assert cost.bytes_per_token * 32 == sum(plane.numel() * plane.element_size() for plane in planes)
     assert cost.elements_per_token == 3 * (128 + 64) and cost.dense_bytes_per_token == 4 * cost.elements_per_token
 

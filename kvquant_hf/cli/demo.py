@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..policy import parse_policy
-from .models import load_model
+from .models import check_cache_options, load_model
 from .terminal import InputError, print_json
 
 REFERENCE = "exact"
@@ -32,7 +31,7 @@ def demo(
     if not names:
         raise InputError("--policies is empty; name at least one, for instance --policies exact,int4.")
     for name in names:
-        parse_policy(name)  # a wrong name is said before the model is loaded
+        check_cache_options(name)  # what is wrong is said before the model is loaded
     results, facts = _measure(names, model, dtype, context, tokens, hidden=as_json)
     if as_json:
         print_json(facts | {"policies": {name: result.as_dict() for name, result in results.items()}})

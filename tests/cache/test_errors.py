@@ -68,7 +68,10 @@ def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tens
         ({"policy": "int3"}, ["'int3'", *POLICIES, "0, 8, 4, 42"]),
         ({"policy": True}, ["True", *POLICIES]),
         ({"policy": "int8/int3"}, ["unknown values 'int3'", "int4-hadamard"]),
-        ({"nbits": 4}, ["'nbits'", "offload, static, max_length or qparams"]),
+        (
+            {"nbits": 4},
+            ["'nbits'", "policy, page_size, prefill, impl, sliding, max_pages, max_bytes, pool, offload", "qparams"],
+        ),
         ({"page_size": 0}, ["page_size", "multiple of 8", "0"]),
         ({"page_size": 63}, ["multiple of 8", "63"]),
         ({"page_size": -64}, ["positive", "-64"]),

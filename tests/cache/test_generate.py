@@ -13,11 +13,10 @@ import pytest
 import torch
 from budgets import RELATIVE_NOISE
 from models import DECODERS, prompt, ragged_prompts, tiny_gemma2, tiny_llama, tiny_t5
-from stores import chunks, same_bytes
+from stores import ONLINE, chunks, same_bytes
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel
 
 from kvquant_hf import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, TurboQuantPagedCache
-from kvquant_hf.policy import POLICIES
 from kvquant_hf.report import CacheReport, KVQuantFallbackWarning
 
 NEW = 70  # a page is 64 tokens: every run seals pages while it generates
@@ -358,7 +357,7 @@ def test_logits_are_close(name: str) -> None:
     assert 0 < errors["int8"] < errors["int4"] / 4 and errors["int4"] < errors["turboquant"] < 0.5 * rms(exact)
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", ONLINE)
 def test_a_page_at_a_time_is_token_by_token(policy: str) -> None:
     """A chunk of one page seals the page before it, as its first token alone would.
 
@@ -424,7 +423,7 @@ def test_dropped_caches_free_their_memory_at_once(llama: PreTrainedModel) -> Non
         gc.enable()
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", ONLINE)
 def test_save_and_load(policy: str, llama: PreTrainedModel) -> None:
     ids, more = prompt(2, 150), prompt(2, 70, seed=1)
     cache = QuantizedPagedCache(llama.config, policy)

@@ -21,12 +21,12 @@ from models import (
     tiny_t5gemma,
     tiny_whisper,
 )
+from stores import ONLINE
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.attention import attend
 from kvquant_hf.errors import InterruptedForwardError, RollbackError
-from kvquant_hf.policy import POLICIES
 from kvquant_hf.report import KVQuantFallbackWarning
 
 PAGE, NEW = 8, 25
@@ -103,7 +103,7 @@ def test_multi_turn_reset_and_another_batch_size(model: PreTrainedModel) -> None
         assert ours.get_seq_length() == 0 and ours.report().bytes == ours.report().other_bytes == 0
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", ONLINE)
 def test_every_policy_runs(policy: str, model: PreTrainedModel) -> None:
     cache = paged(model, policy)
     ids = prompt(2, 60)
@@ -203,7 +203,7 @@ def test_latents_are_stored_as_they_come() -> None:
 
 
 @pytest.mark.parametrize("dims", [(192, 128), (96, 64), (40, 24), (64, 192)], ids=lambda d: f"{d[0]}-{d[1]}")
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", ONLINE)
 def test_keys_and_values_of_different_sizes(policy: str, dims: tuple[int, int]) -> None:
     """As MLA would have them if its latents were expanded before they are stored."""
     cache = QuantizedPagedCache(tiny_llama().config, policy, page_size=16, prefill="quantized")

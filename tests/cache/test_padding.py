@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 from models import prompt, ragged_prompts, tiny_llama
-from stores import raw, vectors
+from stores import make_store, raw, vectors
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.padding import padded_pages, replace_padding
 from kvquant_hf.policy import POLICIES
 from kvquant_hf.store import PagedStore
-from kvquant_hf.triton_kernels.codecs import CODECS
 
 PAGE = 16
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
@@ -21,13 +20,9 @@ def left_padding(counts: tuple[int, ...], tokens: int) -> np.ndarray:
     return np.arange(tokens) < np.array(counts)[:, None]
 
 
-def make_store(policy: str) -> PagedStore:
-    like = vectors(3, 2, 1, 32)
-    return PagedStore(CODECS[POLICIES[policy].keys], CODECS[POLICIES[policy].values], PAGE, like, like)
-
-
 def appended(policy: str, x: torch.Tensor, padding: np.ndarray, chunk: int) -> PagedStore:
-    store = make_store(policy)
+    like = vectors(3, 2, 1, 32)
+    store = make_store(policy, like, like, PAGE)
     for start in range(0, x.shape[2], chunk):
         part = x[:, :, start : start + chunk]
         first = store.sealed_pages * PAGE
@@ -52,7 +47,7 @@ def test_what_padding_holds_changes_no_stored_byte(policy: str, chunk: int) -> N
     if policy != "exact":  # and without being told, padding does get into the scales, or this test would show nothing
         told = stores[0].view().dense("keys")[1, :, counts[1] : PAGE]
         untold = appended(policy, loud, np.zeros_like(padding), 100).view().dense("keys")[1, :, counts[1] : PAGE]
-        per_page = policy not in ("int8-token", "int4-token", "turboquant-qjl")
+        per_page = policy not in ("int8-token", "int4-token", "turboquant-qjl", "int8-static")
         assert torch.equal(told, untold) is not per_page
 
 
@@ -88,7 +83,8 @@ def test_a_page_that_was_padding_can_hold_tokens() -> None:
 
 
 def test_pages_are_given_back_when_appending_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make_store("int4")
+    like = vectors(3, 2, 1, 32)
+    store = make_store("int4", like, like, PAGE)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("no memory")

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from models import prompt, tiny_gemma2, tiny_llama
-from stores import chunks
+from stores import ONLINE, chunks
 from transformers import LlamaConfig, PreTrainedConfig
 
 from kvquant_hf import KVPolicy, QuantizedPagedCache
 from kvquant_hf.memory import page_cost
-from kvquant_hf.policy import POLICIES
 
-policies = pytest.mark.parametrize("policy", list(POLICIES))
+policies = pytest.mark.parametrize("policy", ONLINE)
 
 
 def config(layers: int = 2, heads: int = 2, head_dim: int = 64) -> PreTrainedConfig:

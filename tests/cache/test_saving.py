@@ -13,12 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import _DECODER, build, prompt, ragged_prompts, tiny_gemma2, tiny_llama, tiny_qwen2, tiny_t5
 from safetensors.torch import save_file
-from stores import fill, live_pages, same_bytes, vectors
+from stores import ONLINE, fill, live_pages, same_bytes, vectors
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from kvquant_hf import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, layer_state, saving
 from kvquant_hf.errors import InterruptedForwardError, KVQuantError, SavedCacheError, WrongModelError
-from kvquant_hf.policy import POLICIES
 from kvquant_hf.report import KVQuantFallbackWarning
 from kvquant_hf.store import PagedStore
 
@@ -78,7 +77,7 @@ def saved(llama: PreTrainedModel, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("policy", [*POLICIES, "int8/int4-token"])
+@pytest.mark.parametrize("policy", [*ONLINE, "int8/int4-token"])
 def test_continues_as_if_never_saved(policy: str, dtype: torch.dtype, path: Path) -> None:
     """A left-padded batch: bit for bit the same pages after 40 more tokens, some of which seal pages."""
     model = tiny_qwen2().to(dtype)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from calibrated import range_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -59,6 +60,7 @@ def hard_pages(page_size: int, head_dim: int) -> dict[str, torch.Tensor]:
 
 def check_page(codec: Codec, x: torch.Tensor) -> None:
     """Stored planes and reconstruction are finite, and every token's error is within the codec's bound."""
+    codec = range_of(codec, x)
     planes = codec.encode(x)
     assert all(plane.isfinite().all() for plane in planes if plane.is_floating_point())
     x_hat = codec.decode(planes)
@@ -82,12 +84,16 @@ def test_names_and_sources(codec: Codec) -> None:
 @dtypes
 def test_planes_are_what_encode_stores(codec: Codec, head_dim: int, page_size: int, dtype: torch.dtype) -> None:
     x = gaussian(2, 3, page_size, head_dim, dtype=dtype)
-    declared, stored = codec.planes(head_dim), codec.encode(x)
+    declared, stored = codec.planes(head_dim), range_of(codec, x).encode(x)
     assert len(declared) == len(stored)
     for plane, tensor in zip(declared, stored, strict=True):
         assert tensor.shape == (2, 3, *plane.shape(page_size)), plane.name
         assert tensor.dtype == (plane.dtype or dtype), plane.name
-    measured = sum(tensor.nbytes for tensor in stored) / (2 * 3 * page_size)
+    in_pages = [tensor for plane, tensor in zip(declared, stored, strict=True) if plane.per != "layer"]
+    assert codec.calibrated == (len(in_pages) < len(declared)) and declared[: len(in_pages)] == tuple(
+        plane for plane in declared if plane.per != "layer"
+    )
+    measured = sum(tensor.nbytes for tensor in in_pages) / (2 * 3 * page_size)
     assert codec.bytes_per_token(head_dim, page_size, dtype) == measured
 
 
@@ -97,7 +103,7 @@ def test_planes_are_what_encode_stores(codec: Codec, head_dim: int, page_size: i
 def test_round_trip_is_within_the_bound(codec: Codec, head_dim: int, page_size: int, dtype: torch.dtype) -> None:
     x = gaussian(2, 2, page_size, head_dim, dtype=dtype)
     check_page(codec, x)
-    decoded = codec.decode(codec.encode(x))
+    decoded = codec.decode(range_of(codec, x).encode(x))
     assert decoded.shape == x.shape and decoded.dtype == torch.float32
 
 
@@ -117,13 +123,14 @@ def test_zero_vectors_come_back_as_zeros(codec: Codec) -> None:
     x = torch.zeros(16, 64)
     # LMDeploy's sqrt(sum + 1e-8) gives a zero vector the length 1e-4; everything else is exact.
     limit = 1e-4 if codec.name in ("lloyd3-sign", "lloyd2-plain") else 0.0
-    assert codec.decode(codec.encode(x)).norm(dim=-1).max() <= limit
+    assert codec.decode(range_of(codec, x).encode(x)).norm(dim=-1).max() <= limit
 
 
 @codecs
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_decode_is_the_tile_multiplied_out(codec: Codec, head_dim: int) -> None:
-    planes = codec.encode(gaussian(3, 16, head_dim, dtype=torch.float16))
+    x = gaussian(3, 16, head_dim, dtype=torch.float16)
+    planes = range_of(codec, x).encode(x)
     assert torch.equal(codec.decode(planes), codec.from_domain(codec.tile(planes).dense()))
 
 
@@ -132,7 +139,8 @@ def test_decode_is_the_tile_multiplied_out(codec: Codec, head_dim: int) -> None:
 def test_scales_fold_into_query_and_probabilities(codec: Codec, head_dim: int) -> None:
     """Scores and outputs from the folded formulae in float32, against the dense page in float64."""
     page_size = 64
-    planes = codec.encode(gaussian(page_size, head_dim, dtype=torch.bfloat16))
+    x = gaussian(page_size, head_dim, dtype=torch.bfloat16)
+    planes = range_of(codec, x).encode(x)
     tile = codec.tile(planes)
     assert all(t is None or t.dtype == torch.float32 for t in tile)
     token_scale = torch.ones(page_size) if tile.token_scale is None else tile.token_scale
@@ -168,6 +176,7 @@ def test_scales_fold_into_query_and_probabilities(codec: Codec, head_dim: int) -
 def test_pages_are_encoded_independently(codec: Codec, head_dim: int) -> None:
     # Multiples of 1/4 make every sum of the rotation exact, so the order in which a BLAS adds cannot matter.
     x = (gaussian(2, 3, 16, head_dim, dtype=torch.float32) * 4).round() / 4
+    codec = range_of(codec, x)
     together = codec.encode(x)
     for i, j in itertools.product(range(2), range(3)):
         alone = codec.encode(x[i, j])
@@ -179,6 +188,7 @@ def test_pages_are_encoded_independently(codec: Codec, head_dim: int) -> None:
 def test_strides_do_not_matter(codec: Codec, dtype: torch.dtype) -> None:
     x = gaussian(2, 16, 3, 80, dtype=dtype).transpose(1, 2)
     assert not x.is_contiguous()
+    codec = range_of(codec, x)
     planes = zip(codec.encode(x), codec.encode(x.contiguous()), strict=True)
     assert all(torch.equal(a, b) for a, b in planes)
 
@@ -186,7 +196,7 @@ def test_strides_do_not_matter(codec: Codec, dtype: torch.dtype) -> None:
 @codecs
 def test_encode_leaves_its_input_alone(codec: Codec) -> None:
     x = gaussian(16, 64, dtype=torch.float32)
-    before = x.clone()
+    before, codec = x.clone(), range_of(codec, x)
     codec.decode(codec.encode(x))
     codec.error_bound(x)
     assert torch.equal(x, before)

@@ -10,7 +10,9 @@ import itertools
 
 import pytest
 import torch
+from calibrated import with_range
 
+from kvquant_hf.parameters import in_pages, on_every_page
 from kvquant_hf.triton_kernels.append import append
 from kvquant_hf.triton_kernels.append_reference import append_reference
 from kvquant_hf.triton_kernels.codecs import CODECS, Codec
@@ -30,6 +32,7 @@ PAIRS = (
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
+    ("int8-static", "int8-static"),
 )
 # (new tokens, tokens held by the sequences of a batch)
 CALLS = (
@@ -111,7 +114,8 @@ def cache(
     batch, total = len(held), len(held) * pages + 2
     planes, tails = [], []
     for codec, dim in zip(codecs, dims, strict=True):
-        planes.append([poisoned((total, heads, *p.shape(page)), p.dtype or dtype) for p in codec.planes(dim)])
+        planes.append([poisoned((total, heads, *p.shape(page)), p.dtype or dtype) for p in in_pages(codec, dim)])
+        planes[-1] += on_every_page(with_range(codec, heads, dim), total)
         tail = poisoned((batch, heads, page, dim), dtype)
         for b, count in enumerate(held):
             tail[b, :, :count] = gaussian(1, heads, count, dim, dtype)[0]

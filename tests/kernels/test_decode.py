@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from calibrated import with_range
 
 from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.launch import override_launch
@@ -92,18 +93,19 @@ FEATURES = (
 )
 
 
-def side(codec: str, case: Case, dim: int, pages: int, device: torch.device) -> PagedSide:
+def side(name: str, case: Case, dim: int, pages: int, device: torch.device) -> PagedSide:
     """Random pages; slots that nobody may read hold NaN."""
-    heads = case.heads
+    heads, codec = case.heads, with_range(CODECS[name], case.heads, dim, reach=4.0)
+    codec = codec.given(*(parameter.to(device) for parameter in codec.parameters))
     vectors = torch.randn(pages, heads, PAGE, dim, device=device).to(case.dtype)
-    planes = [plane.contiguous() for plane in CODECS[codec].encode(vectors)]
+    planes = [plane.contiguous() for plane in codec.encode(vectors)]
     for plane in planes:
         plane[-1] = float("nan") if plane.dtype.is_floating_point else 0xAB
     tail = torch.full((len(case.tokens), heads, PAGE, dim), float("nan"), dtype=case.dtype, device=device)
     for batch, tokens in enumerate(case.tokens):
         held = (tokens - 1) % PAGE + 1
         tail[batch, :, :held] = torch.randn(heads, held, dim, device=device).to(case.dtype)
-    return PagedSide(CODECS[codec], planes, tail, PAGE)
+    return PagedSide(codec, planes, tail, PAGE)
 
 
 def masks(case: Case, query_heads: int, device: torch.device) -> torch.Tensor | None:
@@ -154,6 +156,13 @@ def test_every_pair(pair: tuple[str, str], case: Case, device: torch.device) -> 
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_every_feature(case: Case, device: torch.device) -> None:
     check(("int4-channel", "int4-hadamard"), case, device)
+
+
+@pytest.mark.parametrize(
+    "case", [COMMON[2], Case(tokens=(130, 70), key_dim=80, value_dim=96, group=2), Case(heads=1)], ids=str
+)
+def test_planes_per_layer(case: Case, device: torch.device) -> None:
+    check(("int8-static", "int8-static"), case, device)
 
 
 def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import with_range
 from stores import vectors
 from torch import library
 
 from kvquant_hf.errors import ImplementationError, KVQuantError
+from kvquant_hf.parameters import in_pages, on_every_page
 from kvquant_hf.policy import POLICIES
 from kvquant_hf.triton_kernels import choice
 from kvquant_hf.triton_kernels.codecs import CODECS
@@ -21,10 +23,11 @@ PAGE = 16
 
 def side(codec_name: str, pages: int, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> PagedSide:
     """Empty pages of two heads, full of NaN or 0xAB."""
-    codec, planes = CODECS[codec_name], []
-    for plane in codec.planes(dim):
+    codec, planes = with_range(CODECS[codec_name], 2, dim), []
+    for plane in in_pages(codec, dim):
         stored = torch.empty(pages, 2, *plane.shape(PAGE), dtype=plane.dtype or dtype, device=device)
         planes.append(stored.fill_(float("nan") if stored.is_floating_point() else 0xAB))
+    planes += on_every_page(codec.given(*(parameter.to(device) for parameter in codec.parameters)), pages)
     return PagedSide(codec, planes, torch.full((batch, 2, PAGE, dim), float("nan"), dtype=dtype, device=device), PAGE)
 
 

@@ -8,6 +8,7 @@ import torch
 from stores import fill, live_pages, logical_planes, make_store, raw, same_bytes, vectors
 
 from kvquant_hf.errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
+from kvquant_hf.parameters import in_pages
 from kvquant_hf.policy import POLICIES, parse_policy
 from kvquant_hf.store import PagedStore
 from kvquant_hf.triton_kernels.codecs import CODECS
@@ -57,8 +58,9 @@ def test_each_page_is_the_codec_on_that_page(policy: str) -> None:
     assert store.sealed_pages == 2 and store.tail_length == PAGE
     planes = iter(store.pool.planes)
     for codec, x in zip(store.codecs, (keys, values), strict=True):
+        stored_planes = len(in_pages(codec, x.shape[3]))
         for i, encoded in enumerate(
-            zip(*(codec.encode(x[:, :, p * PAGE : (p + 1) * PAGE]) for p in range(2)), strict=True)
+            zip(*(codec.encode(x[:, :, p * PAGE : (p + 1) * PAGE])[:stored_planes] for p in range(2)), strict=True)
         ):
             stored = next(planes)[store.page_table.long()]  # [batch, pages, heads, ...]
             assert torch.equal(raw(stored), raw(torch.stack(encoded, 1))), (codec.name, i)
@@ -123,8 +125,8 @@ def test_dense_is_within_the_codecs_bounds(policy: str) -> None:
     for codec, x, dense in zip(store.codecs, (keys, values), content(store), strict=True):
         assert dense.shape == x.shape and dense.is_contiguous()
         assert torch.equal(dense[:, :, 128:], x[:, :, 128:])  # the open page is exact
-        pages = x[:, :, :128].unflatten(2, (2, PAGE))
-        error = (dense[:, :, :128].unflatten(2, (2, PAGE)) - pages).norm(dim=-1)
+        pages, decoded = (y[:, :, :128].unflatten(2, (2, PAGE)).transpose(1, 2) for y in (x, dense))
+        error = (decoded - pages).norm(dim=-1)
         assert (error <= codec.error_bound(pages)).all()
         assert policy == "exact" or error.max() > 0
 
@@ -359,7 +361,9 @@ def test_footprint_is_what_the_tensors_hold(policy: str, tokens: int) -> None:
     assert held.unused <= held.packed / 32
     assert held.open_page == 2 * 2 * 2 * PAGE * 32 * 4  # sides, batch, heads: whole pages from the start
     # int32: the table once on the host and once on the device, and two lengths per sequence
-    assert held.tables == 2 * pages * 4 + 2 * 2 * 4
+    parameters = [parameter for codec in store.codecs for parameter in codec.parameters]
+    assert len(parameters) == (4 if POLICIES[policy].calibrated else 0)
+    assert held.tables == 2 * pages * 4 + 2 * 2 * 4 + len(parameters) * 2 * 32 * 4  # heads, channels, float32
     assert held.total == held.packed + held.open_page + held.unused + held.tables
     assert store.dense_bytes() == 2 * 2 * 2 * tokens * 32 * 4 and store.elements_per_token() == 2 * 2 * 32
 
