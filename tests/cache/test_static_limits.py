@@ -102,7 +102,7 @@ def test_both_halves_of_an_encoder_decoder_are_static() -> None:
     assert torch.equal(output.sequences, model.generate(**inputs))
     halves = output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache
     assert [half.report().tokens for half in halves] == [20, 19]
-    assert [layer.max_length for half in halves for layer in half.layers[:1]] == [20, 19]
+    assert [[half.max_length, *(layer.max_length for layer in half.layers)] for half in halves] == [[20] * 4, [19] * 4]
 
 
 def test_an_interrupted_step_is_noticed(llama: PreTrainedModel) -> None:

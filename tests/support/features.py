@@ -307,7 +307,7 @@ FEATURES: dict[str, Feature] = {
         Feature(
             "compile",
             compiled,
-            "`static=True`, left-padded; `generate` compiles its decode steps, in one graph for two calls",
+            "`static=True`, left-padded; `generate` compiles decode steps (aot_eager), one graph for two calls",
         ),
     )
 }
