@@ -15,6 +15,7 @@ from .errors import SavedCacheError, WrongModelError
 from .layer import PagedLayer
 from .parameters import in_pages
 from .sliding import SlidingPagedLayer
+from .static_layer import StaticPagedLayer
 from .store import PagedStore
 from .triton_kernels.codecs import Plane
 
@@ -26,8 +27,12 @@ def save_layer(layer: Any) -> tuple[dict[str, Any], Tensors]:
     """JSON and tensors of one layer.
 
     Raises:
-        SavedCacheError: it holds something that the file format does not have.
+        SavedCacheError: it holds something that the file format does not have, or is static.
     """
+    if isinstance(layer, StaticPagedLayer):
+        raise SavedCacheError(
+            "a static cache is not saved, because its memory belongs to graphs; fill one without static=True to save."
+        )
     state, tensors = _paged_state(layer) if isinstance(layer, PagedLayer) else _other_state(layer)
     described = {"kind": type(layer).__name__, "version": _LAYER_VERSION, "window": _window(layer), "state": state}
     return described, tensors

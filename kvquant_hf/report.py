@@ -75,7 +75,8 @@ class CacheReport:
         implementation: what computed attention over pages: ``"triton"``, ``"reference"`` (plain torch), both, or
             ``""`` before the first call.
         implementation_reason: why the kernels did not run, if they might have.
-        paged_calls, prefill_calls, fallback_calls: attention calls by path.
+        paged_calls, prefill_calls, fallback_calls: attention calls by path; those inside of compiled graphs are not
+            counted.
         fallback_reasons: fallback calls by reason.
     """
 

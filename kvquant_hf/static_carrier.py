@@ -94,6 +94,12 @@ class StaticKV:
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.dense("read by getitem")[index]
 
+    def to(self, *args: Any, **options: Any) -> Any:
+        """As of a tensor: itself where it is there already, which layers that share keys ask for."""
+        if args == (self.device,) and not options:
+            return self
+        return self.dense("read by to").to(*args, **options)
+
     def size(self, dim: int | None = None) -> Any:
         """As of a tensor."""
         return self.shape if dim is None else self.shape[dim]

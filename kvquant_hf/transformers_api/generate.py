@@ -31,6 +31,7 @@ def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any], 
 
     Raises:
         CacheFullError: a static cache has no room for them.
+        InterruptedForwardError: a static cache holds half of a step.
         UnsupportedModelError: the model would not use the cache.
         WrongModelError: it is another model's.
     """
@@ -46,7 +47,22 @@ def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any], 
             half.bind(model)
             half.set_padding(model_kwargs.get(mask))
             if half.max_length is not None:
+                _check_static(model)
                 check_before_generating(half.paged_layers, needed if mask == own else 0)
+
+
+def _check_static(model: Any) -> None:
+    """Refuse a static cache where the model looks for transformers' own by its class.
+
+    Raises:
+        UnsupportedModelError: it does (BLOOM in transformers 5.17).
+    """
+    method = type(model).prepare_inputs_for_generation
+    if "StaticCache" in getattr(getattr(method, "__code__", None), "co_names", ()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} in this version of transformers prepares its inputs for StaticCache alone; leave "
+            "static=True out, or install a newer transformers."
+        )
 
 
 def _with_length(model: Any, generation_config: Any, needed: int) -> dict[str, Any]:

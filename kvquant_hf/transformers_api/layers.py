@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
@@ -152,11 +152,9 @@ def build_layers(
         elif max_length is not None:
             kind_of_layer = QuantizedStaticSlidingLayer if window else QuantizedStaticLayer
             layers.append(kind_of_layer(max_length, window, next(policies), *arguments))
-        elif window:
-            layers.append(QuantizedSlidingLayer(window, next(policies), *arguments, next(pools)))
         else:
-            given = (next(policies), *arguments, next(pools))
-            layers.append(QuantizedPagedLayer(*given))
+            drawing = (next(policies), *arguments, next(pools))
+            layers.append(QuantizedSlidingLayer(window, *drawing) if window else QuantizedPagedLayer(*drawing))
     if not any(isinstance(layer, PagedLayer) for layer in layers):
         remedy = "sliding='quantized'" if any(kind in _WINDOWED for kind in types) else "transformers' own cache"
         raise UnsupportedModelError(
@@ -220,9 +218,10 @@ def make_encoder_decoder(cache: Any, config: PreTrainedConfig, read: int) -> Enc
         config: the model's config.
         read: tokens that the encoder has read.
     """
-    cross: Cache = copy.deepcopy(cache)  # empty: nothing is shared, counters included
-    for layer in cross.layers:
-        if isinstance(layer, StaticPagedLayer):
+    cross: Any = copy.deepcopy(cache)  # empty: nothing is shared, counters included
+    if cache.max_length is not None:
+        cross.max_length = read
+        for layer in cross.paged_layers:
             layer.max_length = read
     if any(cache.is_sliding):
         # Such models replace the cross half by an object of its class with arguments of DynamicCache (T5Gemma).

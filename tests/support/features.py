@@ -37,14 +37,6 @@ NEW = 14  # tokens per call: prompts of 21 seal two pages, these seal two more
 RETURN = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
 
 
-class NotAvailableError(Exception):
-    """The package has no such feature (yet)."""
-
-
-class NotDefinedError(Exception):
-    """The feature means nothing for this architecture."""
-
-
 @cache
 def model_of(name: str, assistant: bool = False) -> PreTrainedModel:
     """The tiny model of an architecture; ``assistant``: nearly the same, so that it is right now and then."""
@@ -249,13 +241,17 @@ def compiled(run: Runner) -> list[Turn]:
     if run.policy is None:
         return [run.generate(inputs) for inputs in asked]
     with compiling(run.model) as (options, operators):
-        options |= {"cache_implementation": "kvquant"}
-        options["cache_config"] = {"policy": run.policy, "page_size": PAGE, "static": True}
+        if run.policy == STATIC_CACHE:
+            options["cache_implementation"] = "static"
+        else:
+            options["cache_implementation"] = "kvquant"
+            options["cache_config"] = {"policy": run.policy, "page_size": PAGE, "static": True}
         turns = [run.generate(inputs, NAMED, **options) for inputs in asked]
     run.operators.update(operators)
     return turns
 
 
+STATIC_CACHE = "StaticCache"  # as a policy: transformers' own static cache
 NAMED = Cache(layers=[])  # stands for the cache that ``generate`` makes by itself
 
 
@@ -311,7 +307,7 @@ FEATURES: dict[str, Feature] = {
         Feature(
             "compile",
             compiled,
-            "`static=True`, left-padded; `generate` compiles its decode steps, in one graph for two calls",
+            "`static=True`, left-padded; `generate` compiles decode steps (aot_eager), one graph for two calls",
         ),
     )
 }

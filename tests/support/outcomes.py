@@ -21,21 +21,20 @@ from functools import cache
 from typing import Any
 
 import torch
-from support.architectures import ARCHITECTURES
-from support.features import FEATURES, PAGE, NotAvailableError, NotDefinedError, Runner, Turn, greedy, model_of
+from support.architectures import ARCHITECTURES, Architecture
+from support.features import FEATURES, PAGE, STATIC_CACHE, Runner, Turn, compiled, greedy, model_of
 from transformers import Cache, DynamicCache
 
 from kvquant_hf.errors import KVQuantError
 from kvquant_hf.layer import PagedLayer
 from kvquant_hf.report import CacheReport
 
-PAGES, FALLBACK, NONE, REFUSED, PENDING, WRONG = "✓", "fallback", "–", "refused", "pending", "✗"
+PAGES, FALLBACK, NONE, REFUSED, WRONG = "✓", "fallback", "–", "refused", "✗"
 STATUSES = {
     PAGES: "right, and attention reads the pages",
     FALLBACK: "right, and attention reads the cache multiplied out",
     NONE: "transformers does not do it either",
     REFUSED: "refused with an error that says so",
-    PENDING: "not in this version of kvquant-hf",
     WRONG: "wrong",
 }
 
@@ -124,10 +123,13 @@ def reports(run: Runner) -> list[CacheReport]:
     return [cache.report() for cache in run.caches]
 
 
-def path(found: list[CacheReport]) -> tuple[str, str]:
-    """``PAGES`` or ``FALLBACK``, and the reasons of the latter."""
+def path(run: Runner) -> tuple[str, str]:
+    """``PAGES`` or ``FALLBACK``, and the reasons of the latter; what ran in a graph is seen in the graph."""
+    found, graphs = reports(run), run.operators
     reasons = sorted({reason for report in found for reason in report.fallback_reasons})
-    if not reasons and not any(report.paged_calls for report in found):
+    if not reasons and graphs["multiply_out"]:
+        reasons = ["in a graph"]
+    if not reasons and not any(report.paged_calls for report in found) and not graphs["paged_attention"]:
         raise Mismatch("attention never read the cache")
     return (FALLBACK, "; ".join(reasons)) if reasons else (PAGES, "")
 
@@ -142,8 +144,6 @@ def judge(check: Callable[[], Outcome]) -> Outcome:
     """The outcome of ``check``, which runs our cache."""
     try:
         return check()
-    except NotAvailableError as error:
-        return Outcome(PENDING, str(error))
     except KVQuantError as error:
         return Outcome(REFUSED, one_line(error))
     except Mismatch as error:
@@ -161,12 +161,12 @@ def implementation(name: str) -> tuple[str | None, str]:
     row = ARCHITECTURES[name]
     default = Runner(row, "exact")
     greedy(default)
-    status, reason = path(reports(default))
+    status, reason = path(default)
     if status == PAGES:
         return None, ""
     ours = Runner(row, "exact", "kvquant")
     greedy(ours)
-    return ("kvquant" if path(reports(ours))[0] == PAGES else None), f"{default.implementation}: {reason}"
+    return ("kvquant" if path(ours)[0] == PAGES else None), f"{default.implementation}: {reason}"
 
 
 @cache
@@ -182,10 +182,6 @@ def evaluate(name: str, column: str) -> Outcome:
     run, reference = FEATURES[column].run, Runner(row, None)
     try:
         expected = run(reference)
-    except NotAvailableError as error:
-        return Outcome(PENDING, str(error))
-    except NotDefinedError as error:
-        return Outcome(NONE, str(error))
     except Exception as error:
         return Outcome(NONE, f"transformers with DynamicCache: {one_line(error)}")
     if distance(reference, expected) > 0.01:  # it would be about 1e-9; int8 could not be told from it
@@ -196,13 +192,25 @@ def evaluate(name: str, column: str) -> Outcome:
         exact, int8 = Runner(row, "exact", setting), Runner(row, "int8", setting)
         check_exact(expected, run(exact))
         turns = run(int8)
+        if column == "compile" and not exact.operators["graphs"] == int8.operators["graphs"] == 1:
+            raise Mismatch("compiled anew", f"{exact.operators} {int8.operators}")
         check_small(reports(int8))
         share = distance(Runner(row, None), turns)
         if not 0 < share <= 1:
             raise Mismatch("int8: too far from DynamicCache", f"{share:.2f} times what is allowed")
-        return Outcome(path(reports(exact))[0], detail=f"int8 takes {share:.3f} of what is allowed")
+        return Outcome(path(exact)[0], detail=f"int8 takes {share:.3f} of what is allowed")
 
-    return judge(check)
+    found = judge(check)
+    return _without_static_cache(row, found) if column == "compile" and found.text == WRONG else found
+
+
+def _without_static_cache(row: Architecture, found: Outcome) -> Outcome:
+    """What is wrong with a compiled model, unless transformers' own static cache fails there too."""
+    try:
+        compiled(Runner(row, STATIC_CACHE))
+    except Exception as error:
+        return Outcome(NONE, f"transformers with StaticCache: {one_line(error)}")
+    return found
 
 
 def layers(name: str) -> Outcome:
