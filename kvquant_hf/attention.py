@@ -1,5 +1,7 @@
 """Attention on what ``update`` returned: pages, or the exact keys and values of a first prompt."""
 
+import contextlib
+
 import torch
 
 from .carrier import is_packed
@@ -50,7 +52,9 @@ def attend(
         return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
     view, store = keys.view_pages(), keys.store
     chosen = choose(store.impl, query.dtype, view.keys, view.values)
-    with torch.autocast(query.device.type, enabled=False):
+    device = query.device.type
+    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with plain:
         output = paged_attention(
             query,
             view.keys,
