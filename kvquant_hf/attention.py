@@ -1,5 +1,7 @@
 """Attention on what ``update`` returned: pages, or the exact keys and values of a first prompt."""
 
+import contextlib
+
 import torch
 
 from .carrier import is_packed
@@ -55,7 +57,9 @@ def attend(
     view, store = keys.view_pages(), keys.store
     # In a graph the operator chooses when it runs.
     chosen = Choice(store.impl) if compiling else choose(store.impl, query.dtype, view.keys, view.values)
-    with torch.autocast(query.device.type, enabled=False):
+    device = query.device.type
+    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with plain:
         output = paged_attention(
             query,
             view.keys,

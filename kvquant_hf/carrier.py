@@ -36,9 +36,9 @@ class KVTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, store: PagedStore, side: Side, log: CallLog) -> KVTensor:
-        tail = getattr(store.view(), side).tail
-        shape = (tail.shape[0], tail.shape[1], store.length, tail.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
+        heads, head_dim = store.vectors[side == "values"]
+        shape = (store.batch_size, heads, store.length, head_dim)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
         self.store, self.side, self._log = store, side, log
         self._stamp, self._dense = store.version, None
         return self

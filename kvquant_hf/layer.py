@@ -21,9 +21,15 @@ from .triton_kernels.codecs import CODECS
 from .triton_kernels.ops import Implementation
 
 
-@contextlib.contextmanager
-def plain_tensors() -> Iterator[None]:
+def plain_tensors() -> contextlib.AbstractContextManager[None]:
     """Make tensors that can be written later, also when the caller is in inference mode now and not then."""
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+        return _without_modes()
+    return contextlib.nullcontext()  # as it is already; entering both modes takes as long as storing a token
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -52,7 +58,7 @@ class StepGuard:
 
     def __init__(self) -> None:
         self._leader: weakref.ref[PagedLayer] | None = None
-        self._followers: list[weakref.ref[PagedLayer]] = []
+        self._followers: weakref.WeakSet[PagedLayer] = weakref.WeakSet()
         self._before = 0  # tokens the leader held before this step
         self._step = 0  # tokens of this step
         self.claim: Claim | None = None  # the pages of this step
@@ -66,17 +72,15 @@ class StepGuard:
         leader = None if self._leader is None else self._leader()
         if leader is None:
             leader, self._leader = layer, weakref.ref(layer)
-        followers = [follower for reference in self._followers if (follower := reference()) is not None]
         if layer is leader:
-            lengths = [layer.length, *(follower.length for follower in followers)]
+            lengths = [layer.length, *(follower.length for follower in self._followers)]
             if min(lengths) != max(lengths):
                 raise InterruptedForwardError(self._message(lengths))
             self._before, self._step = layer.length, count
         elif count == self._step:
             if layer.length != self._before:
                 raise InterruptedForwardError(self._message([self._before, layer.length]))
-            if not any(follower is layer for follower in followers):
-                self._followers.append(weakref.ref(layer))
+            self._followers.add(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(StepGuard())  # weak references cannot be copied or saved; the copied layers make themselves known

@@ -142,6 +142,11 @@ class PagedStore(StoreLayout):
             OutOfPages: the pool's budget has no more.
         """
         self.check(keys, values)
+        if self.tail_length + keys.shape[2] <= self.page_size and not self._tail_shared:
+            lengths = torch.empty_like(self.lengths)
+            append_pages(keys, values, *self._sides(self._tail), self.page_table, self.lengths, lengths, impl=self.impl)
+            self._lengths, self.tail_length, self.version = lengths, self.tail_length + keys.shape[2], self.version + 1
+            return
         count = max(0, (self.tail_length + keys.shape[2] - 1) // self.page_size)  # lazily: see the module's docstring
         rest = self.tail_length + keys.shape[2] - count * self.page_size
         # Another open page instead of the old one overwritten: what stops this half way leaves the store as it was.

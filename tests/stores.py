@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from calibrated import with_range
 
-from kvquant_hf.policy import KVPolicy, parse_policy
+from kvquant_hf.policy import POLICIES, KVPolicy, parse_policy
 from kvquant_hf.store import PagedStore
 from kvquant_hf.triton_kernels.codecs import CODECS
 

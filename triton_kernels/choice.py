@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from ..errors import ImplementationError
-from .codecs.base import Codec
+from .codecs import CODECS, Codec
 from .cpu.build import BuildError
 from .cpu.native import library
 from .reference import PagedSide
@@ -34,12 +34,13 @@ def _choose(
     stored: torch.dtype,
     page_size: int,
     head_dims: tuple[int, int],
-    codecs: tuple[Codec, Codec],
+    codec_names: tuple[str, str],
     interpreted: bool,
 ) -> Choice:
     """:func:`choose`, kept: it is asked at every step of every layer."""
     if impl == "reference":
         return Choice("reference")
+    codecs = CODECS[codec_names[0]], CODECS[codec_names[1]]
     kernels: Implementation = "triton" if impl == "auto" and device.type == "cuda" else "cpu"
     if impl != "auto":
         kernels = "triton" if impl == "triton" else "cpu"
@@ -125,6 +126,14 @@ def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide) ->
     """
     if impl not in IMPLEMENTATIONS:
         raise ImplementationError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
-    dims = keys.head_dim, values.head_dim
-    codecs = keys.codec, values.codec
-    return _choose(impl, keys.tail.device, dtype, keys.tail.dtype, keys.page_size, dims, codecs, interpreting())
+    tail = keys.tail
+    return _choose(
+        impl,
+        tail.device,
+        dtype,
+        tail.dtype,
+        keys.page_size,
+        (tail.shape[3], values.tail.shape[3]),
+        (keys.codec.name, values.codec.name),  # not the codecs, whose hash is that of all their fields
+        (tail.is_cuda or impl == "triton") and interpreting(),
+    )

@@ -55,6 +55,21 @@ def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def _run_append(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_side: PagedSide,
+    value_side: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    new_lengths: torch.Tensor,
+    impl: str,
+) -> None:
+    function = _APPEND[choose(impl, keys.dtype, key_side, value_side).name]
+    with _on(keys):
+        function(keys, values, key_side, value_side, page_table, lengths, new_lengths)
+
+
 def _append(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -71,9 +86,7 @@ def _append(
 ) -> None:
     key_side = PagedSide(CODECS[key_codec], key_planes, key_tail, key_tail.shape[2])
     value_side = PagedSide(CODECS[value_codec], value_planes, value_tail, value_tail.shape[2])
-    chosen = choose(impl, keys.dtype, key_side, value_side).name
-    with _on(keys):
-        _APPEND[chosen](keys, values, key_side, value_side, page_table, lengths, new_lengths)
+    _run_append(keys, values, key_side, value_side, page_table, lengths, new_lengths, impl)
 
 
 _WRITTEN = ("key_planes", "key_tail", "value_planes", "value_tail", "new_lengths")
@@ -112,21 +125,32 @@ def append_pages(
     Raises:
         ImplementationError: ``impl`` names kernels that cannot run here.
     """
-    function = _append_op if torch.compiler.is_compiling() else _append
-    function(
-        keys,
-        values,
-        key_side.codec.name,
-        list(key_side.planes),
-        key_side.tail,
-        value_side.codec.name,
-        list(value_side.planes),
-        value_side.tail,
-        page_table,
-        lengths,
-        new_lengths,
-        impl,
-    )
+    if not torch.compiler.is_compiling():
+        return _run_append(keys, values, key_side, value_side, page_table, lengths, new_lengths, impl)
+    k, v = key_side, value_side
+    pages = (k.codec.name, list(k.planes), k.tail, v.codec.name, list(v.planes), v.tail)
+    _append_op(keys, values, *pages, page_table, lengths, new_lengths, impl)
+    return None
+
+
+def _run_attention(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    window: int,
+    impl: str,
+) -> torch.Tensor:
+    function = _ATTEND[choose(impl, query.dtype, keys, values).name]
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "softcap": softcap, "window": window}
+    with _on(query):
+        return function(query, keys, values, page_table, lengths, mask=mask, sinks=sinks, **options)
 
 
 def _attend(
@@ -149,10 +173,7 @@ def _attend(
 ) -> torch.Tensor:
     keys = PagedSide(CODECS[key_codec], key_planes, key_tail, key_tail.shape[2])
     values = PagedSide(CODECS[value_codec], value_planes, value_tail, value_tail.shape[2])
-    function = _ATTEND[choose(impl, query.dtype, keys, values).name]
-    options: dict[str, Any] = {"scale": scale, "causal": causal, "softcap": softcap, "window": window}
-    with _on(query):
-        return function(query, keys, values, page_table, lengths, mask=mask, sinks=sinks, **options)
+    return _run_attention(query, keys, values, page_table, lengths, scale, causal, mask, softcap, sinks, window, impl)
 
 
 _attention_op = library.custom_op("kvquant_hf::paged_attention", _attend, mutates_args=())
@@ -203,25 +224,12 @@ def paged_attention(
     Raises:
         ImplementationError: ``impl`` names kernels that cannot run here.
     """
-    function = _attention_op if torch.compiler.is_compiling() else _attend
-    return function(
-        query,
-        keys.codec.name,
-        list(keys.planes),
-        keys.tail,
-        values.codec.name,
-        list(values.planes),
-        values.tail,
-        page_table,
-        lengths,
-        scale,
-        causal,
-        mask,
-        softcap,
-        sinks,
-        window,
-        impl,
-    )
+    options = (scale, causal, mask, softcap, sinks, window, impl)
+    if not torch.compiler.is_compiling():
+        return _run_attention(query, keys, values, page_table, lengths, *options)
+    k, v = keys, values
+    pages = (k.codec.name, list(k.planes), k.tail, v.codec.name, list(v.planes), v.tail)
+    return _attention_op(query, *pages, page_table, lengths, *options)
 
 
 def dense_attention(

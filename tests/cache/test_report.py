@@ -168,8 +168,8 @@ def test_calls_are_counted_by_path() -> None:
     report = cache.report()
     assert (report.prefill_calls, report.paged_calls, report.fallback_calls) == (3, 6, 0)  # three layers
     assert report.fallback_reasons == {}
-    assert report.implementation == "reference" and "6 in pages (reference)" in str(report)
-    assert "'cpu'" in report.implementation_reason and report.implementation_reason in str(report)
+    assert report.implementation == "cpu" and "6 in pages (cpu)" in str(report)
+    assert report.implementation_reason == "" and "not used" not in str(report)
 
 
 def test_json_and_text() -> None:

@@ -163,8 +163,9 @@ def test_compiled_without_a_break(device: torch.device) -> None:
     ids=str,
 )
 def test_explicit_choices_never_fall_back(change: dict[str, Any], words: list[str], device: torch.device) -> None:
-    codecs = CODECS["int4-channel"], CODECS["int4-hadamard"]
-    sizes = {"device": device, "dtype": torch.float16, "page_size": 64, "head_dims": (64, 64), "codecs": codecs}
+    codecs = "int4-channel", "int4-hadamard"
+    sizes = {"device": device, "dtype": torch.float16, "page_size": 64, "head_dims": (64, 64), "codec_names": codecs}
+    sizes["stored"] = torch.float16
     assert choice._choose("triton", **sizes, interpreted=True) == ("triton", "")
     sizes |= change
     with pytest.raises(ImplementationError) as caught:
@@ -178,15 +179,15 @@ def test_explicit_choices_never_fall_back(change: dict[str, Any], words: list[st
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU "auto" is plain torch and says so; "triton" raises unless its interpreter is on."""
+    """On the CPU "auto" is the compiled kernels; "triton" raises unless its interpreter is on."""
     cpu = torch.device("cpu")
     keys, values, *_ = stored("int8", (5,), cpu)
-    assert choose("auto", torch.float32, keys, values) == ("reference", "the tensors are on 'cpu'")
+    assert choose("auto", torch.float32, keys, values) == choose("cpu", torch.float32, keys, values) == ("cpu", "")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert choose("auto", torch.float32, keys, values) == ("reference", "the tensors are on 'cpu'")
+    assert choose("auto", torch.float32, keys, values) == ("cpu", "")
     with pytest.raises(ImplementationError, match=r"'cpu'.*GPU.*TRITON_INTERPRET=1"):
         choose("triton", torch.float32, keys, values)
-    with pytest.raises(ImplementationError, match="unknown impl 'cuda'; use 'auto', 'triton', 'reference'"):
+    with pytest.raises(ImplementationError, match="unknown impl 'cuda'; use 'auto', 'triton', 'cpu', 'reference'"):
         choose("cuda", torch.float32, keys, values)
 
 

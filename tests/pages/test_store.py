@@ -159,7 +159,7 @@ def test_tensors_that_do_not_fit_change_nothing(change, error: type[Exception], 
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_failing_codec_changes_nothing_and_leaks_no_page(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder runs out of memory on the ``call``-th of four calls: two rounds of 64 pages, keys and values."""
-    store = filled("int8", tokens=100, batch=1)
+    store = filled("turboquant", tokens=100, batch=1)
     twin = store.fork()
     before, kept = state(store), content(store)
     calls, encode = [], type(store.codecs[0]).encode

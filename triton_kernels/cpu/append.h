@@ -154,7 +154,7 @@ void encode_affine(const Encode& call, const float* x, int64_t index, float* low
         }
     }
     for (int i = 0; i < count; i++) {
-        offsets[i] = half_at_most(low[i]);
+        offsets[i] = half_at_most(low[i] + 0.0f);  // -0 becomes +0, as in integer.py
         const float offset = half_to_float(offsets[i]), width = high[i] - offset;
         steps[i] = half_at_least((width > 0 ? width : 0) / float((1 << BITS) - 1));
         const float step = half_to_float(steps[i]);

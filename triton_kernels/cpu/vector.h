@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(KV_PORTABLE)
+#define KV_WIDTH 4
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define KV_WIDTH 16
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
