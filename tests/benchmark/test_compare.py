@@ -2,9 +2,9 @@
 
 import csv
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.benchmark import Request, Subject, compare, draw_requests, in_memory, serve
 from kvquant_hf.benchmark import compare as compare_function
 from kvquant_hf.benchmark import contenders as table
-from kvquant_hf.benchmark.apart import Job, Peak
-from kvquant_hf.benchmark.apart import measure as measure_here
+from kvquant_hf.benchmark.apart import Job, Peak, measure_apart
 from kvquant_hf.benchmark.batching import Batch
 from kvquant_hf.benchmark.contenders import Contender, Dimensions, choose, expected_bytes
 from kvquant_hf.benchmark.results import Row
@@ -26,7 +25,7 @@ from kvquant_hf.benchmark.speed import CHECKED, Lane, race
 from kvquant_hf.errors import BenchmarkError, BenchmarkInputError, UnknownPolicyError
 
 FAST = {"contexts": (48, 90), "rounds": 4, "prefill_chunk": 32, "peak": False}
-module: Any = __import__("sys").modules[compare_function.__module__]
+module: Any = sys.modules[compare_function.__module__]
 
 
 def quick(model: Any = None, **options: Any) -> Any:
@@ -205,19 +204,20 @@ def test_what_is_reckoned_bounds_what_is_held(name: str) -> None:
         assert held <= reckoned + 64 < 1.6 * held + 20_000
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what a process has")
 def test_peak_memory_of_a_process() -> None:
-    """In this process, for time; ``tests/cli`` runs one of its own."""
-    load = partial(tiny_in, num_hidden_layers=2)
-    job = Job(load, "float32", "int4", True, prompt(length=200)[0].tolist(), 210, 64, 1, 60.0)
-    try:
-        peak = measure_here(job)
-    except OSError:
-        pytest.skip("only Linux says what a process has")
-    assert peak.peak_bytes >= 0 and peak.how in ("high-water mark", "sampled") and peak.cuda_peak_bytes is None
+    """A new process, which gets a model in memory by way of a folder; and one that cannot load its model."""
+    with in_memory(tiny_llama(num_hidden_layers=2)).load_apart() as load:
+        job = Job(load, "float32", "int4", True, prompt(length=200)[0].tolist(), 210, 64, 1, 60.0)
+        peak = measure_apart(job)
+    assert (
+        peak.how in ("high-water mark", "sampled") and 0 <= peak.peak_bytes < 1 << 30 and peak.cuda_peak_bytes is None
+    )
+    assert "another process" in measure_apart(job._replace(load=lambda dtype: None)).how
 
 
-def tiny_in(dtype: str, **changes: Any) -> Any:
-    return tiny_llama(**changes).to(getattr(torch, dtype))
+def tiny_in(dtype: str) -> Any:
+    return tiny_llama().to(getattr(torch, dtype))
 
 
 def test_peaks_are_asked_for_each_row_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_the_peak_counts_what_is_gone_again(how: str, monkeypatch: pytest.Monkey
         if watch.how != how:
             pytest.skip("the high-water mark cannot be set back here")
         memory = torch.ones(64 << 20, dtype=torch.uint8)
-        for _ in range(20):  # long enough for a look
+        for _ in range(5):  # long enough for a look
             memory.add_(1)
         del memory
         assert 60 << 20 < watch.peak() < 120 << 20

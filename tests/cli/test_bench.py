@@ -35,6 +35,7 @@ def test_as_json_and_files(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert "int4 (fp32)" in picture.read_text(encoding="utf-8")
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what a process has")
 def test_peaks_come_from_processes_of_their_own(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
