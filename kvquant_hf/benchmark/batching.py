@@ -4,6 +4,7 @@ A batch is padded on the left to its longest prompt and runs until its longest a
 sequences may hold is the longest prompt plus the longest answer.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ class Served(NamedTuple):
     @property
     def itl_s(self) -> list[float]:
         """Seconds between tokens that follow each other."""
-        return [b - a for a, b in zip(self.times_s, self.times_s[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.times_s)]
 
 
 def served(batch: Batch, waited_s: float, times_s: Sequence[float]) -> list[Served]:

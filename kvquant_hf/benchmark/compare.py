@@ -55,10 +55,10 @@ def compare(
         BenchmarkInputError, UnknownPolicyError: something that was asked for does not exist.
         BenchmarkError: ``exact`` and ``DynamicCache`` do not agree, so no time would mean anything.
     """
-    own = [str(subject.dtype).removeprefix("torch.")] if isinstance(subject, torch.nn.Module) else None
     subject = subject if isinstance(subject, Subject) else in_memory(subject)
     if dtypes is None:
-        dtypes = own or default_dtypes()
+        held = subject.model
+        dtypes = default_dtypes() if held is None else (str(held.dtype).removeprefix("torch."),)
     dtypes = known_dtypes(dtypes)
     if rounds < 1 or prefill_chunk < 1:
         raise BenchmarkInputError("rounds and prefill_chunk must be positive; leave them out for the usual ones.")

@@ -1,6 +1,7 @@
 """Two panels: decode speed and memory against context, a line for each cache."""
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,16 @@ def draw(comparison: "Comparison") -> Any:
     rows, conditions = comparison.rows, comparison.conditions
     dtypes = faster_dtypes(rows)
     peaks = any(row.peak_bytes is not None for row in rows)
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+
+    class Picture(Figure):
+        """Shows itself in a notebook, also where pyplot was never imported."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=100)
+            return file.getvalue()
+
+    figure = Picture(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the machine has
     speed, memory = figure.subplots(1, 2)
     counts = {True: 0, False: 0}

@@ -152,7 +152,7 @@ def flat(conditions: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_csv(path: str | Path, conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """``rows`` with the conditions behind them; None is an empty field."""
     constants = flat(conditions)
-    names: Iterable[str] = rows[0] if rows else ()
+    names: Iterable[str] = flat(rows[0]) if rows else ()
     try:
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*names, *constants], lineterminator="\n")

@@ -8,7 +8,7 @@ from typing import Any
 from .batching import Served
 from .contenders import DYNAMIC
 from .results import OK, write_csv
-from .statistics import percentiles
+from .statistics import PERCENTILES, percentiles
 from .tables import Table, serving_table
 
 Percentiles = dict[str, float] | None
@@ -78,7 +78,11 @@ class Serving:
 
     def write_csv(self, path: str | Path) -> None:
         """A line per row; the conditions are repeated in each."""
-        write_csv(path, self.conditions, [asdict(row) for row in self.rows])
+        empty = dict.fromkeys(f"p{p}" for p in PERCENTILES)
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:  # the same columns whether or not there are times
+            row |= {name: row[name] or empty for name in ("ttft", "ttft_queued", "tpot", "itl")}
+        write_csv(path, self.conditions, rows)
 
     def __str__(self) -> str:
         return self.table().markdown()

@@ -59,7 +59,7 @@ def forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     # Logits of a whole chunk would be the largest tensor of all.
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     output = model(ids, past_key_values=cache, use_cache=True, **options)
-    return output.logits[:, -1]  # type: ignore[no-any-return]
+    return output.logits[:, -1]
 
 
 def prefill(

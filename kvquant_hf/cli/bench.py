@@ -69,8 +69,9 @@ def bench(
     """
     from ..benchmark.contenders import choose
     from ..benchmark.figure import check_figure
-    from ..benchmark.plan import known_dtypes, numbers_of
+    from ..benchmark.plan import known_dtypes, numbers_of, prompt_tokens
     from ..benchmark.shapes import find_shape
+    from ..benchmark.speed import CHECKED
 
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
     ours, theirs = _list(policies), _list(baselines)
@@ -106,6 +107,8 @@ def bench(
         if kv_budget is not None or batch_sizes is not None or requests_file is not None:
             raise InputError("--kv-budget, --batch-sizes and --requests-file go with --throughput; add it.")
         contexts = numbers_of(context, "--context")
+        for tokens in contexts:
+            prompt_tokens(tokens, CHECKED, rounds)
         run = partial(_compare, sorted(set(contexts)), ours, theirs, chosen, rounds, prefill_chunk, peak, timeout)
         needed = max(contexts)
     result = run(_Asked(model, shape, layers, needed, as_json))
