@@ -47,16 +47,16 @@ class Case(NamedTuple):
 
 def paged(codec_name: str, x: torch.Tensor, page_size: int, table: torch.Tensor, physical: int) -> PagedSide:
     """``x`` in pages at the places of ``table``; all other pages and the rest of the open page are NaN or 0xAB."""
-    codec = with_range(CODECS[codec_name], heads, dim)
     batch, heads, tokens, dim = x.shape
+    codec = with_range(CODECS[codec_name], heads, dim)
     sealed = table.shape[1] * page_size
     planes = []
     for plane in codec.planes(dim):
         stored = torch.empty(physical, heads, *plane.shape(page_size), dtype=plane.dtype or x.dtype)
         planes.append(stored.fill_(float("nan") if stored.is_floating_point() else 0xAB))
-    encoded = codec.encode(x[:, :, :sealed].unflatten(2, (table.shape[1], page_size)))
+    encoded = codec.encode(x[:, :, :sealed].unflatten(2, (table.shape[1], page_size)).transpose(1, 2))
     for stored, plane in zip(planes, encoded, strict=True):
-        stored[table] = plane.transpose(1, 2)
+        stored[table] = plane
     room = torch.full((batch, heads, page_size, dim), float("nan"), dtype=x.dtype)
     room[:, :, : tokens - sealed] = x[:, :, sealed:]
     return PagedSide(codec, planes, room[:, :, : tokens - sealed], page_size)
