@@ -83,7 +83,9 @@ def whole_steps(models: dict[str, Any], policies: list[str], context: int, round
     times = interleaved(contenders, rounds)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     best = min(ms for name, ms in medians.items() if name.startswith("DynamicCache"))
-    print(f"\ncontext {context}: median ms of {rounds} rounds, the fastest, ratio to the faster DynamicCache, to its own dtype's")
+    print(
+        f"\ncontext {context}: median ms of {rounds} rounds, the fastest, ratio to the faster DynamicCache, to its own dtype's"
+    )
     for name, ms in medians.items():
         own = medians[f"DynamicCache {name.rpartition(' ')[2]}"]
         held = f"{stored[name].report().bytes / 1e6:8.1f} MB" if name in stored else ""
@@ -115,7 +117,9 @@ def attention_alone(policies: list[str], context: int, rounds: int) -> None:
     times = interleaved(contenders, rounds)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     best = min(ms for name, ms in medians.items() if name.startswith("DynamicCache"))
-    print(f"attention alone, {context} tokens; a copy moves {bandwidth / 1e9:.1f} GB/s; ms, fastest, ratio, percent of the floor")
+    print(
+        f"attention alone, {context} tokens; a copy moves {bandwidth / 1e9:.1f} GB/s; ms, fastest, ratio, percent of the floor"
+    )
     for name, ms in medians.items():
         floor = sizes[name] / bandwidth * 1e3 if name in sizes else float("nan")
         print(f"{name:24} {ms:8.2f} {min(times[name]):8.2f} {best / ms:6.2f} {100 * floor / ms:6.0f} %", flush=True)

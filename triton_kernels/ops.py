@@ -173,9 +173,7 @@ def _attend(
 ) -> torch.Tensor:
     keys = PagedSide(CODECS[key_codec], key_planes, key_tail, key_tail.shape[2])
     values = PagedSide(CODECS[value_codec], value_planes, value_tail, value_tail.shape[2])
-    return _run_attention(
-        query, keys, values, page_table, lengths, scale, causal, mask, softcap, sinks, window, impl
-    )
+    return _run_attention(query, keys, values, page_table, lengths, scale, causal, mask, softcap, sinks, window, impl)
 
 
 _attention_op = library.custom_op("kvquant_hf::paged_attention", _attend, mutates_args=())

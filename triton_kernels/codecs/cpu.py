@@ -17,6 +17,7 @@ class CpuCodec:
         token_scale, token_offset, channel_scale, channel_offset: planes of these parts of ``Tile``.
         zero_point: the plane ``token_offset`` holds a zero point z: the offset is ``-z * token_scale``.
         affine: pages are encoded by the rule of ``integer.py``: range rounded outwards to an fp16 step and offset.
+        bucketed: ``_encode`` takes the keyword ``bucket``, a function like ``lloyd_max.bucket``.
     """
 
     levels: tuple[float, ...] | None = None
@@ -28,3 +29,4 @@ class CpuCodec:
     channel_offset: int | None = None
     zero_point: bool = False
     affine: bool = False
+    bucketed: bool = False
