@@ -8,7 +8,7 @@ import torch
 from ..errors import ImplementationError
 from .codecs import CODECS, Codec
 from .cpu.build import BuildError
-from .cpu.native import DTYPES, library
+from .cpu.native import library
 from .reference import PagedSide
 from .target import interpreting, why_not
 
