@@ -5,6 +5,7 @@
     python benchmarks/cpu_decode.py --prefill 4096         a prompt's prefill, and the part of it that stores
     python benchmarks/cpu_decode.py --linear               step time against context, its line and R2
     python benchmarks/cpu_decode.py --profile              where the Python time of a step goes
+    python benchmarks/cpu_decode.py --busy ...             processor time of one thread instead of wall time of two
 
 Caches are filled with random keys and values: a step takes the same time whatever it reads.  Every round runs each
 contender once, starting with another one each time.
@@ -25,6 +26,7 @@ from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.cli.models import load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+clock = time.perf_counter
 Contenders = dict[str, Callable[[], object]]
 
 
@@ -36,9 +38,9 @@ def interleaved(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
         run()
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             contenders[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     return times
 
 
@@ -84,7 +86,8 @@ def whole_steps(models: dict[str, Any], policies: list[str], context: int, round
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     best = min(ms for name, ms in medians.items() if name.startswith("DynamicCache"))
     print(
-        f"\ncontext {context}: median ms of {rounds} rounds, the fastest, ratio to the faster DynamicCache, to its own dtype's"
+        f"\ncontext {context}: median ms of {rounds} rounds, the fastest, ratio to the faster "
+        "DynamicCache, to its own dtype's"
     )
     for name, ms in medians.items():
         own = medians[f"DynamicCache {name.rpartition(' ')[2]}"]
@@ -118,7 +121,8 @@ def attention_alone(policies: list[str], context: int, rounds: int) -> None:
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     best = min(ms for name, ms in medians.items() if name.startswith("DynamicCache"))
     print(
-        f"attention alone, {context} tokens; a copy moves {bandwidth / 1e9:.1f} GB/s; ms, fastest, ratio, percent of the floor"
+        f"attention alone, {context} tokens; a copy moves {bandwidth / 1e9:.1f} GB/s; ms, fastest, "
+        "ratio, percent of the floor"
     )
     for name, ms in medians.items():
         floor = sizes[name] / bandwidth * 1e3 if name in sizes else float("nan")
@@ -214,12 +218,18 @@ def main() -> None:
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--busy", action="store_true", help="processor time of one thread: for a machine that is shared"
+    )
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--prefill", type=int, metavar="TOKENS")
     parser.add_argument("--linear", action="store_true")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    if arguments.busy:
+        global clock
+        clock = time.thread_time
+    torch.set_num_threads(1 if arguments.busy else arguments.threads)
     torch.manual_seed(0)
     policies = arguments.policies.split(",")
     with torch.no_grad():

@@ -42,9 +42,9 @@ class QuantizedPagedCache(DynamicCache):
             ``pool``, or 64.
         prefill: ``"exact"``: the first prompt attends to its exact keys and values while they are stored;
             ``"quantized"``: it attends to what was stored, which is what accuracy should be measured with.
-        impl: what works on the pages: ``"triton"`` (GPU kernels), ``"reference"`` (plain torch), or ``"auto"``: kernels
-            on a GPU, else plain torch; the report says what ran.  A forward pass raises ``ImplementationError`` where
-            ``"triton"`` cannot run.
+        impl: what works on the pages: ``"triton"`` (GPU kernels), ``"cpu"`` (compiled at first use), ``"reference"``
+            (plain torch), or ``"auto"``: the device's kernels where they run, else plain torch; the report says what
+            ran.  A forward pass raises ``ImplementationError`` where the kernels asked for cannot run.
         sliding: layers with a sliding window or in chunks: ``"quantized"``: pages of the last window of tokens;
             ``"exact"``: transformers' own layer.
         max_pages: pages that each layer may have; ``max_bytes``: bytes of the packed pages of all layers, reserved

@@ -72,8 +72,8 @@ class CacheReport:
         elements: key and value elements held by the paged layers.
         sealed_elements: those of them that lie in sealed pages, counted for every sequence.
         reopened_pages: sealed pages that a crop had to decode into the open page.
-        implementation: what computed attention over pages: ``"triton"``, ``"reference"`` (plain torch), both, or
-            ``""`` before the first call.
+        implementation: what computed attention over pages: ``"triton"``, ``"cpu"``, ``"reference"`` (plain torch),
+            several of them, or ``""`` before the first call.
         implementation_reason: why the kernels did not run, if they might have.
         paged_calls, prefill_calls, fallback_calls: attention calls by path; those inside of compiled graphs are not
             counted.

@@ -9,7 +9,7 @@ from stores import fill, make_store, raw, same_bytes, vectors
 from kvquant_hf.policy import POLICIES
 from kvquant_hf.store import PagedStore
 from kvquant_hf.triton_kernels.append_reference import encode_pages
-from kvquant_hf.triton_kernels.codecs import CODECS
+from kvquant_hf.triton_kernels.codecs import CODECS, lloyd_max
 from kvquant_hf.triton_kernels.cpu import append
 
 PAGE = 64
@@ -55,7 +55,11 @@ def test_codecs_that_are_encoded_here() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["plain", "constant", "ties", "huge", "tiny", "wide"])
 def test_encoded_bytes(codec: str, dtype: torch.dtype, name: str) -> None:
-    """Equal to the last bit, rotated or not: a rotation in float64 rounds to the same float32."""
+    """Equal to the last bit, rotated or not: a rotation in float64 rounds to the same float32.
+
+    But for the sign of a zero offset, where a page holds both zeros: which is the minimum depends on the order in which
+    a machine compares.  Only the numbers of "tiny" underflow to such pages.
+    """
     if dtype == torch.float16 and name in ("huge", "wide"):
         pytest.skip("not a finite fp16 number")
     for dim in (64, 80, 128):
@@ -64,7 +68,7 @@ def test_encoded_bytes(codec: str, dtype: torch.dtype, name: str) -> None:
         expected = encoded(codec, x, encode_pages)
         result = encoded(codec, x, append._encode)
         for plane, wanted in zip(result, expected, strict=True):
-            assert torch.equal(raw(plane), raw(wanted))
+            assert torch.equal(plane, wanted) if name == "tiny" else torch.equal(raw(plane), raw(wanted))
 
 
 @pytest.mark.parametrize("codec", AFFINE)
@@ -106,3 +110,24 @@ def test_a_token_goes_into_the_open_page_in_place() -> None:
     assert twin.lengths.tolist() == [[0, 44]] and store.lengths.tolist() == [[0, 43]]
     assert torch.equal(store.view().keys.tail[:, :, 41:43], keys[:, :, 5:7])
     assert torch.equal(twin.view().keys.tail[:, :, 41:44], keys[:, :, :3])
+
+
+@pytest.mark.parametrize("codec", ["lloyd4-centred", "lloyd2", "lloyd3-sign", "lloyd2-plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_rotated_bytes(codec: str, dtype: torch.dtype, dim: int) -> None:
+    """Rotation and choice of codes by the kernels, sums by torch: the same bytes."""
+    for name in ("plain", "constant", "huge"):
+        x = hard(name, dtype, dim)
+        for plane, wanted in zip(encoded(codec, x, append._encode), encoded(codec, x, encode_pages), strict=True):
+            assert torch.equal(raw(plane), raw(wanted))
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 4096, 10001])
+def test_bucket(count: int) -> None:
+    """Numbers on a boundary belong below it, as in torch; so do their neighbours where they should."""
+    boundaries = lloyd_max.BOUNDARIES[4]
+    edges = torch.tensor(boundaries)
+    near = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)])
+    u = torch.cat([near, torch.randn(10001)])[:count]
+    assert torch.equal(append._bucket(u, boundaries), lloyd_max.bucket(u, boundaries))

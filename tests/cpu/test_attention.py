@@ -9,9 +9,8 @@ from problems import PAGE, Case, Problem, check, make_problem
 
 from kvquant_hf.policy import POLICIES
 from kvquant_hf.triton_kernels.codecs import CODECS
-from kvquant_hf.triton_kernels.cpu import attention, build, native
+from kvquant_hf.triton_kernels.cpu import attention, native
 from kvquant_hf.triton_kernels.cpu.attention import paged_attention_cpu, split_count
-from kvquant_hf.triton_kernels.ops import PagedSide
 
 policies = pytest.mark.parametrize("policy", list(POLICIES))
 

@@ -48,7 +48,7 @@ def sides(dtype: torch.dtype = torch.float32) -> tuple[PagedSide, PagedSide]:
 
 def refused(*words: str) -> None:
     """Explicitly asked for it is one sentence with these words; else plain torch runs, and the report says them."""
-    with pytest.raises(ImplementationError, match="^impl='cpu' cannot run here: .*use impl='auto'\\.$") as caught:
+    with pytest.raises(ImplementationError, match=r"^impl='cpu' cannot run here: .*use impl='auto'\.$") as caught:
         choose("cpu", torch.float32, *sides())
     assert all(word in str(caught.value) for word in words)
     model = tiny_llama()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 class CpuCodec:
     """One codec as the CPU kernels see it.
 
-    The first plane holds the codes, packed as in ``packing.py`` (``Codec.bits`` 1, 2, 4 or 8), or the vectors themselves
-    in the model's dtype (16 bits).  The others are named here by their index, None where a codec lacks that part.
+    The first plane holds the codes, packed as in ``packing.py`` (``Codec.bits`` 1, 2, 4 or 8), or the vectors
+    themselves in the model's dtype (16 bits).  The others are named here by their index, None where a codec lacks that
+    part.
 
     Args:
         levels: what each code stands for, ``2 ** bits`` numbers; None for 8 bits, where a code stands for itself.
@@ -17,6 +18,7 @@ class CpuCodec:
         token_scale, token_offset, channel_scale, channel_offset: planes of these parts of ``Tile``.
         zero_point: the plane ``token_offset`` holds a zero point z: the offset is ``-z * token_scale``.
         affine: pages are encoded by the rule of ``integer.py``: range rounded outwards to an fp16 step and offset.
+        bucketed: ``Codec._encode`` takes the keyword ``bucket``, a function like ``lloyd_max.bucket``.
     """
 
     levels: tuple[float, ...] | None = None
@@ -28,3 +30,4 @@ class CpuCodec:
     channel_offset: int | None = None
     zero_point: bool = False
     affine: bool = False
+    bucketed: bool = False

@@ -166,8 +166,7 @@ class IntegerCodec(Codec):
     def _range(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """fp16 ``(step, offset)`` with the reduced dimension kept."""
         dim = -2 if self.axis == "channel" else -1
-        # Plus zero: which of -0 and +0 is the minimum of both depends on the order in which they are compared.
-        offset = fp16_at_most(x.amin(dim, keepdim=True) + 0.0)
+        offset = fp16_at_most(x.amin(dim, keepdim=True))
         # Where everything is below -65504 the offset saturates above the maximum; a step must not be negative.
         width = (x.amax(dim, keepdim=True) - offset.float()).clamp_min(0)
         step = fp16_at_least(width / (2**self.bits - 1))

@@ -277,6 +277,9 @@ class SignedLloydMaxCodec(LloydMaxCodec):
     def kernel(self) -> KernelCodec:
         return KernelCodec(_token_tile, no_channels, _token_encode, fields=4, token_scale=True)
 
+    def cpu(self, head_dim: int) -> None:
+        return None  # the CPU kernels know one plane of codes
+
 
 LLOYD3_CHANNEL = ChannelRangeCodec(
     "lloyd3-channel",

@@ -34,7 +34,7 @@ Values, 2 bit:
 References: TurboQuant (arXiv:2504.19874); DRIVE (arXiv:2105.08339) and EDEN (arXiv:2108.08842) for the scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -49,10 +49,11 @@ from ..unpack import load_channels, load_words, unpack_levels
 from .base import Codec, Plane, Tile
 from .cpu import CpuCodec
 from .jit import KernelCodec, no_channels
-from .lloyd_max import BOUNDARIES, LEVELS, cell_radius, levels, quantize
+from .lloyd_max import BOUNDARIES, LEVELS, bucket, cell_radius, levels
 from .packing import expand_levels, pack_fields, round_saturating
 
 ScaleRule = Literal["norm", "least-squares", "unbiased"]
+Bucket = Callable[[torch.Tensor, tuple[float, ...]], torch.Tensor]  # ``lloyd_max.bucket`` or the same by other means
 
 
 class _Fit(NamedTuple):
@@ -211,18 +212,18 @@ class LloydMaxCodec(Codec):
             return product / level.square().sum(-1, keepdim=True)
         return residual.square().sum(-1, keepdim=True) / torch.where(product > 0, product, 1.0)
 
-    def _fit(self, y: torch.Tensor) -> _Fit:
+    def _fit(self, y: torch.Tensor, bucket: Bucket = bucket) -> _Fit:
         centre = round_saturating(y.mean(-2), torch.float16) if self.centred else None
         # Codes describe the distance to the centre as stored, so rounding the centre costs nothing.
         residual = y if centre is None else y - centre.float().unsqueeze(-2)
         norm = residual.norm(dim=-1, keepdim=True)
         unit = residual * (y.shape[-1] ** 0.5 / torch.where(norm > 0, norm, 1.0))
-        codes = quantize(unit, self.bits)
+        codes = bucket(unit, BOUNDARIES[self.bits])
         level = levels(codes, self.bits)
         return _Fit(codes, level, self._scale(residual, level), centre, residual, unit)
 
-    def _encode(self, x: torch.Tensor, model_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        fit = self._fit(x)
+    def _encode(self, x: torch.Tensor, model_dtype: torch.dtype, bucket: Bucket = bucket) -> tuple[torch.Tensor, ...]:
+        fit = self._fit(x, bucket)
         planes = pack_fields(fit.codes, self.bits), round_saturating(fit.scale, torch.float16)
         return planes if fit.centre is None else (*planes, fit.centre)
 
@@ -241,7 +242,7 @@ class LloydMaxCodec(Codec):
         return KernelCodec(_lloyd_max_tile, channels, encode, fields, token_scale=True, channel_offset=self.centred)
 
     def cpu(self, head_dim: int) -> CpuCodec:
-        return CpuCodec(LEVELS[self.bits], token_scale=1, channel_offset=2 if self.centred else None)
+        return CpuCodec(LEVELS[self.bits], token_scale=1, channel_offset=2 if self.centred else None, bucketed=True)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         """Bound from the widths of the cells, plus what the stored scale differs from the ideal one.

@@ -107,6 +107,59 @@ inline void hadamard_exact(float* x, int tokens, int dim) {
     }
 }
 
+// Rotates pages, strided as those of Encode, to float32 `to` [batch, pages, heads, page_size, dim].
+// In the order of `ROTATE` in native.py.
+struct Rotate {
+    const char* from;
+    int64_t dtype, from_batch, from_page, from_head, from_token;
+    int64_t batch, pages, heads, page_size, dim;
+    float* to;
+    int64_t threads;
+    void* fork;
+};
+
+inline void rotate(const Rotate& call) {
+    for_each_item(call.batch * call.pages * call.heads, int(call.threads), call.fork, [&](int64_t item) {
+        const int64_t head = item % call.heads, page = item / call.heads % call.pages,
+                      batch = item / call.heads / call.pages;
+        const char* from = call.from + (batch * call.from_batch + page * call.from_page + head * call.from_head) *
+                                           item_size(call.dtype);
+        float* to = call.to + item * call.page_size * call.dim;
+        for (int64_t t = 0; t < call.page_size; t++)
+            to_floats(from + t * call.from_token * item_size(call.dtype), call.dtype, int(call.dim), to + t * call.dim);
+        hadamard_exact(to, int(call.page_size), int(call.dim));
+    });
+}
+
+// Number of `boundaries` strictly below each of `count` numbers.  In the order of `BUCKET` in native.py.
+struct Bucket {
+    const float* numbers;
+    int64_t count;
+    const float* boundaries;
+    int64_t boundary_count;
+    uint8_t* codes;
+    int64_t threads;
+    void* fork;
+};
+
+inline void bucket(const Bucket& call) {
+    constexpr int64_t SOME = 4096;
+    for_each_item((call.count + SOME - 1) / SOME, int(call.threads), call.fork, [&](int64_t item) {
+        const int64_t last = std::min(call.count, (item + 1) * SOME);
+        int64_t i = item * SOME;
+        for (; i + W <= last; i += W) {
+            const Floats x = load(call.numbers + i);
+            Ints codes = {};
+            for (int64_t b = 0; b < call.boundary_count; b++) codes -= x > splat(call.boundaries[b]);
+            for (int lane = 0; lane < W; lane++) call.codes[i + lane] = uint8_t(codes[lane]);
+        }
+        for (; i < last; i++) {
+            call.codes[i] = 0;
+            for (int64_t b = 0; b < call.boundary_count; b++) call.codes[i] += call.numbers[i] > call.boundaries[b];
+        }
+    });
+}
+
 // Codes of one token, `fields` per byte; STEP is 1 where each channel has an offset and a divisor, 0 where all share.
 template <int BITS, int STEP>
 void affine_codes(const float* x, const float* offset, const float* divisor, int part, uint8_t* codes) {
@@ -154,7 +207,7 @@ void encode_affine(const Encode& call, const float* x, int64_t index, float* low
         }
     }
     for (int i = 0; i < count; i++) {
-        offsets[i] = half_at_most(low[i] + 0.0f);  // -0 becomes +0, as in integer.py
+        offsets[i] = half_at_most(low[i]);
         const float offset = half_to_float(offsets[i]), width = high[i] - offset;
         steps[i] = half_at_least((width > 0 ? width : 0) / float((1 << BITS) - 1));
         const float step = half_to_float(steps[i]);

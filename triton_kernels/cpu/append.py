@@ -1,4 +1,8 @@
-"""Append by the compiled kernels: tokens into open pages, and pages of affine codes; other codecs encode in torch."""
+"""Append by the compiled kernels: tokens into open pages, and pages of affine codes.
+
+Of other codecs that rotate, the kernels do the rotation and the choice of the codes, where results are exact; the sums
+between them remain torch's, so that the stored bytes are the same.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +11,7 @@ import torch
 from ..append_reference import append_reference, encode_pages
 from ..codecs.base import Codec
 from ..reference import PagedSide
-from .native import APPEND, DTYPES, ENCODE, library, side
+from .native import APPEND, BUCKET, DTYPES, ENCODE, ROTATE, library, side
 
 
 def append_cpu(
@@ -54,25 +58,39 @@ def _copy(x: torch.Tensor, tail: torch.Tensor) -> tuple[int, ...]:
 def _encode(codec: Codec, planes: Sequence[torch.Tensor], x: torch.Tensor, ids: torch.Tensor) -> None:
     """``append_reference.encode_pages``, which see."""
     cpu = codec.cpu(x.shape[4])
-    if cpu is None or not cpu.affine or x.dtype not in DTYPES:
+    if cpu is None or x.dtype not in DTYPES or not (cpu.affine or codec.rotated):
         return encode_pages(codec, planes, x, ids)
     if x.stride(4) != 1:
         x = x.contiguous()
     ids = ids.contiguous()
     compiled = library()
-    batch, pages, heads, page_size, _ = x.shape
-    call = ENCODE.pack(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        *x.stride()[:4],
-        batch,
-        pages,
-        heads,
-        page_size,
-        ids.data_ptr(),
-        torch.get_num_threads(),
-        compiled.fork,
-        *side(codec, planes, x[0]),
-    )
-    compiled.encode(call)
+    source = (x.data_ptr(), DTYPES[x.dtype], *x.stride()[:4], *x.shape[:4])
+    threads = (torch.get_num_threads(), compiled.fork)
+    if cpu.affine:
+        compiled.encode(ENCODE.pack(*source, ids.data_ptr(), *threads, *side(codec, planes, x[0])))
+        return None
+    rotated = torch.empty(x.shape, dtype=torch.float32)
+    compiled.rotate(ROTATE.pack(*source, x.shape[4], rotated.data_ptr(), *threads))
+    options = {"bucket": _bucket} if cpu.bucketed else {}
+    for stored, plane in zip(planes, codec._encode(rotated, x.dtype, **options), strict=True):
+        stored[ids.reshape(-1)] = plane.flatten(0, 1)
     return None
+
+
+def _bucket(u: torch.Tensor, boundaries: tuple[float, ...]) -> torch.Tensor:
+    """``lloyd_max.bucket``, which see."""
+    u, compiled = u.contiguous(), library()
+    codes = torch.empty(u.shape, dtype=torch.uint8)
+    table = torch.tensor(boundaries, dtype=torch.float32)
+    compiled.bucket(
+        BUCKET.pack(
+            u.data_ptr(),
+            u.numel(),
+            table.data_ptr(),
+            len(boundaries),
+            codes.data_ptr(),
+            torch.get_num_threads(),
+            compiled.fork,
+        )
+    )
+    return codes

@@ -40,9 +40,8 @@ def paged_attention_cpu(
     batch, query_heads, queries, key_dim = query.shape
     heads, value_dim = values.tail.shape[1], values.tail.shape[3]
     out = query.new_empty(batch, query_heads, queries, value_dim)
-    if mask is None:
-        mask_members = (0, 0, 0, 0, 0, 0)
-    else:
+    mask_members: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    if mask is not None:
         if mask.dtype not in DTYPES:
             mask = mask.float()
         strides = (stride if size > 1 else 0 for size, stride in zip(mask.shape[:3], mask.stride(), strict=False))

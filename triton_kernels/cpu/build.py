@@ -1,8 +1,8 @@
 """Compile the kernels with the machine's C++ compiler, once, and load them.
 
 The library lies in the user's cache folder under a name made of the sources, the compiler's version, the flags and the
-processor's features.  It appears there complete (written beside and renamed), so that processes that compile at the same
-time do not disturb each other.
+processor's features.  It appears there complete (written beside and renamed), so that processes that compile at the
+same time do not disturb each other.
 """
 
 import ctypes

@@ -11,9 +11,13 @@ void kvquant_sizes(int64_t* sizes) {
     sizes[0] = sizeof(kv::Attention);
     sizes[1] = sizeof(kv::Append);
     sizes[2] = sizeof(kv::Encode);
+    sizes[3] = sizeof(kv::Rotate);
+    sizes[4] = sizeof(kv::Bucket);
 }
 
 void kvquant_attend(const kv::Attention* call) { kv::attend(*call); }
 void kvquant_append(const kv::Append* call) { kv::append(*call); }
 void kvquant_encode(const kv::Encode* call) { kv::encode(*call); }
+void kvquant_rotate(const kv::Rotate* call) { kv::rotate(*call); }
+void kvquant_bucket(const kv::Bucket* call) { kv::bucket(*call); }
 }

@@ -1,13 +1,13 @@
 """Calls of the compiled kernels: tensors become pointers and strides in a packed struct.
 
-The structs are those of attention.h, append.h and tile.h: every member is 64 bits wide, and their sizes are compared when
-the library is loaded.
+The structs are those of attention.h, append.h and tile.h: every member is 64 bits wide, and their sizes are compared
+when the library is loaded.
 """
 
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,25 +23,35 @@ ATTENTION = struct.Struct("14q 2d 12q" + 2 * _SIDE)
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
 ENCODE = struct.Struct("13q" + _SIDE)
+ROTATE = struct.Struct("14q")
+BUCKET = struct.Struct("7q")
 
 
 class Library:
-    """The compiled functions.
+    """The compiled functions; each takes a packed struct.
 
     Raises:
-        BuildError: there are none, or they do not fit these calls.
+        BuildError: there are none.
     """
+
+    attend: Callable[[bytes], None]
+    append: Callable[[bytes], None]
+    encode: Callable[[bytes], None]
+    rotate: Callable[[bytes], None]
+    bucket: Callable[[bytes], None]
 
     def __init__(self, flags: tuple[str, ...] | None = None) -> None:
         loaded = load() if flags is None else load(flags)
         if isinstance(loaded, BuildError):
             raise loaded
-        sizes = (ctypes.c_int64 * 3)()
+        structs = {"attend": ATTENTION, "append": APPEND, "encode": ENCODE, "rotate": ROTATE, "bucket": BUCKET}
+        sizes = (ctypes.c_int64 * len(structs))()
         loaded.kvquant_sizes(sizes)
-        assert list(sizes) == [ATTENTION.size, APPEND.size, ENCODE.size], "the structs differ from the sources'"
-        self.attend, self.append, self.encode = loaded.kvquant_attend, loaded.kvquant_append, loaded.kvquant_encode
-        for function in (self.attend, self.append, self.encode):
+        assert list(sizes) == [packed.size for packed in structs.values()], "the structs differ from the sources'"
+        for name in structs:
+            function = getattr(loaded, f"kvquant_{name}")
             function.argtypes, function.restype = [ctypes.c_char_p], None
+            setattr(self, name, function)
         self.fork = _openmp_fork()
 
 
