@@ -9,6 +9,9 @@ from kvquant_hf.policy import POLICIES, KVPolicy, parse_policy
 from kvquant_hf.store import PagedStore
 from kvquant_hf.triton_kernels.codecs import CODECS
 
+# What the CPU kernels take: every codec that declares itself to them, and the policies made of these.
+CPU_CODECS = [name for name, codec in CODECS.items() if codec.cpu(64) is not None]
+CPU_POLICIES = [name for name, policy in POLICIES.items() if {policy.keys, policy.values} <= set(CPU_CODECS)]
 ONLINE = [name for name, policy in POLICIES.items() if not policy.calibrated]  # nothing has to be measured beforehand
 
 

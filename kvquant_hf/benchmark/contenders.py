@@ -67,7 +67,7 @@ def _ours(name: str) -> Contender:
         return cache
 
     shown = policy.name if policy.name in POLICIES else name
-    return Contender(shown, OURS, (policy.keys, policy.values) == (EXACT, EXACT), make)
+    return Contender(shown, OURS, policy == POLICIES[EXACT], make)
 
 
 def _theirs(name: str) -> Contender:

@@ -79,7 +79,7 @@ def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tens
         ({"page_size": "64"}, ["multiple of 8", "'64'"]),
         ({"prefill": "fast"}, ["'fast'", "'exact'", "'quantized'"]),
         ({"sliding": "dynamic"}, ["'dynamic'", "'exact', 'quantized'"]),
-        ({"impl": "cuda"}, ["'cuda'", "'auto', 'triton', 'reference'"]),
+        ({"impl": "cuda"}, ["'cuda'", "'auto', 'triton', 'cpu', 'reference'"]),
     ],
     ids=str,
 )

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 from problems import PAGE, Case, Problem, check, make_problem
+from stores import CPU_CODECS, CPU_POLICIES
 
-from kvquant_hf.policy import POLICIES
-from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.cpu import attention, native
 from kvquant_hf.triton_kernels.cpu.attention import paged_attention_cpu, split_count
 
-policies = pytest.mark.parametrize("policy", list(POLICIES))
+policies = pytest.mark.parametrize("policy", CPU_POLICIES)
 
 
 def checked(problem: Problem, **options: Any) -> torch.Tensor:
@@ -44,13 +43,17 @@ CASES = [
 ]
 
 
+def test_what_the_kernels_take() -> None:
+    assert {"exact", "int8", "int4", "turboquant", "int8-token", "int4-token", "turboquant-qjl"} <= set(CPU_POLICIES)
+
+
 @policies
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shapes(policy: str, case: Case) -> None:
     checked(make_problem(policy, case))
 
 
-@pytest.mark.parametrize("codec", list(CODECS))
+@pytest.mark.parametrize("codec", CPU_CODECS)
 def test_every_codec_stores_keys_and_values(codec: str) -> None:
     """Policies give each codec one side; both sides take any."""
     checked(make_problem(f"{codec}/{codec}", Case(200, 64, 96, group=3, queries=2)))
@@ -183,7 +186,7 @@ def test_narrower_vectors(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = (*FLAGS, "-mavx2", "-mfma", "-mf16c") if width == 8 else (*FLAGS, "-DKV_PORTABLE")
     narrow = native.Library(flags)
     monkeypatch.setattr(attention, "library", lambda: narrow)
-    for policy in POLICIES:
+    for policy in CPU_POLICIES:
         checked(make_problem(policy, Case(200, 80, 96, group=3, queries=2)))
         checked(make_problem(policy, Case(100, group=1), torch.float16))
         checked(make_problem(policy, Case(100, group=5), torch.bfloat16), softcap=5.0, other_scores=5.0)
