@@ -62,7 +62,8 @@ def tune(
         "measured": {
             "on": conditions(loaded, DEFAULT_TEXT if text is None else Path(text).name, ids),
             "kld_of_one_part": [
-                {side: sensitivity.parts[Part(side, i)] for side in ("keys", "values")} for i in range(len(policy.layers))
+                {side: sensitivity.parts[Part(side, i)] for side in ("keys", "values")}
+                for i in range(len(policy.layers))
             ],
             "kld_of_rungs": sensitivity.rungs,
             "kld": {name: result.accuracy.kld_mean for name, result in results.items()},
