@@ -23,7 +23,7 @@ def tune(
         str | None, typer.Option(help="Folder, .gguf file or hub name; default: the built-in SmolLM2-135M-Instruct.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="A UTF-8 file; default: the Python language reference.")] = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     windows: Annotated[int, typer.Option(min=1, help="Windows, from the beginning of the text.")] = 1,
     page_size: Annotated[int, typer.Option(help="Tokens per page, a multiple of 8.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Windows side by side.")] = 4,
@@ -36,7 +36,7 @@ def tune(
     """
     from ..evaluation import cut_windows, evaluate, paged
     from ..evaluation.text import read_file
-    from ..evaluation.tune import choose, find_parts, mean_bits, measure, passes
+    from ..evaluation.tune import Part, choose, find_parts, mean_bits, measure, passes
     from ..transformers_api import fingerprint
 
     check_cache_options("exact", page_size)
@@ -56,15 +56,15 @@ def tune(
         contenders = [paged(loaded.model, policy, page_size=page_size)._replace(name="tuned")]
         contenders += [paged(loaded.model, name, page_size=page_size) for name in UNIFORM]
         results = evaluate(loaded.model, ids, contenders, step=page_size, page_size=page_size, batch=batch)
-    facts = text_conditions(loaded, DEFAULT_TEXT if text is None else Path(text).name, ids)
     described: dict[str, Any] = {
         "bits_per_element": mean_bits(policy, parts, page_size),
         "budget": budget,
         "page_size": page_size,
         "measured": {
-            "on": facts | {"model_name": facts.pop("model")},
+            "on": text_conditions(loaded, DEFAULT_TEXT if text is None else Path(text).name, ids),
             "kld_of_one_part": [
-                {side: sensitivity.parts[side, i] for side in ("keys", "values")} for i in range(len(policy.layers))
+                {side: sensitivity.parts[Part(side, i)] for side in ("keys", "values")}
+                for i in range(len(policy.layers))
             ],
             "kld_of_rungs": sensitivity.rungs,
             "kld": {name: result.accuracy.kld_mean for name, result in results.items()},
@@ -103,7 +103,7 @@ def _print_table(policy: LayerwisePolicy, described: dict[str, Any]) -> None:
         whole.add_row(name, f"{measured['bits'][name]:.2f}", f"{kld:.2e}")
     console.print(whole)
     on = measured["on"]
-    where = f"{on['model_name']}, {on['dtype']}, {on['text']}, first {on['windows']} windows of {on['context_tokens']}"
+    where = f"{on['model']}, {on['dtype']}, {on['text']}, first {on['windows']} windows of {on['context_tokens']}"
     console.print(
         f"\n{where}, which it was tuned on\n"
         "KLD of a layer: that part coarse, everything else exact; bits: per element in full pages",

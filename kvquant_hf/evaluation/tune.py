@@ -143,7 +143,7 @@ def measure(
         )
     asked = questions(parts)
     names = {f"{side} {what}": (side, what) for side, what in asked}
-    kld = {}
+    kld: dict[tuple[str, str | int], float] = {}
     contenders = [paged(model, asked[key], page_size=page_size)._replace(name=name) for name, key in names.items()]
     for i in range(0, len(contenders), _ABREAST):
         results = evaluate(

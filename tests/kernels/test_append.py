@@ -28,7 +28,7 @@ PAIRS = (
     ("int8-channel", "int8-affine"),
     ("int4-channel", "int4-hadamard"),
     ("lloyd4-centred", "lloyd2"),
-    ("lloyd3-channel", "lloyd3"),
+    pytest.param(("lloyd3-channel", "lloyd3"), marks=pytest.mark.full),
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),

@@ -26,7 +26,7 @@ PAIRS = (
     ("int8-channel", "int8-affine"),
     ("int4-channel", "int4-hadamard"),
     ("lloyd4-centred", "lloyd2"),
-    ("lloyd3-channel", "lloyd3"),
+    pytest.param(("lloyd3-channel", "lloyd3"), marks=pytest.mark.full),
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
@@ -151,6 +151,12 @@ def attention(
 @pytest.mark.parametrize("case", COMMON, ids=str)
 def test_every_pair(pair: tuple[str, str], case: Case, device: torch.device) -> None:
     check(pair, case, device)
+
+
+@pytest.mark.parametrize("case", (COMMON[2], Case((130, 66), 80, 96, 2, 2, FLOAT32)), ids=str)
+def test_three_bits(case: Case, device: torch.device) -> None:
+    """Magnitudes and signs in two planes, also where head_dim is padded; every case is in the full run."""
+    check(("lloyd3-channel", "lloyd3"), case, device)
 
 
 @pytest.mark.parametrize("case", FEATURES, ids=str)

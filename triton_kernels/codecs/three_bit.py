@@ -16,7 +16,8 @@ Keys, the levels L stretched over the range of each channel of the page:
 
 ``centre`` is the fp16 number next to the middle of the range and ``scale`` the smallest fp16 number with which the last
 levels reach both ends: clipping a channel costs far more accuracy than finer steps bring back, and Lloyd-Max's spacing
-inside the range less than even steps (``docs/accuracy.md`` has the numbers).  |x_hat - x| <= scale * (widest gap of L) / 2 within the range of fp16.
+inside the range less than even steps (``docs/accuracy.md`` has the numbers).  Within the range of fp16
+|x_hat - x| <= scale * (widest gap of L) / 2.
 
 Values, rotated, Lloyd-Max levels and the unbiased scale of ``turboquant.py``:
 
