@@ -39,7 +39,10 @@ struct Attention {
 };
 
 // Dot products of each row of `q` [rows, columns] with the tokens of `tile` [BLOCK, columns], to `scores` [rows, stride].
-inline void score_block(const float* q, int rows, const float* tile, int columns, float* scores, int stride) {
+// COLUMNS is their number where it is known to the compiler, which then needs no arithmetic for addresses; else 0.
+template <int COLUMNS>
+void score_tile(const float* q, int rows, const float* tile, int width, float* scores, int stride) {
+    const int columns = COLUMNS ? COLUMNS : width;
     for (int first = 0; first < BLOCK; first += W)
         for (int r = 0; r < rows; r++) {
             Floats products[W] = {};
@@ -50,6 +53,12 @@ inline void score_block(const float* q, int rows, const float* tile, int columns
             }
             store(scores + int64_t(r) * stride + first, sum_lanes(products));
         }
+}
+
+inline void score_block(const float* q, int rows, const float* tile, int columns, float* scores, int stride) {
+    if (columns == 64) return score_tile<64>(q, rows, tile, columns, scores, stride);
+    if (columns == 128) return score_tile<128>(q, rows, tile, columns, scores, stride);
+    score_tile<0>(q, rows, tile, columns, scores, stride);
 }
 
 // Adds `count` tokens of `tile` under `weights` [R, stride] to `sums` [R, columns], VECTORS vectors from column c on.
@@ -98,22 +107,26 @@ struct Partial {
     float* row(int r) const { return data + int64_t(r) * stride; }
 };
 
-// Memory of one thread; a request of the same shape reuses it.
+// Memory of one thread; a request of the same shape reuses it.  Pieces begin at cache lines: loads that cross two take
+// twice as long.
 class Scratch {
+    static constexpr size_t LINE = 16;  // floats
     std::unique_ptr<float[]> memory_;
+    float* first_ = nullptr;
     size_t size_ = 0, used_ = 0;
 
    public:
     void reset(size_t floats) {
         if (floats > size_) {
-            memory_.reset(new float[floats + W]());
+            memory_.reset(new float[floats + LINE]());
+            first_ = memory_.get() + (LINE - uintptr_t(memory_.get()) / sizeof(float) % LINE) % LINE;
             size_ = floats;
         }
         used_ = 0;
     }
     float* take(size_t floats) {
-        float* p = memory_.get() + used_;
-        used_ += (floats + 15) / 16 * 16;
+        float* p = first_ + used_;
+        used_ += (floats + LINE - 1) / LINE * LINE;
         return p;
     }
 };
