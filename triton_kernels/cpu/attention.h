@@ -137,6 +137,7 @@ class Rows {
     const int batch_, head_, first_, rows_, stride_;
     const Side &keys_, &values_;
     Partial partial_;
+    int64_t ahead_ = 0;                       // bytes from the current page to the next
     int64_t total_ = 0, low_ = 0, high_ = 0;  // tokens of the sequence; range of those that some row sees
     float *query_, *scaled_, *query_sum_, *constant_, *scores_, *tile_, *channels_, *page_sum_;
     TokenFactors factors_;
@@ -210,11 +211,13 @@ class Rows {
         const int page_size = int(call_.page_size);
         for (int64_t page = first; page < last; page++) {
             const int64_t index = table[page] * call_.heads + head_;
-            if (page + 1 < last) prefetch(table[page + 1] * call_.heads + head_);
+            const int64_t next = page + 1 < last ? table[page + 1] * call_.heads + head_ : index;
             const char* rows = keys_.codes + index * page_size * keys_.row_bytes();
+            ahead_ = (next - index) * page_size * keys_.row_bytes();
             score(keys_, unpack_keys, rows, keys_.row_bytes(), index, page_size, true);
             if (!weigh(page * page_size, page_size)) continue;
             rows = values_.codes + index * page_size * values_.row_bytes();
+            ahead_ = (next - index) * page_size * values_.row_bytes();
             add(values_, unpack_values, rows, values_.row_bytes(), index, page_size, true);
         }
     }
@@ -226,6 +229,7 @@ class Rows {
         const int count = lengths[1];
         if (count == 0 || first >= high_ || first + count <= low_) return;
         const Side keys = open_side(keys_), values = open_side(values_);
+        ahead_ = 0;
         read_query(keys, false);
         const auto rows = [&](const Side& side) {
             return side.tail + (batch_ * side.tail_batch + head_ * side.tail_head) * item_size(side.tail_dtype);
@@ -241,11 +245,9 @@ class Rows {
         return side;
     }
 
-    void prefetch(int64_t index) const {
-        for (const Side* side : {&keys_, &values_}) {
-            const int64_t bytes = call_.page_size * side->row_bytes();
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(side->codes + index * bytes + i, 0, 2);
-        }
+    // The same rows of the next page, which lies anywhere: the processor does not foresee it.
+    void prefetch(const char* rows, int64_t bytes) const {
+        for (int64_t i = 0; ahead_ && i < bytes; i += 64) __builtin_prefetch(rows + ahead_ + i, 0, 2);
     }
 
     // Scores of `count` tokens, [rows, stride_].
@@ -273,6 +275,7 @@ class Rows {
             query = scaled_;
         }
         for (int t = 0; t < count; t += BLOCK) {
+            prefetch(rows + t * row_bytes, BLOCK * row_bytes);
             unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, std::min(BLOCK, count - t), tile_);
             score_block(query, rows_, tile_, columns, scores_ + t, stride_);
         }
@@ -377,6 +380,7 @@ class Rows {
         if (scaled) std::memset(page_sum_, 0, size_t(rows_) * columns * 4);
         for (int t = 0; t < count; t += BLOCK) {
             const int some = std::min(BLOCK, count - t);
+            prefetch(rows + t * row_bytes, some * row_bytes);
             unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, some, tile_);
             weigh_block(scores_ + t, rows_, stride_, tile_, columns, some, page_sum_);
         }
