@@ -39,7 +39,10 @@ struct Attention {
 };
 
 // Dot products of each row of `q` [rows, columns] with the tokens of `tile` [BLOCK, columns], to `scores` [rows, stride].
-inline void score_block(const float* q, int rows, const float* tile, int columns, float* scores, int stride) {
+// COLUMNS is their number where it is known to the compiler, which then needs no arithmetic for addresses; else 0.
+template <int COLUMNS>
+void score_tile(const float* q, int rows, const float* tile, int width, float* scores, int stride) {
+    const int columns = COLUMNS ? COLUMNS : width;
     for (int first = 0; first < BLOCK; first += W)
         for (int r = 0; r < rows; r++) {
             Floats products[W] = {};
@@ -50,6 +53,12 @@ inline void score_block(const float* q, int rows, const float* tile, int columns
             }
             store(scores + int64_t(r) * stride + first, sum_lanes(products));
         }
+}
+
+inline void score_block(const float* q, int rows, const float* tile, int columns, float* scores, int stride) {
+    if (columns == 64) return score_tile<64>(q, rows, tile, columns, scores, stride);
+    if (columns == 128) return score_tile<128>(q, rows, tile, columns, scores, stride);
+    score_tile<0>(q, rows, tile, columns, scores, stride);
 }
 
 // Adds `count` tokens of `tile` under `weights` [R, stride] to `sums` [R, columns], VECTORS vectors from column c on.
@@ -98,22 +107,26 @@ struct Partial {
     float* row(int r) const { return data + int64_t(r) * stride; }
 };
 
-// Memory of one thread; a request of the same shape reuses it.
+// Memory of one thread; a request of the same shape reuses it.  Pieces begin at cache lines: loads that cross two take
+// twice as long.
 class Scratch {
+    static constexpr size_t LINE = 16;  // floats
     std::unique_ptr<float[]> memory_;
+    float* first_ = nullptr;
     size_t size_ = 0, used_ = 0;
 
    public:
     void reset(size_t floats) {
         if (floats > size_) {
-            memory_.reset(new float[floats + W]());
+            memory_.reset(new float[floats + LINE]());
+            first_ = memory_.get() + (LINE - uintptr_t(memory_.get()) / sizeof(float) % LINE) % LINE;
             size_ = floats;
         }
         used_ = 0;
     }
     float* take(size_t floats) {
-        float* p = memory_.get() + used_;
-        used_ += (floats + 15) / 16 * 16;
+        float* p = first_ + used_;
+        used_ += (floats + LINE - 1) / LINE * LINE;
         return p;
     }
 };
@@ -124,6 +137,7 @@ class Rows {
     const int batch_, head_, first_, rows_, stride_;
     const Side &keys_, &values_;
     Partial partial_;
+    int64_t ahead_ = 0;                       // bytes from the current page to the next
     int64_t total_ = 0, low_ = 0, high_ = 0;  // tokens of the sequence; range of those that some row sees
     float *query_, *scaled_, *query_sum_, *constant_, *scores_, *tile_, *channels_, *page_sum_;
     TokenFactors factors_;
@@ -197,11 +211,13 @@ class Rows {
         const int page_size = int(call_.page_size);
         for (int64_t page = first; page < last; page++) {
             const int64_t index = table[page] * call_.heads + head_;
-            if (page + 1 < last) prefetch(table[page + 1] * call_.heads + head_);
+            const int64_t next = page + 1 < last ? table[page + 1] * call_.heads + head_ : index;
             const char* rows = keys_.codes + index * page_size * keys_.row_bytes();
+            ahead_ = (next - index) * page_size * keys_.row_bytes();
             score(keys_, unpack_keys, rows, keys_.row_bytes(), index, page_size, true);
             if (!weigh(page * page_size, page_size)) continue;
             rows = values_.codes + index * page_size * values_.row_bytes();
+            ahead_ = (next - index) * page_size * values_.row_bytes();
             add(values_, unpack_values, rows, values_.row_bytes(), index, page_size, true);
         }
     }
@@ -213,6 +229,7 @@ class Rows {
         const int count = lengths[1];
         if (count == 0 || first >= high_ || first + count <= low_) return;
         const Side keys = open_side(keys_), values = open_side(values_);
+        ahead_ = 0;
         read_query(keys, false);
         const auto rows = [&](const Side& side) {
             return side.tail + (batch_ * side.tail_batch + head_ * side.tail_head) * item_size(side.tail_dtype);
@@ -228,11 +245,9 @@ class Rows {
         return side;
     }
 
-    void prefetch(int64_t index) const {
-        for (const Side* side : {&keys_, &values_}) {
-            const int64_t bytes = call_.page_size * side->row_bytes();
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(side->codes + index * bytes + i, 0, 2);
-        }
+    // The same rows of the next page, which lies anywhere: the processor does not foresee it.
+    void prefetch(const char* rows, int64_t bytes) const {
+        for (int64_t i = 0; ahead_ && i < bytes; i += 64) __builtin_prefetch(rows + ahead_ + i, 0, 2);
     }
 
     // Scores of `count` tokens, [rows, stride_].
@@ -260,6 +275,7 @@ class Rows {
             query = scaled_;
         }
         for (int t = 0; t < count; t += BLOCK) {
+            prefetch(rows + t * row_bytes, BLOCK * row_bytes);
             unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, std::min(BLOCK, count - t), tile_);
             score_block(query, rows_, tile_, columns, scores_ + t, stride_);
         }
@@ -364,6 +380,7 @@ class Rows {
         if (scaled) std::memset(page_sum_, 0, size_t(rows_) * columns * 4);
         for (int t = 0; t < count; t += BLOCK) {
             const int some = std::min(BLOCK, count - t);
+            prefetch(rows + t * row_bytes, some * row_bytes);
             unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, some, tile_);
             weigh_block(scores_ + t, rows_, stride_, tile_, columns, some, page_sum_);
         }
