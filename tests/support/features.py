@@ -241,17 +241,13 @@ def compiled(run: Runner) -> list[Turn]:
     if run.policy is None:
         return [run.generate(inputs) for inputs in asked]
     with compiling(run.model) as (options, operators):
-        if run.policy == STATIC_CACHE:
-            options["cache_implementation"] = "static"
-        else:
-            options["cache_implementation"] = "kvquant"
-            options["cache_config"] = {"policy": run.policy, "page_size": PAGE, "static": True}
+        options["cache_implementation"] = "kvquant"
+        options["cache_config"] = {"policy": run.policy, "page_size": PAGE, "static": True}
         turns = [run.generate(inputs, NAMED, **options) for inputs in asked]
     run.operators.update(operators)
     return turns
 
 
-STATIC_CACHE = "StaticCache"  # as a policy: transformers' own static cache
 NAMED = Cache(layers=[])  # stands for the cache that ``generate`` makes by itself
 
 

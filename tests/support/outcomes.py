@@ -21,8 +21,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from support.architectures import ARCHITECTURES, Architecture
-from support.features import FEATURES, PAGE, STATIC_CACHE, Runner, Turn, compiled, greedy, model_of
+from support.architectures import ARCHITECTURES
+from support.features import FEATURES, PAGE, Runner, Turn, greedy, model_of
 from transformers import Cache, DynamicCache
 
 from kvquant_hf.errors import KVQuantError
@@ -200,17 +200,7 @@ def evaluate(name: str, column: str) -> Outcome:
             raise Mismatch("int8: too far from DynamicCache", f"{share:.2f} times what is allowed")
         return Outcome(path(exact)[0], detail=f"int8 takes {share:.3f} of what is allowed")
 
-    found = judge(check)
-    return _without_static_cache(row, found) if column == "compile" and found.text == WRONG else found
-
-
-def _without_static_cache(row: Architecture, found: Outcome) -> Outcome:
-    """What is wrong with a compiled model, unless transformers' own static cache fails there too."""
-    try:
-        compiled(Runner(row, STATIC_CACHE))
-    except Exception as error:
-        return Outcome(NONE, f"transformers with StaticCache: {one_line(error)}")
-    return found
+    return judge(check)
 
 
 def layers(name: str) -> Outcome:
