@@ -106,7 +106,7 @@ def check_model(path: Any, saved: Any, fingerprint: tuple[Any, ...], what: str) 
     if saved != json.loads(json.dumps(fingerprint)):
         raise WrongModelError(
             f"{path} was {what} the model {saved}, the config given is of {list(fingerprint)}; load it with the config "
-            "of that model."
+            "of the model that it is of."
         )
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from stores import ONLINE, fill, live_pages, same_bytes, vectors
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from kvquant_hf import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, layer_state, saving
+from kvquant_hf import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, checked_file, layer_state, saving
 from kvquant_hf.errors import InterruptedForwardError, KVQuantError, SavedCacheError, WrongModelError
 from kvquant_hf.report import KVQuantFallbackWarning
 from kvquant_hf.store import PagedStore
@@ -421,7 +421,7 @@ def test_a_failing_save_leaves_what_was_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "save_file", half_written)
+        patch.setattr(checked_file, "save_file", half_written)
         with pytest.raises(KeyboardInterrupt):
             cache.save(saved)
     assert [p.name for p in saved.parent.iterdir()] == [saved.name] and saved.read_bytes() == before
