@@ -13,6 +13,8 @@ from .measuring import check_writable, conditions, position_limit, progress, spl
 from .models import check_cache_options, load_model
 from .terminal import InputError, print_json, stage
 
+DEFAULT_LENGTHS = (512, 1024, 2048, 4096)
+
 
 def needle(
     model: Annotated[
@@ -22,8 +24,9 @@ def needle(
         str, typer.Option(help="Policies to measure, with commas; exact always is.")
     ] = "int8,int4,turboquant",
     lengths: Annotated[
-        str, typer.Option(help="Tokens per prompt, with commas; at most what the model can read.")
-    ] = "512,1024,2048,4096",
+        str | None,
+        typer.Option(help="Tokens per prompt, with commas; default: 512,1024,2048,4096 as far as the model can read."),
+    ] = None,
     depths: Annotated[
         str, typer.Option(help="Where the needle lies, in percent of the text, with commas.")
     ] = "0,25,50,75,100",
@@ -49,7 +52,8 @@ def needle(
     names = [EXACT, *(name for name in split_names(policies) if parse_policy(name).name != EXACT)]
     for name in names:
         check_cache_options(name, page_size)
-    columns, rows = [int(n) for n in _numbers(lengths, "--lengths 512,1024")], _numbers(depths, "--depths 0,50,100")
+    asked = None if lengths is None else [int(n) for n in _numbers(lengths, "--lengths 512,1024")]
+    rows = _numbers(depths, "--depths 0,50,100")
     check_writable(png)
     if png is not None:
         check_figure(png, "--png")
@@ -57,6 +61,7 @@ def needle(
 
     loaded = load_model(model, dtype, hidden=as_json)
     limit = position_limit(loaded.model)
+    columns = asked or [length for length in DEFAULT_LENGTHS if not limit or length <= limit] or [limit]
     if limit and max(columns) > limit:
         raise InputError(f"this model takes {limit} tokens; use at most --lengths {limit}.")
     with stage("tokenizing the text", hidden=as_json):
