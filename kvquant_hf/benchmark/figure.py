@@ -66,7 +66,7 @@ def draw(comparison: "Comparison") -> Any:
 
     rows, conditions = comparison.rows, comparison.conditions
     dtypes = faster_dtypes(rows)
-    peaks = any(row.peak_bytes is not None for row in rows)
+    peaks = any(row.peak is not None for row in rows)
 
     class Picture(Figure):
         """Shows itself in a notebook, also where pyplot was never imported."""
@@ -98,7 +98,7 @@ def draw(comparison: "Comparison") -> Any:
         counts[ours] += not usual
         label = f"{cache} ({SHORT.get(dtype, dtype)})"
         speed.plot([r.context for r in mine], [r.tokens_per_s for r in mine], label=label, **style)
-        weighed = [(r.context, r.peak_bytes if peaks else r.stored_bytes) for r in mine]
+        weighed = [(r.context, r.peak if peaks else r.stored_bytes) for r in mine]
         points = [(context, held / 1e6) for context, held in weighed if held is not None]
         memory.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     speed.set_ylabel("decode, tokens/s")

@@ -128,7 +128,7 @@ def _speed_line(row: "Row") -> tuple[str, ...]:
         seconds(row.ttft_s),
         number(prefill, ".0f"),
         size(row.stored_bytes),
-        size(row.peak_bytes if row.cuda_peak_bytes is None else row.cuda_peak_bytes),
+        size(row.peak),
         number(row.top1_agreement, ".0%"),
     )
 

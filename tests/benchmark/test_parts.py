@@ -288,6 +288,8 @@ def test_nothing_is_dropped_from_the_table() -> None:
     columns = {line.count("|") for line in str(result).splitlines() if line.startswith("|")}
     assert columns == {len(table.headings) + 1}
     assert result.row("int4", 64).p50_ms == 10.0
+    assert timed("int4", "float32", 64, 1, peak_bytes=7).peak == 7
+    assert timed("int4", "float32", 64, 1, peak_bytes=7, cuda_peak_bytes=3).peak == 3
     with pytest.raises(KeyError):
         result.row("int8", 64)
 
