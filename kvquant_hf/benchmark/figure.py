@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BenchmarkInputError, MissingPackageError
-from .contenders import DYNAMIC, OURS
-from .tables import SHORT
+from .contenders import DYNAMIC, OURS, USUAL_POLICIES
+from .tables import SHORT, where
 
 if TYPE_CHECKING:
     from .results import Comparison, Row
 
 SUFFIXES = (".pdf", ".png", ".svg")
 # Okabe and Ito's colours, which colour-blind readers can tell apart; transformers' own caches are grey and dashed.
+# A usual policy has the same one in every figure.
 _OURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _THEIRS = ("#000000", "#777777", "#999999", "#555555", "#bbbbbb")
 _MARKERS = "osD^vP*X"
@@ -65,7 +66,7 @@ def draw(comparison: "Comparison") -> Any:
 
     rows, conditions = comparison.rows, comparison.conditions
     dtypes = faster_dtypes(rows)
-    peaks = any(row.peak_bytes is not None for row in rows)
+    peaks = any(row.peak is not None for row in rows)
 
     class Picture(Figure):
         """Shows itself in a notebook, also where pyplot was never imported."""
@@ -78,24 +79,26 @@ def draw(comparison: "Comparison") -> Any:
     figure = Picture(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the machine has
     speed, memory = figure.subplots(1, 2)
-    counts = {True: 0, False: 0}
+    counts = {True: len(USUAL_POLICIES), False: 0}
     for cache, dtype in dtypes.items():
         mine = sorted(
             (r for r in rows if (r.cache, r.dtype) == (cache, dtype) and r.p50_ms), key=lambda row: row.context
         )
         ours = mine[0].family == OURS
         palette = _OURS if ours else _THEIRS
+        usual = ours and cache in USUAL_POLICIES
+        place = USUAL_POLICIES.index(cache) if usual else counts[ours]
         style: dict[str, Any] = {
-            "color": palette[counts[ours] % len(palette)],
-            "marker": _MARKERS[counts[ours] % len(_MARKERS)],
+            "color": palette[place % len(palette)],
+            "marker": _MARKERS[place % len(_MARKERS)],
             "markersize": 5,
             "linewidth": 2.4 if cache == DYNAMIC else 1.6,
             "linestyle": "-" if ours or cache == DYNAMIC else "--",
         }
-        counts[ours] += 1
+        counts[ours] += not usual
         label = f"{cache} ({SHORT.get(dtype, dtype)})"
         speed.plot([r.context for r in mine], [r.tokens_per_s for r in mine], label=label, **style)
-        weighed = [(r.context, r.peak_bytes if peaks else r.stored_bytes) for r in mine]
+        weighed = [(r.context, r.peak if peaks else r.stored_bytes) for r in mine]
         points = [(context, held / 1e6) for context, held in weighed if held is not None]
         memory.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     speed.set_ylabel("decode, tokens/s")
@@ -114,10 +117,8 @@ def draw(comparison: "Comparison") -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     if dtypes:
         figure.legend(*speed.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    machine = conditions["machine"]
     each = ", each cache in its faster dtype" if len(conditions["dtypes"]) > 1 else ""
-    where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-    figure.suptitle(f"{conditions['model']}, batch 1{each}\n{where}, {machine['threads']} threads", fontsize=10)
+    figure.suptitle(f"{conditions['model']}, batch 1{each}\n{where(conditions['machine'])}", fontsize=10)
     return figure
 
 

@@ -71,6 +71,11 @@ class Row:
     cuda_peak_bytes: int | None = None
     implementation: str = ""
 
+    @property
+    def peak(self) -> int | None:
+        """The peak that matters: of tensors on a GPU, else of the process."""
+        return self.peak_bytes if self.cuda_peak_bytes is None else self.cuda_peak_bytes
+
     def gave_up(self, status: str, reason: str) -> None:
         """Say why there is no number."""
         self.status, self.reason = status, " ".join(reason.split())

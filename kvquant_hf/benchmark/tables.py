@@ -48,6 +48,14 @@ class Table(NamedTuple):
         return f"<p><b>{html.escape(self.title)}</b></p>{table}<small>{notes}</small>"
 
 
+def where(machine: Mapping[str, Any]) -> str:
+    """The device; of a CPU its name and the threads."""
+    if machine["device"] != "cpu":
+        return str(machine["device"])
+    threads = machine["threads"]
+    return f"{machine['processor']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def seconds(value: float | None) -> str:
     """With a unit that suits."""
     if value is None:
@@ -83,17 +91,29 @@ def speed_table(conditions: Mapping[str, Any], rows: Sequence["Row"]) -> Table:
         lines += [_speed_line(row) for row in measured]
         if not measured:
             lines.append(("nothing", *[NOTHING] * (len(SPEED_HEADINGS) - 1)))
-    title = f"{conditions['model']}; {conditions['machine']['device']}, {conditions['machine']['threads']} threads"
-    notes = [
-        "ratio: speed against the fastest dynamic of the context; same: against dynamic in the same dtype; both are "
-        "medians of paired rounds, above 1 is faster",
-        f"step: median of {conditions['rounds']} interleaved decode steps, batch 1; TTFT and prefill (tokens/s, chunks "
-        f"of {conditions['prefill_chunk']}): measured once",
-        "held: by the cache at the end; peak: of a process of its own, above the loaded model; top-1: agreement with "
-        f"dynamic over {conditions['checked_positions']} positions"
-        + (" (random weights: says nothing of accuracy)" if conditions["random_weights"] else ""),
-    ]
-    return Table(title, SPEED_HEADINGS, lines, notes + _reasons(rows))
+    title = f"{conditions['model']}; {where(conditions['machine'])}"
+    # With one dtype the second ratio is the first; and a column of dashes says nothing.
+    empty = {i for i in range(2, len(SPEED_HEADINGS)) if all(line[i] in ("", NOTHING) for line in lines if line)}
+    empty |= {SPEED_HEADINGS.index("same")} if len(conditions["dtypes"]) == 1 else set()
+    kept = [i for i in range(len(SPEED_HEADINGS)) if i not in empty]
+    lines = [tuple(line[i] for i in kept) if line else () for line in lines]
+    headings = tuple(SPEED_HEADINGS[i] for i in kept)
+    legend = [f"{heading}: {text}" for heading, text in _legend(conditions).items() if heading in headings]
+    return Table(title, headings, lines, legend + _reasons(rows))
+
+
+def _legend(conditions: Mapping[str, Any]) -> dict[str, str]:
+    """What columns mean."""
+    random = " (random weights: says nothing of accuracy)" if conditions["random_weights"] else ""
+    return {
+        "ratio": "speed against the fastest dynamic of the context, median of paired rounds; above 1 is faster",
+        "same": "the same against dynamic in the same dtype",
+        "step": f"median of {conditions['rounds']} interleaved decode steps, batch 1",
+        "prefill": f"tokens/s in chunks of {conditions['prefill_chunk']}; it and TTFT are measured once",
+        "held": "by the cache at the end",
+        "peak": "memory of a process of its own, above the loaded model",
+        "top-1": f"agreement with dynamic over {conditions['checked_positions']} positions{random}",
+    }
 
 
 def _speed_line(row: "Row") -> tuple[str, ...]:
@@ -108,7 +128,7 @@ def _speed_line(row: "Row") -> tuple[str, ...]:
         seconds(row.ttft_s),
         number(prefill, ".0f"),
         size(row.stored_bytes),
-        size(row.peak_bytes if row.cuda_peak_bytes is None else row.cuda_peak_bytes),
+        size(row.peak),
         number(row.top1_agreement, ".0%"),
     )
 
@@ -127,7 +147,7 @@ def serving_table(conditions: Mapping[str, Any], rows: Sequence["ServingRow"]) -
         lines += [_serving_line(row) for row in rows if row.batch_size == most and row.status == "ok"]
     budget = conditions["kv_budget_bytes"]
     title = (
-        f"{conditions['model']}; {conditions['machine']['device']}, {conditions['machine']['threads']} threads; "
+        f"{conditions['model']}; {where(conditions['machine'])}; "
         f"{conditions['requests']} requests, {conditions['prompt_tokens']:,} + {conditions['output_tokens']:,} tokens"
     )
     notes = [

@@ -270,7 +270,8 @@ def _print_table(table: Any) -> None:
 
     console = Console()
     console.print(f"{table.title}\n", highlight=False)
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    gap = 1 if console.width >= 90 else 0  # between columns, beside the one that is always there
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
     for i, heading in enumerate(table.headings):
         shown.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold")
     for line in table.lines:

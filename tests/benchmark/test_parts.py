@@ -279,6 +279,8 @@ def test_nothing_is_dropped_from_the_table() -> None:
     result = Comparison(CONDITIONS, rows)
     table = result.table()
     assert ("int4", "fp32", "100.0", "0.50") in [line[:4] for line in table.lines]  # a loss stays in
+    assert table.headings == ("cache", "dtype", "tok/s", "ratio", "step")  # the others have no number
+    assert {len(line) for line in table.lines} == {0, 5}
     assert "hqq-4: skipped: hqq is not installed" in table.notes
     assert "int4 fp32 at 64: no peak: killed" in table.notes
     assert "dynamic fp32 at 4,096, int4 fp32 at 4,096: skipped: the model takes 64 tokens" in table.notes
@@ -286,6 +288,8 @@ def test_nothing_is_dropped_from_the_table() -> None:
     columns = {line.count("|") for line in str(result).splitlines() if line.startswith("|")}
     assert columns == {len(table.headings) + 1}
     assert result.row("int4", 64).p50_ms == 10.0
+    assert timed("int4", "float32", 64, 1, peak_bytes=7).peak == 7
+    assert timed("int4", "float32", 64, 1, peak_bytes=7, cuda_peak_bytes=3).peak == 3
     with pytest.raises(KeyError):
         result.row("int8", 64)
 
