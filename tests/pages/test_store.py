@@ -159,7 +159,7 @@ def test_tensors_that_do_not_fit_change_nothing(change, error: type[Exception], 
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_failing_codec_changes_nothing_and_leaks_no_page(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder runs out of memory on the ``call``-th of four calls: two rounds of 64 pages, keys and values."""
-    store = filled("turboquant", tokens=100, batch=1)
+    store = filled("lloyd4-centred/lloyd2", tokens=100, batch=1)
     store.impl = "reference"  # where the codec itself encodes
     twin = store.fork()
     before, kept = state(store), content(store)

@@ -241,7 +241,7 @@ class LloydMaxCodec(Codec):
         fields = 8 // self.bits
         return KernelCodec(_lloyd_max_tile, channels, encode, fields, token_scale=True, channel_offset=self.centred)
 
-    def cpu(self, head_dim: int) -> CpuCodec:
+    def cpu(self, head_dim: int) -> CpuCodec | None:
         return CpuCodec(LEVELS[self.bits], token_scale=1, channel_offset=2 if self.centred else None, bucketed=True)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
