@@ -40,9 +40,9 @@ from ..tile_math import round_saturating as tile_saturating
 from ..unpack import load_channels, load_words, unpack_magnitudes
 from .base import Codec, Plane, Tile
 from .jit import KernelCodec, no_channels
-from .lloyd_max import BOUNDARIES, LEVELS, cell_radius, quantize
+from .lloyd_max import BOUNDARIES, LEVELS, bucket, cell_radius, quantize
 from .packing import expand_levels, fp16_at_least, pack_fields, round_saturating
-from .turboquant import LloydMaxCodec
+from .turboquant import Bucket, LloydMaxCodec
 
 _LEVELS = tl.constexpr(LEVELS[3])
 _BOUNDARIES = tl.constexpr(BOUNDARIES[3])
@@ -266,8 +266,8 @@ class SignedLloydMaxCodec(LloydMaxCodec):
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         return (*_code_planes(head_dim), Plane("scale", torch.float16, "token", 1))
 
-    def _encode(self, x: torch.Tensor, model_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        fit = self._fit(x)
+    def _encode(self, x: torch.Tensor, model_dtype: torch.dtype, bucket: Bucket = bucket) -> tuple[torch.Tensor, ...]:
+        fit = self._fit(x, bucket)
         return *pack_signed(fit.codes), round_saturating(fit.scale, torch.float16)
 
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
