@@ -46,11 +46,11 @@ def _combine_kernel(
     """Grid: (batch * heads * rows,), rows = GROUP * queries."""
     rows = GROUP * queries
     row = tl.program_id(0) % rows
-    batch_head = (tl.program_id(0) // rows).to(tl.int64)
+    batch_head = tl.program_id(0) // rows
     query_head = batch_head % heads * GROUP + row // queries
     columns = tl.arange(0, COLUMNS)
     offs_s = tl.arange(0, BLOCK)
-    first = batch_head * (splits + 1) * rows + row
+    first = batch_head.to(tl.int64) * (splits + 1) * rows + row
 
     # The open page first: it is there for every row.
     at = first + splits.to(tl.int64) * rows
@@ -83,7 +83,7 @@ def _combine_kernel(
     total = tl.where(total == 0.0, 1.0, total)
 
     channel, exists = column_channels(VALUE_DIM, FIELDS, COLUMNS)
-    out = out_ptr + (batch_head // heads) * stride_out_b + query_head * stride_out_h
+    out = out_ptr + (batch_head // heads).to(tl.int64) * stride_out_b + query_head.to(tl.int64) * stride_out_h
     out = out + (row % queries).to(tl.int64) * stride_out_q
     tail = partial_ptr + at * PARTIAL_COLUMNS
     if ROTATED:
@@ -127,10 +127,10 @@ def _combine_rows_kernel(
     row_blocks = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
     row_exists = row < rows
-    batch_head = (tl.program_id(0) // row_blocks).to(tl.int64)
+    batch_head = tl.program_id(0) // row_blocks
     query_head = batch_head % heads * GROUP + row // queries  # [ROWS]
     columns = tl.arange(0, COLUMNS)
-    first = batch_head * (splits + 1) * rows + row  # [ROWS]
+    first = batch_head.to(tl.int64) * (splits + 1) * rows + row  # [ROWS]
 
     at = first + splits.to(tl.int64) * rows
     maximum = tl.load(state_ptr + at * 2, mask=row_exists, other=float("-inf"))
@@ -163,7 +163,7 @@ def _combine_rows_kernel(
     total = tl.where(total == 0.0, 1.0, total)
 
     channel, exists = column_channels(VALUE_DIM, FIELDS, COLUMNS)
-    out = out_ptr + (batch_head // heads) * stride_out_b + query_head * stride_out_h
+    out = out_ptr + (batch_head // heads).to(tl.int64) * stride_out_b + query_head.to(tl.int64) * stride_out_h
     out = (out + (row % queries).to(tl.int64) * stride_out_q)[:, None]
     tail = partial_ptr + at[:, None] * PARTIAL_COLUMNS
     if ROTATED:
@@ -226,6 +226,6 @@ def combine(
         ROTATED=rotated,
         ORDER=hadamard_block(value_dim),
         SINKS=sinks is not None,
-        num_warps=4,
+        num_warps=8 if many and not rotated else 4,
         **({"ROWS": MANY_ROWS, "PRECISION": precision} if many else {"BLOCK": 16}),
     )

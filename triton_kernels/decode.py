@@ -313,7 +313,7 @@ def _decode_kernel(
                 added = added + (accumulator[part] * decay[None, :] + product,)
             accumulator = added
 
-        if PTX and STAGES > 1:  # without a page ahead there are registers enough, and the assembler uses more for this
+        if PTX and STAGES > 1 and K_FIELDS > 0:  # unpacking a page while the next one is copied takes all registers
             again = program_again(0)
             split = program_again(1)
             row = again % row_blocks * ROWS + tl.arange(0, ROWS)
