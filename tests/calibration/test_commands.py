@@ -79,8 +79,8 @@ def test_the_default_text(run: Run, tiny: Path, tmp_path: Path) -> None:
     ("args", "word"),
     [
         (("calibrate", "--out", "x", "--dataset", "wikitext3"), "c4, ptb, wikitext2, pileval"),
-        (("calibrate", "--out", "x", "--seqlen", "2000", "--samples", "2"), "--seqlen 1024"),
-        (("calibrate", "--out", "x", "--samples", "100000", "--seqlen", "500"), "--samples"),
+        (("calibrate", "--out", "x", "--dataset", __file__, "--seqlen", "2000"), "--seqlen 1024"),
+        (("calibrate", "--out", "x", "--dataset", __file__, "--seqlen", "500"), "--samples"),
         (("calibrate", "--out", "x", "--dtype", "int8"), "bfloat16"),
         (("calibrate",), "--out"),
         (("generate", "--prompt", "x", "--policy", "int8-static"), "run kvquant calibrate and kvquant qparams"),
