@@ -12,7 +12,7 @@ from .contenders import BASELINES, USUAL_POLICIES, Contender, Dimensions, choose
 from .machine import available_memory, describe
 from .plan import SHARE, crowded_out, known_dtypes, out_of_reach, prompt_tokens
 from .results import OK, SKIPPED, Comparison, Row
-from .speed import CHECKED, Lane, race
+from .speed import CHECKED, Lane, forward, race
 from .subject import Subject, in_memory
 from .tables import size
 
@@ -62,6 +62,8 @@ def compare(
     dtypes = known_dtypes(dtypes)
     if rounds < 1 or prefill_chunk < 1:
         raise BenchmarkInputError("rounds and prefill_chunk must be positive; leave them out for the usual ones.")
+    if not contexts:
+        raise BenchmarkInputError("there is no context to measure at; give one, for instance contexts=(1024,).")
     contenders = choose(policies, baselines)
     prompts = {context: prompt_tokens(context, CHECKED, rounds) for context in contexts}
     models = {dtype: subject.load(dtype) for dtype in dtypes}
@@ -83,6 +85,7 @@ def compare(
     # Longer contexts take longer; so do processes, which read every prompt again.
     shares = {context: context / sum(prompts) / (2 if peak else 1) for context in prompts}
     try:
+        _warm_up(models, subject.ids, min(prefill_chunk, *prompts.values()))
         for context, length in prompts.items():
             lanes = _lanes(result, subject, models, contenders, context, prefill_chunk)
             prompt = torch.tensor([list(subject.ids[:length])], device=device)
@@ -108,6 +111,13 @@ def compare(
 def default_dtypes() -> tuple[str, ...]:
     """Both on a CPU, where the faster one depends on the cache; bfloat16 on a GPU."""
     return ("bfloat16",) if torch.cuda.is_available() else DTYPES
+
+
+def _warm_up(models: dict[str, Any], ids: Sequence[int], tokens: int) -> None:
+    """Read a chunk with each model, so that the first cache does not pay for what is set up once."""
+    for model in models.values():
+        with torch.inference_mode():
+            forward(model, torch.tensor([list(ids[:tokens])], device=model.device), None)
 
 
 def _lanes(

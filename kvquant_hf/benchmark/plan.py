@@ -57,15 +57,6 @@ def crowded_out(needs: Mapping[str, int], working: int, available: int | None) -
     return refused
 
 
-def contexts_of(text: str) -> tuple[int, ...]:
-    """``"1024,4k,32k"`` in ascending order, each once; ``k`` stands for 1,024.
-
-    Raises:
-        BenchmarkInputError: not numbers.
-    """
-    return tuple(sorted(set(numbers_of(text, "--context"))))
-
-
 def numbers_of(text: str, option: str) -> list[int]:
     """Positive integers with commas, ``k`` standing for 1,024.
 

@@ -68,7 +68,7 @@ def bench(
     not fit or is not installed is named with its reason.  Ctrl-C shows what was measured until then.
     """
     from ..benchmark.contenders import choose
-    from ..benchmark.figure import check_figure
+    from ..benchmark.figure import check_figure, save
     from ..benchmark.plan import known_dtypes, numbers_of, prompt_tokens
     from ..benchmark.shapes import find_shape
     from ..benchmark.speed import CHECKED
@@ -112,16 +112,15 @@ def bench(
         run = partial(_compare, sorted(set(contexts)), ours, theirs, chosen, rounds, prefill_chunk, peak, timeout)
         needed = max(contexts)
     result = run(_Asked(model, shape, layers, needed, as_json))
-    if csv_file is not None:
-        result.write_csv(csv_file)
-    if figure is not None:
-        from ..benchmark.figure import save
-
-        save(result, figure)
+    # First what cannot go wrong: hours of measuring may lie in it.
     if as_json:
         print_json(result.as_dict())
     else:
         _print_table(result.table())
+    if csv_file is not None:
+        result.write_csv(csv_file)
+    if figure is not None:
+        save(result, figure)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 

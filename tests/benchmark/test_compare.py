@@ -176,6 +176,7 @@ def test_wrong_input() -> None:
         ({"policies": ["int5"]}, UnknownPolicyError),
         ({"baselines": ["hqq-5"]}, BenchmarkInputError),
         ({"contexts": (8,)}, BenchmarkInputError),
+        ({"contexts": ()}, BenchmarkInputError),
         ({"dtypes": ["int4"]}, BenchmarkInputError),
         ({"rounds": 0}, BenchmarkInputError),
     ):
