@@ -133,7 +133,7 @@ class Dimensions(NamedTuple):
 def expected_bytes(name: str, dims: Dimensions, tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
     """Upper bound of what a cache holds for ``batch`` sequences of ``tokens``; sliding windows count in full.
 
-    Ours: full pages and one to spare, 1/32 of them reserved, open pages and page tables.
+    Ours: sealed pages, 1/32 of them (or one) reserved ahead, open pages and page tables.
     """
     elements = dims.elements_per_token()
     dense = batch * tokens * elements * dtype.itemsize
@@ -147,7 +147,7 @@ def expected_bytes(name: str, dims: Dimensions, tokens: int, dtype: torch.dtype,
         per_layer = batch * (tokens * elements * bits / 8 + 128 * elements * dtype.itemsize)
     else:
         cost = page_cost(name, dims.head_dim, heads=dims.kv_heads, page_size=PAGE_SIZE, dtype=dtype)
-        pages = batch * -(-tokens // PAGE_SIZE) + 1
+        pages = batch * ((tokens - 1) // PAGE_SIZE) + 1  # the last 1 to 64 tokens are in open pages; one of padding
         page = PAGE_SIZE * cost.bytes_per_token
         open_pages = batch * PAGE_SIZE * elements * dtype.itemsize
         per_layer = (pages * 33 / 32 + 1) * page + open_pages + 16 * pages + 64 * batch

@@ -48,16 +48,30 @@ def bench(
     peak: Annotated[bool, typer.Option("--peak/--no-peak", help="Peak memory, a process for each number.")] = True,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one prompt, or for the rounds.")] = 600.0,
     throughput: Annotated[
-        bool, typer.Option("--throughput", help="Many requests in batches, instead of one sequence.")
+        bool,
+        typer.Option(
+            "--throughput", rich_help_panel="Throughput", help="Many requests in batches, instead of one sequence."
+        ),
     ] = False,
-    requests: Annotated[int, typer.Option(min=1, help="With --throughput: how many.")] = 32,
+    requests: Annotated[int, typer.Option(rich_help_panel="Throughput", min=1, help="How many.")] = 32,
     requests_file: Annotated[
-        str | None, typer.Option(help="Lengths from JSON lines or a ShareGPT file; default: a synthetic mix.")
+        str | None,
+        typer.Option(
+            rich_help_panel="Throughput", help="Lengths from JSON lines or a ShareGPT file; default: a synthetic mix."
+        ),
     ] = None,
-    kv_budget: Annotated[str | None, typer.Option(help="Bytes of a batch's cache: 500MB, 1GB.")] = None,
-    batch_sizes: Annotated[str | None, typer.Option(help="Requests per batch, with commas: 8,16,32,48.")] = None,
-    max_prompt: Annotated[int, typer.Option(min=4, help="Longest prompt of a request.")] = 1024,
-    max_output: Annotated[int, typer.Option(min=2, help="Longest answer of a request.")] = 1024,
+    kv_budget: Annotated[
+        str | None, typer.Option(rich_help_panel="Throughput", help="Bytes of a batch's cache: 500MB, 1GB.")
+    ] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option(rich_help_panel="Throughput", help="Requests per batch, with commas: 8,16,32,48.")
+    ] = None,
+    max_prompt: Annotated[
+        int, typer.Option(rich_help_panel="Throughput", min=4, help="Longest prompt of a request.")
+    ] = 1024,
+    max_output: Annotated[
+        int, typer.Option(rich_help_panel="Throughput", min=2, help="Longest answer of a request.")
+    ] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
     csv_file: Annotated[str | None, typer.Option("--csv", help="Write the numbers to a CSV file too.")] = None,
     figure: Annotated[str | None, typer.Option(help="Draw speed and memory: .png, .svg or .pdf.")] = None,
