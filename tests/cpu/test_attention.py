@@ -1,6 +1,5 @@
 """The CPU kernels' attention against plain float64 softmax attention over what the codecs decode to."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,11 +18,10 @@ def checked(problem: Problem, **options: Any) -> torch.Tensor:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    """Two threads, and work for both even where there is little."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads for the kernels, and work for both even where there is little."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(attention, "_ELEMENTS_PER_THREAD", 1)
 
 
 CASES = [
@@ -163,7 +161,6 @@ def test_strided_queries() -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("fork", ["OpenMP", "std::thread"])
 def test_threads_and_splits(fork: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_ELEMENTS_PER_THREAD", 1)
     if fork == "std::thread":
         monkeypatch.setattr(native.library(), "fork", 0)
     else:
@@ -192,7 +189,6 @@ def test_narrower_vectors(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
         checked(make_problem(policy, Case(100, group=5), torch.bfloat16), softcap=5.0, other_scores=5.0)
 
 
-@pytest.mark.usefixtures("threads")
-def test_work_memory_does_not_grow_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is shared between threads is one partial result per split, and splits are bounded by the threads."""
+def test_work_memory_does_not_grow_with_the_context() -> None:
+    """Threads share one partial result per split, and splits are bounded by the threads."""
     assert {split_count(items=3, pages=pages, threads=2) for pages in (100, 1000, 100_000)} == {3}

@@ -15,7 +15,7 @@ from kvquant_hf.policy import POLICIES
 from kvquant_hf.triton_kernels import choice
 from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.hadamard import hadamard
-from kvquant_hf.triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
+from kvquant_hf.triton_kernels.ops import Implementation, PagedSide, append_pages, choose, paged_attention
 from kvquant_hf.triton_kernels.rotate import rotate
 
 PAGE = 16
@@ -112,9 +112,11 @@ def test_nothing_outside_of_the_lengths_is_read(device: torch.device) -> None:
         assert torch.equal(paged_attention(query, keys, values, poisoned, lengths, scale=0.2, impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "cpu"])
 def test_operators_are_what_torch_expects(impl: str, device: torch.device) -> None:
     """Schema, mutated arguments, fake tensors and tracing, as torch's own checker sees them."""
+    if impl == "cpu" and device.type != "cpu":
+        pytest.skip("the CPU kernels are for the CPU")
     keys, values, table, lengths = stored("int4", (PAGE + 3, 5), device)
     x = vectors(2, 2, PAGE, 32, seed=7).to(device)
     after = torch.zeros_like(lengths)
@@ -130,13 +132,14 @@ def test_operators_are_what_torch_expects(impl: str, device: torch.device) -> No
     )
 
 
-def test_compiled_without_a_break(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_compiled_without_a_break(impl: Implementation, device: torch.device) -> None:
     """A step made of both operators compiles as one graph, and the graph writes what the step writes."""
 
     def step(x: torch.Tensor, query: torch.Tensor, cache: tuple[Any, ...], after: torch.Tensor) -> torch.Tensor:
         keys, values, table, lengths = cache
-        append_pages(x, x, keys, values, table, lengths, after, impl="reference")
-        return paged_attention(query * 2, keys, values, table, after, scale=0.2, impl="reference") + 1
+        append_pages(x, x, keys, values, table, lengths, after, impl=impl)
+        return paged_attention(query * 2, keys, values, table, after, scale=0.2, impl=impl) + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     x, query = vectors(2, 2, 1, 32, seed=7).to(device), vectors(2, 6, 1, 32, seed=5).to(device)

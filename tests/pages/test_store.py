@@ -163,15 +163,15 @@ def test_failing_codec_changes_nothing_and_leaks_no_page(call: int, monkeypatch:
     store.impl = "reference"  # where the codec itself encodes
     twin = store.fork()
     before, kept = state(store), content(store)
-    calls, encode = [], type(store.codecs[0]).encode
+    calls, encode = [], type(store.codecs[0])._encode
 
-    def failing(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def failing(self, x: torch.Tensor, *args: object, **options: object) -> tuple[torch.Tensor, ...]:
         calls.append(x)
         if len(calls) > call:
             raise torch.OutOfMemoryError("no memory")
-        return encode(self, x)
+        return encode(self, x, *args, **options)
 
-    monkeypatch.setattr(type(store.codecs[0]), "encode", failing)
+    monkeypatch.setattr(type(store.codecs[0]), "_encode", failing)
     x = vectors(1, 2, 80 * PAGE, 32, seed=5)
     with pytest.raises(torch.OutOfMemoryError):
         store.append(x, x)
