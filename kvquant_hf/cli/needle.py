@@ -61,7 +61,7 @@ def needle(
 
     loaded = load_model(model, dtype, hidden=as_json)
     limit = position_limit(loaded.model)
-    columns = asked or [length for length in DEFAULT_LENGTHS if not limit or length <= limit] or [limit]
+    columns = asked or [length for length in DEFAULT_LENGTHS if not limit or length <= limit] or [min(DEFAULT_LENGTHS)]
     if limit and max(columns) > limit:
         raise InputError(f"this model takes {limit} tokens; use at most --lengths {limit}.")
     with stage("tokenizing the text", hidden=as_json):
