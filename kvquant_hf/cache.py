@@ -241,6 +241,7 @@ class QuantizedPagedCache(DynamicCache):
         *,
         device: str | torch.device = "cpu",
         impl: Implementation = "auto",
+        offload: bool = False,
     ) -> "QuantizedPagedCache":
         """Read a cache that :meth:`save` wrote; no page is quantized again, and generation goes on as it would have.
 
@@ -248,7 +249,7 @@ class QuantizedPagedCache(DynamicCache):
             path: the file.
             config: the config of the model that filled the cache.  Its shape is compared, its weights are not.
             device: where the cache is to live: the model's device.
-            impl: what is to work on the pages; the file does not say.
+            impl, offload: as for a new cache; the file does not say.
 
         Raises:
             WrongModelError: the cache was filled by a model with another config.
@@ -259,7 +260,7 @@ class QuantizedPagedCache(DynamicCache):
         def make(policy: AnyPolicy, options: dict[str, Any]) -> QuantizedPagedCache:
             if cls is QuantizedPagedCache:  # the others have their own policy
                 options = options | {"policy": policy}
-            cache = cls(config, impl=impl, **options)
+            cache = cls(config, impl=impl, offload=offload, **options)
             if cache.policy != policy:
                 raise SavedCacheError(
                     f"{path} has policy {policy.name!r} and {cls.__name__} is {cache.policy.name!r}; use "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +81,8 @@ class StepGuard:
                 raise InterruptedForwardError(self._message([self._before, layer.length]))
             self._followers.add(layer)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(StepGuard())  # weak references cannot be copied or saved; the copied layers make themselves known
+    def __reduce__(self) -> tuple[type[StepGuard], tuple[()]]:
+        return StepGuard, ()  # weak references cannot be copied or saved; the copied layers make themselves known
 
     @staticmethod
     def _message(lengths: list[int]) -> str:

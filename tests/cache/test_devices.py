@@ -112,6 +112,17 @@ def test_offloaded_pages_give_the_same_results(policy: str, name: str, apart: No
     assert all(map(same_bytes, caches[0].stores, caches[1].stores))
 
 
+def test_a_saved_cache_may_be_loaded_offloaded(model: PreTrainedModel, apart: None, tmp_path: Path) -> None:
+    cache = QuantizedPagedCache(model.config, "int4", page_size=PAGE)
+    forward(model, cache, prompt(1, 90))
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = QuantizedPagedCache.load(tmp_path / "cache.safetensors", model.config, offload=True)
+    assert loaded.pools.offload and not cache.pools.offload
+    more = prompt(1, 20, seed=3)
+    assert torch.equal(forward(model, loaded, more, 7), forward(model, cache, more, 7))
+    assert all(map(same_bytes, loaded.stores, cache.stores)) and not all(present(loaded))
+
+
 def test_inference_mode_and_no_grad_may_alternate(model: PreTrainedModel, apart: None) -> None:
     ids = prompt(1, 30)
     caches = [QuantizedPagedCache(model.config, "int4", page_size=8, offload=flag) for flag in (True, False)]

@@ -177,12 +177,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.replace(i, self.empty(batch))
         self.append_to(i, 1)
 
-    @rule(data=st.data())
-    def save_and_load(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), offload=st.booleans())
+    def save_and_load(self, data: st.DataObject, offload: bool) -> None:
         i, cache, dense = self.draw(data)
         path = Path(self.folder.name) / "cache.safetensors"
         cache.save(path)
-        self.caches[i] = (QuantizedPagedCache.load(path, CONFIG), dense)
+        self.caches[i] = (QuantizedPagedCache.load(path, CONFIG, offload=offload), dense)
 
     @precondition(lambda self: any(cache.pools.offload for cache, _ in self.caches))
     @rule(data=st.data(), layer=st.integers(0, LAYERS - 1), leave=st.booleans())

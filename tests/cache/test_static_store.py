@@ -5,9 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from calibrated import with_range
 from stores import chunks, logical_planes, make_store, raw, vectors
 
 from kvquant_hf.errors import BatchSizeError, CacheFullError, ImplementationError, StaticCacheError
+from kvquant_hf.parameters import in_pages
 from kvquant_hf.policy import POLICIES
 from kvquant_hf.static_store import StaticStore
 from kvquant_hf.store import PagedStore
@@ -18,7 +20,8 @@ policies = pytest.mark.parametrize("policy", list(POLICIES))
 
 
 def make_static(policy: str, like: torch.Tensor, max_length: int, impl: str = "auto") -> StaticStore:
-    codecs = CODECS[POLICIES[policy].keys], CODECS[POLICIES[policy].values]
+    heads, dim = like.shape[1], like.shape[3]
+    codecs = (with_range(CODECS[name], heads, dim) for name in (POLICIES[policy].keys, POLICIES[policy].values))
     return StaticStore(*codecs, PAGE, like, like, impl, max_length)
 
 
@@ -27,7 +30,8 @@ def bytes_of(store: StaticStore) -> list[torch.Tensor]:
     view, sealed = store.view(), store.sealed_pages
     held = store.length - sealed * PAGE
     table = view.page_table[:, :sealed]
-    planes = [raw(plane[table]) for side in view[:2] for plane in side.planes]
+    sides = [(side, len(in_pages(side.codec, side.head_dim))) for side in view[:2]]
+    planes = [raw(plane[table]) for side, count in sides for plane in side.planes[:count]]
     return planes + [raw(side.tail[:, :, :held]) for side in view[:2]]
 
 
