@@ -32,9 +32,10 @@ demo: $(READY)  ## answer a prompt and continue a long text with SmolLM2-135M, e
 test: $(READY)  ## run the tests with the newest supported transformers (JOBS=2 PYTEST_ARGS="-k cache")
 	.venv/bin/pytest -n $(JOBS) $(PYTEST_ARGS)
 
-# What does not import transformers is the same with every version of it.
+# What does not import transformers is the same with every version of it; the slow tests ask nothing of it that the
+# others do not.
 test-min: $(READY_MIN)  ## run the tests that touch transformers with the oldest supported version
-	.venv-min/bin/pytest -n $(JOBS) $(PYTEST_ARGS) tests/cache tests/cli tests/model tests/support tests/test_*.py
+	.venv-min/bin/pytest -n $(JOBS) -m "not full and not slow" $(PYTEST_ARGS) tests/cache tests/cli tests/model tests/support tests/test_*.py
 
 test-all: test test-min  ## both
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from kvquant_hf import QuantizedPagedCache
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
 def test_exact_equals_dynamic_cache_on_ragged_prompts(smollm2: tuple[Any, Any]) -> None:
