@@ -38,6 +38,8 @@ def _poisoned(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     """``original``, whose result is filled with NaN (0xAB for integers) when kvquant_hf asked for it."""
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # which cannot look at who asks
+            return original(*args, **kwargs)
         tensor = original(*args, **kwargs)
         if sys._getframe(1).f_globals.get("__name__", "").startswith("kvquant_hf"):
             tensor.fill_(float("nan") if tensor.is_floating_point() else POISON_BYTE)
