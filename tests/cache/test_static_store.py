@@ -7,6 +7,7 @@ import pytest
 import torch
 from calibrated import with_range
 from stores import chunks, logical_planes, make_store, raw, vectors
+from torch.library import opcheck
 
 from kvquant_hf.errors import BatchSizeError, CacheFullError, ImplementationError, StaticCacheError
 from kvquant_hf.parameters import in_pages
@@ -144,10 +145,10 @@ def test_operators_are_what_they_say() -> None:
     view = store.view()
     before = torch.empty_like(view.lengths)
     operators = torch.ops.kvquant_hf
-    torch.library.opcheck(operators.begin_step, (before, view.lengths, 3, PAGE, 40, True))
+    opcheck(operators.begin_step, (before, view.lengths, 3, PAGE, 40, True))
     planes = (view.keys.codec.name, list(view.keys.planes), view.keys.tail, view.page_table, view.lengths, 40)
-    torch.library.opcheck(operators.multiply_out, planes)
-    torch.library.opcheck(operators.dense_attention, (x, x, x, 0.2, True, None, 5.0, None))
+    opcheck(operators.multiply_out, planes)
+    opcheck(operators.dense_attention, (x, x, x, 0.2, True, None, 5.0, None))
 
 
 def test_bytes_are_counted_and_reserved_ones_are_unused() -> None:

@@ -9,6 +9,7 @@ from stores import CPU_CODECS, CPU_POLICIES
 
 from kvquant_hf.triton_kernels.cpu import attention, native
 from kvquant_hf.triton_kernels.cpu.attention import paged_attention_cpu, split_count
+from kvquant_hf.triton_kernels.cpu.native import library
 
 policies = pytest.mark.parametrize("policy", CPU_POLICIES)
 
@@ -162,9 +163,9 @@ def test_strided_queries() -> None:
 @pytest.mark.parametrize("fork", ["OpenMP", "std::thread"])
 def test_threads_and_splits(fork: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fork == "std::thread":
-        monkeypatch.setattr(native.library(), "fork", 0)
+        monkeypatch.setattr(library(), "fork", 0)
     else:
-        assert native.library().fork, "torch's OpenMP was not found"
+        assert library().fork, "torch's OpenMP was not found"
     assert split_count(1, 15, 2) == 3 and split_count(8, 15, 2) == 1 and split_count(1, 1000, 2) == 8
     problem = make_problem("turboquant", Case(1000, heads=1, group=3))
     checked(problem)
