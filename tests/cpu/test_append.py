@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import with_range
 from stores import CPU_POLICIES, fill, make_store, raw, same_bytes, vectors
 
 from kvquant_hf.store import PagedStore
@@ -13,7 +14,9 @@ from kvquant_hf.triton_kernels.codecs import CODECS, lloyd_max
 from kvquant_hf.triton_kernels.cpu import append
 
 PAGE = 64
-AFFINE = [name for name, codec in CODECS.items() if (cpu := codec.cpu(64)) is not None and cpu.affine]
+DECLARED = {name: cpu for name, codec in CODECS.items() if (cpu := codec.cpu(64)) is not None}
+ENCODED = [name for name, cpu in DECLARED.items() if cpu.affine or cpu.given]
+SHARED = [name for name, cpu in DECLARED.items() if name not in ENCODED and (cpu.bucketed or CODECS[name].rotated)]
 
 
 def hard(name: str, dtype: torch.dtype, dim: int) -> torch.Tensor:
@@ -39,16 +42,20 @@ def hard(name: str, dtype: torch.dtype, dim: int) -> torch.Tensor:
 
 def encoded(codec_name: str, x: torch.Tensor, encode: Any) -> list[torch.Tensor]:
     """Planes of six pages of which ``encode`` wrote three."""
-    codec, heads = CODECS[codec_name], x.shape[2]
+    heads, dim = x.shape[2], x.shape[4]
+    codec = with_range(CODECS[codec_name], heads, dim)
     planes = []
-    for plane in codec.planes(x.shape[4]):
-        planes.append(torch.zeros(6, heads, *plane.shape(x.shape[3]), dtype=plane.dtype or x.dtype))
+    for plane in codec.planes(dim):
+        if plane.per != "layer":
+            planes.append(torch.zeros(6, heads, *plane.shape(x.shape[3]), dtype=plane.dtype or x.dtype))
+    planes += [parameter.expand(6, heads, dim) for parameter in codec.parameters]
     encode(codec, planes, x, torch.tensor([[4, 0, 3]]))
     return planes
 
 
 def test_codecs_that_are_encoded_here() -> None:
-    assert set(AFFINE) == {"int8-channel", "int8-affine", "int4-channel", "int4-hadamard"}
+    assert set(ENCODED) == {"int8-channel", "int8-affine", "int4-channel", "int4-hadamard", "int8-static"}
+    assert set(SHARED) == {"lloyd4-centred", "lloyd3-channel", "lloyd3", "lloyd2", "lloyd3-sign", "lloyd2-plain"}
 
 
 # fp16 cannot hold the numbers of "huge" and "wide".
@@ -58,7 +65,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("codec", AFFINE)
+@pytest.mark.parametrize("codec", ENCODED)
 @pytest.mark.parametrize(("name", "dtype"), KINDS, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in KINDS])
 def test_encoded_bytes(codec: str, name: str, dtype: torch.dtype) -> None:
     """Equal to the last bit, rotated or not: a rotation in float64 rounds to the same float32.
@@ -75,7 +82,7 @@ def test_encoded_bytes(codec: str, name: str, dtype: torch.dtype) -> None:
             assert torch.equal(plane, wanted) if name == "tiny" else torch.equal(raw(plane), raw(wanted))
 
 
-@pytest.mark.parametrize("codec", AFFINE)
+@pytest.mark.parametrize("codec", ENCODED)
 def test_strided_pages_and_odd_sizes(codec: str) -> None:
     for heads, page, dim in ((1, 8, 8), (5, 24, 40)):
         tokens = vectors(1, heads, 3 * page, dim).transpose(1, 2).contiguous().transpose(1, 2)
@@ -116,10 +123,10 @@ def test_a_token_goes_into_the_open_page_in_place() -> None:
     assert torch.equal(twin.view().keys.tail[:, :, 41:44], keys[:, :, :3])
 
 
-@pytest.mark.parametrize("codec", ["lloyd4-centred", "lloyd2", "lloyd3-sign", "lloyd2-plain"])
+@pytest.mark.parametrize("codec", SHARED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("dim", [64, 80, 128])
-def test_rotated_bytes(codec: str, dtype: torch.dtype, dim: int) -> None:
+def test_bytes_of_codecs_that_torch_sums(codec: str, dtype: torch.dtype, dim: int) -> None:
     """Rotation and choice of codes by the kernels, sums by torch: the same bytes."""
     for name in ("plain", "constant", "huge"):
         x = hard(name, dtype, dim)

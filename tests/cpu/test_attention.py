@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 from problems import PAGE, Case, Problem, check, make_problem
-from stores import CPU_CODECS, CPU_POLICIES
+from stores import CPU_CODECS, CPU_POLICIES, fill, make_store, vectors
 
+from kvquant_hf.policy import POLICIES
+from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.cpu import attention, native
 from kvquant_hf.triton_kernels.cpu.attention import paged_attention_cpu, split_count
 from kvquant_hf.triton_kernels.cpu.native import library
+from kvquant_hf.triton_kernels.reference import paged_attention_reference
 
 policies = pytest.mark.parametrize("policy", CPU_POLICIES)
 
@@ -43,7 +46,7 @@ CASES = [
 
 
 def test_what_the_kernels_take() -> None:
-    assert {"exact", "int8", "int4", "turboquant", "int8-token", "int4-token", "turboquant-qjl"} <= set(CPU_POLICIES)
+    assert set(CPU_POLICIES) == set(POLICIES) and set(CPU_CODECS) == set(CODECS)
 
 
 @policies
@@ -56,6 +59,16 @@ def test_shapes(policy: str, case: Case) -> None:
 def test_every_codec_stores_keys_and_values(codec: str) -> None:
     """Policies give each codec one side; both sides take any."""
     checked(make_problem(f"{codec}/{codec}", Case(200, 64, 96, group=3, queries=2)))
+
+
+def test_planes_that_all_pages_share() -> None:
+    """A calibrated range is stored once; a page finds the row of its head, wherever the page lies."""
+    keys, values = (vectors(2, 3, 300, 64, seed=seed) for seed in (0, 1))
+    view = fill(make_store("int8-static", keys, values), keys, values).view()
+    assert view.keys.planes[1].stride(0) == 0 and view.keys.planes[1].shape[:2] == (view.keys.planes[0].shape[0], 3)
+    arguments = torch.randn(2, 6, 2, 64), view.keys, view.values, view.page_table, view.lengths
+    expected = paged_attention_reference(*arguments, scale=0.125)
+    torch.testing.assert_close(paged_attention_cpu(*arguments, scale=0.125), expected)
 
 
 @policies

@@ -31,6 +31,7 @@ from ..target import tl, triton
 from ..tile_math import round_half_even
 from ..unpack import load_words, part_channels, unpack_codes
 from .base import Codec, Plane, Tile
+from .cpu import CpuCodec
 from .jit import KernelCodec
 
 _MIDDLE = 128  # what is added to a code to store it unsigned
@@ -140,6 +141,9 @@ class StaticCodec(Codec):
             integer_codes=True,
             layer_planes=True,
         )
+
+    def cpu(self, head_dim: int) -> CpuCodec:
+        return CpuCodec(middle=_MIDDLE, channel_scale=1, channel_offset=2, given=True)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         y = x.float()

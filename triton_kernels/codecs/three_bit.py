@@ -39,15 +39,17 @@ from ..tile_math import fp16_at_least as tile_at_least
 from ..tile_math import round_saturating as tile_saturating
 from ..unpack import load_channels, load_words, unpack_magnitudes
 from .base import Codec, Plane, Tile
+from .cpu import CpuCodec
 from .jit import KernelCodec, no_channels
-from .lloyd_max import BOUNDARIES, LEVELS, bucket, cell_radius, quantize
+from .lloyd_max import BOUNDARIES, LEVELS, bucket, cell_radius
 from .packing import expand_levels, fp16_at_least, pack_fields, round_saturating
 from .turboquant import Bucket, LloydMaxCodec
 
 _LEVELS = tl.constexpr(LEVELS[3])
 _BOUNDARIES = tl.constexpr(BOUNDARIES[3])
-_MAGNITUDES = tl.constexpr(LEVELS[3][4:])
-_LOOKUP = tl.constexpr(signed_pair_lookup(LEVELS[3][4:]))
+_MAGNITUDE_TABLE = LEVELS[3][4:]
+_MAGNITUDES = tl.constexpr(_MAGNITUDE_TABLE)
+_LOOKUP = tl.constexpr(signed_pair_lookup(_MAGNITUDE_TABLE))
 
 
 # -- planes ------------------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def expand_signed(codes: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     """The levels that both planes stand for, float32 ``[..., D]``."""
     bits = (signs.unsqueeze(-1).int() >> torch.arange(8, device=signs.device)) & 1  # [..., D / 8, 8]
     negative = bits.unflatten(-1, (2, 4)).movedim(-1, -3).flatten(-3)
-    return expand_levels(codes, LEVELS[3][4:]) * (1 - 2 * negative)
+    return expand_levels(codes, _MAGNITUDE_TABLE) * (1 - 2 * negative)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -237,9 +239,9 @@ class ChannelRangeCodec(Codec):
         unit = (x - centre.float()) / torch.where(scale > 0, scale.float(), 1.0)
         return scale, centre, unit
 
-    def _encode(self, x: torch.Tensor, model_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def _encode(self, x: torch.Tensor, model_dtype: torch.dtype, bucket: Bucket = bucket) -> tuple[torch.Tensor, ...]:
         scale, centre, unit = self._fit(x)
-        return *pack_signed(quantize(unit, 3)), scale.squeeze(-2), centre.squeeze(-2)
+        return *pack_signed(bucket(unit, BOUNDARIES[3])), scale.squeeze(-2), centre.squeeze(-2)
 
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         codes, signs, scale, centre = planes
@@ -250,6 +252,9 @@ class ChannelRangeCodec(Codec):
         return KernelCodec(
             _channel_tile, _channel_range, _channel_encode, fields=4, channel_scale=True, channel_offset=True
         )
+
+    def cpu(self, head_dim: int) -> CpuCodec:
+        return CpuCodec(_MAGNITUDE_TABLE, signs=1, channel_scale=2, channel_offset=3, bucketed=True)
 
     def error_bound(self, x: torch.Tensor) -> torch.Tensor:
         """Half the widest gap of the levels, or what was clipped beyond fp16, and rounding in float32."""
@@ -278,8 +283,8 @@ class SignedLloydMaxCodec(LloydMaxCodec):
     def kernel(self) -> KernelCodec:
         return KernelCodec(_token_tile, no_channels, _token_encode, fields=4, token_scale=True)
 
-    def cpu(self, head_dim: int) -> None:
-        return None  # the CPU kernels know one plane of codes
+    def cpu(self, head_dim: int) -> CpuCodec:
+        return CpuCodec(_MAGNITUDE_TABLE, signs=1, token_scale=2, bucketed=True)
 
 
 LLOYD3_CHANNEL = ChannelRangeCodec(

@@ -50,6 +50,7 @@ struct Encode {
     int64_t dtype, from_batch, from_page, from_head, from_token;
     int64_t batch, pages, heads, page_size;
     const int64_t* ids;
+    int64_t given;  // whether the channels' scales and offsets are there already
     int64_t threads;
     void* fork;
     Side side;
@@ -160,14 +161,16 @@ inline void bucket(const Bucket& call) {
     });
 }
 
-// Codes of one token, `fields` per byte; STEP is 1 where each channel has an offset and a divisor, 0 where all share.
-template <int BITS, int STEP>
+// Codes of one token, `fields` per byte, the lowest standing for FIRST; STEP is 1 where each channel has an offset and a
+// divisor, 0 where all share.
+template <int BITS, int STEP, int FIRST = 0>
 void affine_codes(const float* x, const float* offset, const float* divisor, int part, uint8_t* codes) {
-    constexpr float LAST = (1 << BITS) - 1, INTEGER = 8388608.0f;  // 2^23: adding it rounds to an integer, ties to even
+    constexpr float LOW = FIRST, LAST = FIRST + (1 << BITS) - 1;
+    constexpr float INTEGER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
     const auto code = [&](int c) {
         const float scaled = (x[c] - offset[c * STEP]) / divisor[c * STEP];
-        const float inside = scaled > 0.0f ? (scaled < LAST ? scaled : LAST) : 0.0f;
-        return int((inside + INTEGER) - INTEGER);
+        const float inside = scaled > LOW ? (scaled < LAST ? scaled : LAST) : LOW;
+        return int((inside + INTEGER) - INTEGER) - FIRST;
     };
     for (int j = 0; j < part; j++) {
         int byte = 0;
@@ -223,6 +226,18 @@ void encode_affine(const Encode& call, const float* x, int64_t index, float* low
     }
 }
 
+// Codes in a range that was measured beforehand; `offset` and `divisor` are work memory, [dim].
+inline void encode_given(const Encode& call, const float* x, int64_t index, float* offset, float* divisor) {
+    const Side& side = call.side;
+    const int dim = int(side.dim), page_size = int(call.page_size);
+    uint8_t* codes = (uint8_t*)side.codes + index * page_size * dim;
+    to_floats(side.channel_offset.at(index, dim), side.channel_offset.dtype, dim, offset);
+    to_floats(side.channel_scale.at(index, dim), side.channel_scale.dtype, dim, divisor);
+    for (int c = 0; c < dim; c++) divisor[c] = divisor[c] > 0 ? divisor[c] : 1.0f;
+    for (int t = 0; t < page_size; t++)
+        affine_codes<8, 1, -MIDDLE>(x + int64_t(t) * dim, offset, divisor, dim, codes + int64_t(t) * dim);
+}
+
 inline void encode(const Encode& call) {
     const int dim = int(call.side.dim), page_size = int(call.page_size), widest = std::max(dim, page_size);
     for_each_item(call.batch * call.pages * call.heads, int(call.threads), call.fork, [&](int64_t item) {
@@ -237,7 +252,9 @@ inline void encode(const Encode& call) {
             to_floats(from + t * call.from_token * item_size(call.dtype), call.dtype, dim, x + int64_t(t) * dim);
         if (call.side.rotated) hadamard_exact(x, page_size, dim);
         const int64_t index = call.ids[batch * call.pages + page] * call.heads + head;
-        if (call.side.format == CODES_8)
+        if (call.given)
+            encode_given(call, x, index, low, high);
+        else if (call.side.format == CODES_8)
             encode_affine<8>(call, x, index, low, high);
         else
             encode_affine<4>(call, x, index, low, high);

@@ -1,7 +1,7 @@
 """Append by the compiled kernels: tokens into open pages, and pages of affine codes.
 
-Of other codecs that rotate, the kernels do the rotation and the choice of the codes, where results are exact; the sums
-between them remain torch's, so that the stored bytes are the same.
+Of other codecs the kernels do the rotation and the choice of the codes, where results are exact; the sums between them
+remain torch's, so that the stored bytes are the same.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def _copy(x: torch.Tensor, tail: torch.Tensor) -> tuple[int, ...]:
 def _encode(codec: Codec, planes: Sequence[torch.Tensor], x: torch.Tensor, ids: torch.Tensor) -> None:
     """``append_reference.encode_pages``, which see."""
     cpu = codec.cpu(x.shape[4])
-    if cpu is None or x.dtype not in DTYPES or not (cpu.affine or codec.rotated):
+    if cpu is None or x.dtype not in DTYPES or not (cpu.affine or cpu.given or cpu.bucketed or codec.rotated):
         return encode_pages(codec, planes, x, ids)
     if x.stride(4) != 1:
         x = x.contiguous()
@@ -66,13 +66,16 @@ def _encode(codec: Codec, planes: Sequence[torch.Tensor], x: torch.Tensor, ids: 
     compiled = library()
     source = (x.data_ptr(), DTYPES[x.dtype], *x.stride()[:4], *x.shape[:4])
     threads = (torch.get_num_threads(), compiled.fork)
-    if cpu.affine:
-        compiled.encode(ENCODE.pack(*source, ids.data_ptr(), *threads, *side(codec, planes, x[0])))
+    if cpu.affine or cpu.given:
+        compiled.encode(ENCODE.pack(*source, ids.data_ptr(), cpu.given, *threads, *side(codec, planes, x[0])))
         return None
-    rotated = torch.empty(x.shape, dtype=torch.float32)
-    compiled.rotate(ROTATE.pack(*source, x.shape[4], rotated.data_ptr(), *threads))
+    if codec.rotated:
+        domain = torch.empty(x.shape, dtype=torch.float32)
+        compiled.rotate(ROTATE.pack(*source, x.shape[4], domain.data_ptr(), *threads))
+    else:
+        domain = x.float()
     options = {"bucket": _bucket} if cpu.bucketed else {}
-    for stored, plane in zip(planes, codec._encode(rotated, x.dtype, **options), strict=True):
+    for stored, plane in zip(planes, codec._encode(domain, x.dtype, **options), strict=True):
         stored[ids.reshape(-1)] = plane.flatten(0, 1)
     return None
 

@@ -16,13 +16,14 @@ from ..codecs.cpu import CpuCodec
 from .build import BuildError, load
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
-_FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 1: 4}
+_FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 3: 3, 1: 4}  # 3 bits are 2 and a sign in another plane
 
-_SIDE = "23q"  # format dim rotated codes dtype levels slopes; 5 x (data dtype); zero_point; tail and its strides
+# format dim rotated codes dtype levels slopes signs middle; 5 x (data dtype heads); zero_point; tail and its strides
+_SIDE = "30q"
 ATTENTION = struct.Struct("14q 2d 12q" + 2 * _SIDE)
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
-ENCODE = struct.Struct("13q" + _SIDE)
+ENCODE = struct.Struct("14q" + _SIDE)
 ROTATE = struct.Struct("14q")
 BUCKET = struct.Struct("7q")
 
@@ -91,12 +92,18 @@ def _described(codec: Codec, head_dim: int) -> tuple[CpuCodec, tuple[int, int, i
     return cpu, (_FORMATS[codec.bits], head_dim, int(codec.rotated)), (addresses[0], addresses[1]), tables
 
 
+def _factor(plane: torch.Tensor) -> tuple[int, int, int]:
+    """Members of ``Factor``."""
+    return plane.data_ptr(), DTYPES[plane.dtype], 0 if plane.stride(0) else plane.shape[1]
+
+
 def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> list[int]:
     """Members of ``Side``."""
     cpu, head, addresses, _ = _described(codec, tail.shape[3])
     members = [*head, planes[0].data_ptr(), DTYPES.get(planes[0].dtype, 0), *addresses]
+    members += (0 if cpu.signs is None else planes[cpu.signs].data_ptr(), cpu.middle)
     for index in (cpu.token_scale, cpu.token_offset, cpu.residual, cpu.channel_scale, cpu.channel_offset):
-        members += (0, 0) if index is None else (planes[index].data_ptr(), DTYPES[planes[index].dtype])
+        members += (0, 0, 0) if index is None else _factor(planes[index])
     batch, head_stride, token, _ = tail.stride()
     members += (cpu.zero_point, tail.data_ptr(), DTYPES[tail.dtype], batch, head_stride, token)
     return members

@@ -8,20 +8,30 @@ namespace kv {
 
 constexpr int BLOCK = 16;  // tokens that are unpacked at a time: their floats stay in the first-level cache
 
+constexpr int MIDDLE = 128;  // of 8-bit codes that stand for -128 to 127
+
 enum Format : int64_t { VECTORS = 0, CODES_8 = 1, CODES_4 = 2, CODES_2 = 3, CODES_1 = 4 };
 
 // One of the vectors that stand outside of the levels; `data` is null where the codec has none.
 struct Factor {
     const char* data;
     int64_t dtype;
+    int64_t heads;  // of a vector that all pages share, else 0
+
+    // Its `count` numbers for page-and-head `index`.
+    const char* at(int64_t index, int64_t count) const {
+        return data + (heads ? index % heads : index) * count * item_size(dtype);
+    }
 };
 
 struct Side {
     int64_t format, dim, rotated;
     const char* codes;
     int64_t dtype;        // of VECTORS
-    const float* levels;  // 16 floats; null for CODES_8, whose levels are the codes
+    const float* levels;  // 16 floats; null for CODES_8, whose levels are the codes less `middle`
     const float* slopes;  // 16 floats: level = levels[code] + residual[token] * slopes[code]; or null
+    const char* signs;    // of CODES_2, half as many bytes, packed as in three_bit.py: a set bit negates a level; or null
+    int64_t middle;       // MIDDLE or 0
     Factor token_scale, token_offset, residual, channel_scale, channel_offset;
     int64_t zero_point;  // whether token_offset is a zero point: the offset is then -zero * scale
     const char* tail;    // the open page
@@ -39,35 +49,43 @@ struct Side {
 typedef void Unpack(const Side& side, const char* rows, int64_t row_bytes, const float* residual, int count,
                     float* tile);
 
-template <int BITS, bool SLOPED>
+// How a level follows from its code, beside the table of levels.
+enum Kind { PLAIN, SLOPED, SIGNED, CENTRED };
+
+template <int BITS, Kind KIND>
 void unpack_codes(const Side& side, const char* rows, int64_t row_bytes, const float* residual, int count,
                   float* tile) {
     constexpr int FIELDS = 8 / BITS;
     static const float none[16] = {};
-    const Table levels(BITS == 8 ? none : side.levels), slopes(SLOPED ? side.slopes : none);
+    const Table levels(BITS == 8 ? none : side.levels), slopes(KIND == SLOPED ? side.slopes : none);
     const int part = side.part(), width = side.width();
-    const auto expand = [&](Ints bytes, float* out, Floats rest) {
+    // `signs` of a lane: bit f is that of its channel in field f.
+    const auto expand = [&](Ints bytes, float* out, Floats rest, Ints signs) {
         for (int field = 0; field < FIELDS; field++) {
             Floats level;
             if constexpr (BITS == 8) {
-                level = __builtin_convertvector(bytes, Floats);
+                level = __builtin_convertvector(KIND == CENTRED ? bytes - MIDDLE : bytes, Floats);
             } else {
                 level = levels.at(bytes >> (field * BITS));
-                if constexpr (SLOPED) level += rest * slopes.at(bytes >> (field * BITS));
+                if constexpr (KIND == SLOPED) level += rest * slopes.at(bytes >> (field * BITS));
+                if constexpr (KIND == SIGNED) level = (Floats)((Ints)level ^ (signs << (31 - field) & INT32_MIN));
             }
             store(out + field * width, level);
         }
     };
     for (int t = 0; t < count; t++) {
         const uint8_t* bytes = (const uint8_t*)rows + t * row_bytes;
+        const uint8_t* signs = KIND == SIGNED ? (const uint8_t*)side.signs + ((const char*)bytes - side.codes) / 2 : bytes;
         float* out = tile + int64_t(t) * FIELDS * width;
-        const Floats rest = SLOPED ? splat(residual[t]) : Floats{};
+        const Floats rest = KIND == SLOPED ? splat(residual[t]) : Floats{};
         int j = 0;
-        for (; j + W <= part; j += W) expand(load_bytes(bytes + j), out + j, rest);
+        for (; j + W <= part; j += W)
+            expand(load_bytes(bytes + j), out + j, rest, KIND == SIGNED ? load_nibbles(signs + j / 2) : Ints{});
         if (j < part) {
-            uint8_t last[W] = {};
+            uint8_t last[W] = {}, some[W] = {};
             std::memcpy(last, bytes + j, size_t(part - j));
-            expand(load_bytes(last), out + j, rest);
+            if (KIND == SIGNED) std::memcpy(some, signs + j / 2, size_t(part - j) / 2);
+            expand(load_bytes(last), out + j, rest, KIND == SIGNED ? load_nibbles(some) : Ints{});
         }
     }
 }
@@ -91,10 +109,12 @@ inline Unpack* vectors_of(int64_t dtype) {
 inline Unpack* unpacker(const Side& side) {
     switch (side.format) {
         case VECTORS: return vectors_of(side.dtype);
-        case CODES_8: return unpack_codes<8, false>;
-        case CODES_4: return side.slopes ? unpack_codes<4, true> : unpack_codes<4, false>;
-        case CODES_2: return side.slopes ? unpack_codes<2, true> : unpack_codes<2, false>;
-        default: return side.slopes ? unpack_codes<1, true> : unpack_codes<1, false>;
+        case CODES_8: return side.middle ? unpack_codes<8, CENTRED> : unpack_codes<8, PLAIN>;
+        case CODES_4: return side.slopes ? unpack_codes<4, SLOPED> : unpack_codes<4, PLAIN>;
+        case CODES_2:
+            if (side.signs) return unpack_codes<2, SIGNED>;
+            return side.slopes ? unpack_codes<2, SLOPED> : unpack_codes<2, PLAIN>;
+        default: return side.slopes ? unpack_codes<1, SLOPED> : unpack_codes<1, PLAIN>;
     }
 }
 
@@ -114,7 +134,7 @@ inline void from_columns(const Side& side, const float* from, float* to) {
 // A channel vector of page-and-head `index` in the columns' order.
 inline void channel_factor(const Side& side, const Factor& factor, int64_t index, float* to) {
     const int part = side.part(), width = side.width(), size = item_size(factor.dtype);
-    const char* from = factor.data + index * side.dim * size;
+    const char* from = factor.at(index, side.dim);
     for (int field = 0; field < side.fields(); field++) {
         to_floats(from + int64_t(field) * part * size, factor.dtype, part, to + field * width);
         for (int j = part; j < width; j++) to[field * width + j] = 0;
@@ -127,8 +147,7 @@ struct TokenFactors {
 
     void read(const Side& side, int64_t index, int page_size) {
         const auto one = [&](const Factor& factor, float* to) {
-            if (factor.data)
-                to_floats(factor.data + index * page_size * item_size(factor.dtype), factor.dtype, page_size, to);
+            if (factor.data) to_floats(factor.at(index, page_size), factor.dtype, page_size, to);
         };
         one(side.token_scale, scale);
         one(side.token_offset, offset);

@@ -107,6 +107,23 @@ inline Ints load_bytes(const uint8_t* p) {
 #endif
 }
 
+// W numbers of 4 bits, two in a byte, the lower first.
+inline Ints load_nibbles(const uint8_t* p) {
+#if KV_WIDTH > 4
+    int64_t bytes = 0;
+    std::memcpy(&bytes, p, W / 2);
+    const __m128i both = _mm_cvtsi64_si128(bytes), mask = _mm_set1_epi8(15);
+    const __m128i apart = _mm_unpacklo_epi8(_mm_and_si128(both, mask), _mm_and_si128(_mm_srli_epi16(both, 4), mask));
+#endif
+#if KV_WIDTH == 16
+    return (Ints)_mm512_cvtepu8_epi32(apart);
+#elif KV_WIDTH == 8
+    return (Ints)_mm256_cvtepu8_epi32(apart);
+#else
+    return Ints{p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4};
+#endif
+}
+
 inline Floats load_halves(const uint16_t* p) {
 #if KV_WIDTH == 16
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
