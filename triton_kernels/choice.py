@@ -10,13 +10,15 @@ from .codecs import CODECS, Codec
 from .cpu.build import BuildError
 from .cpu.native import library
 from .reference import PagedSide
-from .target import interpreting, why_not
+from .target import architecture, interpreting, why_not
 
 Implementation = Literal["auto", "triton", "cpu", "reference"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 # A page of keys in registers and shared memory; twice the default page at the largest head_dim does not fit.
 _MAX_PAGE_ELEMENTS = 64 * 256
+# Keys and values that are not packed pass through shared memory beside each other, and sm_75 has 64 KiB of it.
+_MAX_EXACT_ELEMENTS = {"sm_75": 2 * 64 * 128}
 
 
 class Choice(NamedTuple):
@@ -100,12 +102,19 @@ def _obstacle(
         )
     if page_size < 16 or page_size & (page_size - 1):
         return f"pages of {page_size} tokens are no power of two from 16 on; use page_size=64"
+    gpu, exact = architecture(device), 0
     for head_dim, codec in zip(head_dims, codecs, strict=True):
         if codec.kernel is None:
             return f"codec {codec.name!r} has no Triton kernels; use another policy"
         padded = 1 << (head_dim - 1).bit_length()
+        exact += 0 if codec.kernel.byte_codes else padded * page_size
         if padded * page_size > _MAX_PAGE_ELEMENTS:
             return f"pages of {page_size} x {head_dim} elements are too large for the kernels; use a smaller page_size"
+        if exact > _MAX_EXACT_ELEMENTS.get(gpu, exact):
+            return (
+                f"exact pages of {page_size} x {head_dim} elements are too large for the shared memory of {gpu}; use a "
+                "smaller page_size"
+            )
         if head_dim % codec.kernel.parts:
             return (
                 f"codec {codec.name!r} reads {codec.kernel.parts} elements at a time, head_dim is {head_dim}; use int8"
