@@ -44,13 +44,12 @@ def _page_rows(
     stride_new_d,
     stride_tail_n,
 ):
-    """Vectors ``[N, columns]`` in the model's dtype: new token ``source`` or, where that is negative, row ``offs_n`` of
-    the old open page."""
-    is_new = (source >= 0)[:, None]
-    pointers = new_ptr + source.to(tl.int64)[:, None] * stride_new_n + offs_d.to(tl.int64)[None, :] * stride_new_d
-    new = tl.load(pointers, mask=is_new & mask_d[None, :], other=0.0)  # [N, columns]
-    pointers = tail_ptr + offs_n[:, None] * stride_tail_n + offs_d[None, :]
-    old = tl.load(pointers, mask=(source < 0)[:, None] & mask_d[None, :], other=0.0)  # [N, columns]
+    """Channels ``offs_d``, in the model's dtype, of new token ``source`` or, where that is negative, of row ``offs_n``
+    of the old open page; all in shapes that broadcast to that of the result."""
+    is_new = source >= 0
+    pointers = new_ptr + source.to(tl.int64) * stride_new_n + offs_d.to(tl.int64) * stride_new_d
+    new = tl.load(pointers, mask=is_new & mask_d, other=0.0)  # [N, ..., channels]
+    old = tl.load(tail_ptr + offs_n * stride_tail_n + offs_d, mask=(source < 0) & mask_d, other=0.0)
     return tl.where(is_new, new, old)
 
 
@@ -94,8 +93,8 @@ def _append_side(
         page_head = page.to(tl.int64) * heads + head
         offs_n = tl.arange(0, PAGE)
         source = slot * PAGE + offs_n - held  # [PAGE]
-        channel, exists = byte_columns(HEAD_DIM, FIELDS, BYTES)
         if ORDER > 0:
+            channel, exists = byte_columns(HEAD_DIM, FIELDS, BYTES)
             SLICE: tl.constexpr = 16 if HEAD_DIM <= 16 else 32
             x = tl.zeros([PAGE, FIELDS * BYTES], tl.float32)
             for first in range(0, HEAD_DIM, SLICE):
@@ -103,10 +102,10 @@ def _append_side(
                 rows = _page_rows(
                     new_ptr,
                     tail_ptr,
-                    source,
-                    offs_n,
-                    offs_d,
-                    offs_d < HEAD_DIM,
+                    source[:, None],
+                    offs_n[:, None],
+                    offs_d[None, :],
+                    (offs_d < HEAD_DIM)[None, :],
                     stride_new_n,
                     stride_new_d,
                     stride_tail_n,
@@ -115,9 +114,22 @@ def _append_side(
                 x = tl.dot(rows.to(DOT_DTYPE), signs.to(DOT_DTYPE), x, input_precision="ieee")  # [PAGE, columns]
             x = x * (ORDER**-0.5)
         else:
+            # Read as it lies in memory and brought into byte order here: an address for each element would take twice
+            # the registers of the elements themselves.
+            offs_f, offs_b = tl.arange(0, FIELDS), tl.arange(0, BYTES)
+            WIDTH: tl.constexpr = HEAD_DIM // FIELDS
             x = _page_rows(
-                new_ptr, tail_ptr, source, offs_n, channel, exists, stride_new_n, stride_new_d, stride_tail_n
-            )
+                new_ptr,
+                tail_ptr,
+                source[:, None, None],
+                offs_n[:, None, None],
+                (offs_f[:, None] * WIDTH + offs_b[None, :])[None, :, :],
+                (offs_b < WIDTH)[None, None, :],
+                stride_new_n,
+                stride_new_d,
+                stride_tail_n,
+            )  # [PAGE, FIELDS, BYTES]
+            x = tl.permute(x, (0, 2, 1)).reshape(PAGE, BYTES * FIELDS)
         ENCODE(planes, page_head, x, offs_n, HEAD_DIM, PAGE, FIELDS, BYTES)
 
     if slot == 0:
