@@ -8,6 +8,8 @@ from ..errors import EvaluationInputError, MissingPackageError
 from .harness import EXACT, Result
 
 SUFFIXES = (".pdf", ".png", ".svg")
+# Where a point's name stands, and its alignment; points that lie close to each other take them in turn.
+_PLACES = (((6, 4), "left"), ((-6, -4), "right"), ((6, -11), "left"))
 
 
 def check_figure(path: str, option: str = "--figure") -> None:
@@ -29,10 +31,22 @@ def check_figure(path: str, option: str = "--figure") -> None:
         )
 
 
+def points_of(results: Mapping[str, Result]) -> tuple[dict[str, tuple[float, float]], str]:
+    """Bits per element and mean KLD of every contender but ``exact``, and what these bits are."""
+    storages = {name: result.storage for name, result in results.items() if name != EXACT}
+    in_pages = {name: storage.page_bits_per_element for name, storage in storages.items()}
+    label = "bits per element in full pages, scales included"
+    bits = {name: of_pages for name, of_pages in in_pages.items() if of_pages is not None}
+    if len(bits) < len(in_pages):
+        label = "bits per element of everything held, scales and exact tokens included"
+        bits = {name: storage.bits_per_element for name, storage in storages.items()}
+    return {name: (bits[name], results[name].accuracy.kld_mean) for name in bits}, label
+
+
 def draw(results: Mapping[str, Result], title: str, path: str) -> None:
     """A point for every contender but ``exact``, whose KLD (the noise floor) is told in the axis label.
 
-    Bits are those of full pages, or of everything held for caches that have no pages.
+    Bits are those of full pages, or of everything held if one of the caches has no pages: the same for all.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,14 +54,16 @@ def draw(results: Mapping[str, Result], title: str, path: str) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the machine has
     axes = figure.add_subplot()
-    for name, result in results.items():
-        if name == EXACT:
-            continue
-        bits = result.storage.page_bits_per_element or result.storage.bits_per_element
-        axes.scatter(bits, result.accuracy.kld_mean)
-        axes.annotate(name, (bits, result.accuracy.kld_mean), textcoords="offset points", xytext=(6, 4))
+    points, label = points_of(results)
+    last, place = (0.0, 0.0), 0
+    for name, (bits, kld) in sorted(points.items(), key=lambda point: -point[1][1]):
+        crowded = abs(last[0] - bits) < 1 and last[1] < 1.7 * kld
+        last, place = (bits, kld), (place + 1) % len(_PLACES) if crowded else 0
+        offset, side = _PLACES[place]
+        axes.scatter(bits, kld)
+        axes.annotate(name, (bits, kld), textcoords="offset points", xytext=offset, ha=side)
     axes.set_yscale("log")
-    axes.set_xlabel("bits per element, scales included")
+    axes.set_xlabel(label)
     floor = f"; noise floor {results[EXACT].accuracy.kld_mean:.1e}" if EXACT in results else ""
     axes.set_ylabel(f"mean KL(exact || quantized), nats{floor}")
     axes.set_title(title)

@@ -10,6 +10,7 @@ from transformers import cache_utils
 from kvquant_hf.errors import EvaluationInputError, MissingPackageError
 from kvquant_hf.evaluation import baselines, evaluate, paged
 from kvquant_hf.evaluation.baselines import baseline, parse_baseline
+from kvquant_hf.evaluation.figure import points_of
 
 WINDOWS = prompt(batch=2, length=200)
 
@@ -42,6 +43,12 @@ def test_a_baseline_is_measured_like_ours(hqq: None) -> None:
     assert int8 / 10 < hqq8 < hqq4 / 10
     storage = results["hqq-8"].storage
     assert storage.page_bits_per_element is None
+    # In a figure all have bits of the same kind: those in pages only where every cache has some.
+    ours, label = points_of({"int8": results["int8"]})
+    assert ours == {"int8": (results["int8"].storage.page_bits_per_element, int8)} and "full pages" in label
+    points, label = points_of(results)
+    assert points.keys() == {"int8", "hqq-8", "hqq-4"} and "everything held" in label
+    assert points["int8"] == (results["int8"].storage.bits_per_element, int8)
     # A code of a byte for each element and a float32 scale for 32 of them; the last tokens may be exact, how many
     # depends on the version of transformers.
     keys = made[0].layers[0].keys
