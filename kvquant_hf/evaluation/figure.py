@@ -67,6 +67,6 @@ def draw(results: Mapping[str, Result], title: str, path: str) -> None:
     floor = f"; noise floor {results[EXACT].accuracy.kld_mean:.1e}" if EXACT in results else ""
     axes.set_ylabel(f"mean KL(exact || quantized), nats{floor}")
     axes.set_title(title)
-    axes.margins(x=0.25)
+    axes.margins(x=0.25, y=0.12)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)
