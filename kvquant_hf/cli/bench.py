@@ -276,9 +276,10 @@ def _progress(hidden: bool) -> Iterator[Callable[[str, float], None]]:
 
 
 def _print_table(table: Any) -> None:
-    """Title, lines and notes, as wide as the terminal."""
+    """Title, lines and notes, as wide as the terminal; wider where columns would lose their numbers."""
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     console = Console()
@@ -289,7 +290,8 @@ def _print_table(table: Any) -> None:
         shown.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold")
     for line in table.lines:
         shown.add_row(*line)
-    console.print(shown)
+    whole = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
+    Console(width=max(console.width, whole)).print(shown)
     console.print()
     for note in table.notes:
         console.print(f"- {note}", highlight=False, markup=False)

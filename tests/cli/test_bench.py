@@ -57,7 +57,7 @@ def test_a_shape_as_a_table_of_100_columns(run: Run, monkeypatch: pytest.MonkeyP
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_throughput(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_throughput(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text('{"prompt_tokens": 20, "output_tokens": 3}\n' * 3, encoding="utf-8")
     options = ("--requests-file", lengths, "--kv-budget", "1MB", "--batch-sizes", "1,2", "--policies", "int4")
@@ -71,8 +71,12 @@ def test_throughput(run: Run, tiny: Path, tmp_path: Path) -> None:
     for row in data["rows"]:
         assert (row["requests"], row["output_tokens"], row["batches"]) == (3, 9, 3 if row["batch_size"] == 1 else 2)
         assert row["itl"].keys() == {"p50", "p90", "p99"} and row["stored_bytes"] <= 10**6
+    monkeypatch.setenv("COLUMNS", "80")  # narrower than the table, of which nothing may be lost
     code, out, _ = run("bench", "--model", tiny, "--throughput", *options, "--dtypes", "float32")
-    assert code == 0 and "TPOT" in out and "3 requests" in out
+    assert code == 0 and "TPOT p50" in out and "3 requests" in out
+    lines = [line.split() for line in out.splitlines() if " fp32 " in line]
+    assert [line[0] for line in lines] == ["dynamic", "exact", "int4"] * 2
+    assert all(line[-1] in ("kB", "MB") for line in lines)
 
 
 def test_interrupted(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
