@@ -285,7 +285,6 @@ def append(
     k, v = key_codec.kernel, value_codec.kernel
     assert k is not None and v is not None, "choose() lets no other codec through"
     slots = max(1, triton.cdiv(tokens, page_size))  # held <= page_size: never more pages are completed
-    wide = page_size * max(key_dim, value_dim) > 64 * 128
     _append_kernel[(batch * heads, slots, 2)](
         k.arguments(key_planes, heads),
         v.arguments(value_planes, heads),
@@ -316,7 +315,7 @@ def append(
         DOT_DTYPE=_dot_dtype(keys.dtype),
         PAGE=page_size,
         TAIL_ROWS=1 if tokens == 1 else page_size,
-        num_warps=8 if wide else 4,
+        num_warps=8,
         num_stages=1,
         enable_fp_fusion=False,
     )
