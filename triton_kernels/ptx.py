@@ -10,7 +10,7 @@ Table levels    ``prmt`` looks up four bytes at once: its selector is four nibbl
                 are looked up as low and as high bytes, and two more ``prmt`` put these together.  Sixteen levels are
                 symmetric around zero: the table has the eight magnitudes, and the sign is the code's highest bit.
 
-Instructions per level: whole bytes 0.5, nibbles 0.875, pairs of bits by table 1.375, with a sign or nibbles by table
+Instructions per level: whole bytes 0.5, nibbles 0.875, pairs of bits by table 1.375, with a sign 1.84, nibbles by table
 2.375.
 ``tests/kernels/test_ptx.py`` runs these very strings over all inputs.
 """
@@ -43,18 +43,19 @@ def _tables(levels: tuple[float, ...]) -> list[str]:
     return [f"0x{int.from_bytes(plane[i : i + 4], 'little'):08x}" for plane in planes for i in range(0, len(plane), 4)]
 
 
-def _held(low: str, high: str) -> list[str]:
+def _held(low: str, high: str, operation: str = "or") -> list[str]:
     """The first four entries of both tables, in registers ``table_lo`` and ``table_hi``.
 
     The lowest bit of what is 0, the highest bit of a mask of lower lanes, keeps them there: plain constants end up in
-    uniform registers, which ``prmt`` cannot read, and are then copied before every use.
+    uniform registers, which ``prmt`` cannot read, and are then copied before every use.  A table whose lowest bit is 1
+    is a plain constant after "or", which the assembler sees; "xor" holds it too, and takes one register more.
     """
     return [
         "    .reg .b32 nil, table_lo, table_hi;",
         "    mov.u32 nil, %lanemask_lt;",
         "    shr.u32 nil, nil, 31;",
-        f"    or.b32 table_lo, nil, {low};",
-        f"    or.b32 table_hi, nil, {high};",
+        f"    {operation}.b32 table_lo, nil, {low};",
+        f"    {operation}.b32 table_hi, nil, {high};",
         "    .reg .b32 x, s, lo, hi;",
     ]
 
@@ -80,13 +81,34 @@ def pair_lookup(levels: tuple[float, ...]) -> str:
 
 def signed_pair_lookup(magnitudes: tuple[float, ...]) -> str:
     """PTX that looks up codes of 2 bits in four ``magnitudes`` and gives part p the sign of bit 4 (p % 2) + p // 2 of
-    ``$9``, which holds 8 bits for each of the two words."""
-    lines = pair_lookup(magnitudes).splitlines()[:-1]
-    for part in range(8):
-        lines += [
-            f"    shl.b32 x, $9, {15 - (part % 2 * 4 + part // 2)};",
-            f"    lop3.b32 ${part}, ${part}, x, 0x80008000, 0x78;",
-        ]
+    the word's byte of signs: four words in ``$16`` and ``$17``, their bytes in ``$18``.
+
+    A sign is the third bit of a selector: it chooses between the bytes of the magnitudes and those of their negatives.
+    """
+    low, high = _tables(magnitudes)
+    minus = f"0x{int(high, 16) ^ 0x80808080:08x}"
+    lines = ["{", *_held(low, high, "xor"), "    .reg .b32 high_signs, signs, t;", "    shr.u32 high_signs, $18, 4;"]
+    for pair, selector in ((0, "0x5410"), (1, "0x7632")):
+        # Bytes in the order of those of x: the four signs of a byte of codes are the low half of each.
+        lines += [f"    prmt.b32 x, ${16 + pair}, 0, 0x3120;", f"    prmt.b32 signs, $18, high_signs, {selector};"]
+        # Fields f and f + 2 of a byte go to bits 2 and 6; what else the product has there is masked.
+        for field, mask, factor in ((0, "0x05050505", 20), (1, "0x0a0a0a0a", 10)):
+            lines += ["    shr.u32 x, x, 2;"] if field else []
+            lines += [
+                f"    and.b32 t, signs, {mask};",
+                f"    mul.lo.u32 t, t, {factor};",
+                "    and.b32 s, x, 0x33333333;",
+                "    lop3.b32 s, t, 0x44444444, s, 0xea;",
+            ]
+            for byte in (0, 1):
+                even, odd = 2 * (2 * field + byte) + pair, 2 * (2 * field + byte + 4) + pair
+                lines += ["    shr.u32 s, s, 16;"] if byte else []
+                lines += [
+                    "    prmt.b32 lo, table_lo, table_lo, s;",
+                    f"    prmt.b32 hi, table_hi, {minus}, s;",
+                    f"    prmt.b32 ${even}, lo, hi, 0x6240;",
+                    f"    prmt.b32 ${odd}, lo, hi, 0x7351;",
+                ]
     return "\n".join([*lines, "}"])
 
 
@@ -159,10 +181,10 @@ def run_on_words(words, ASM: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def run_on_words_and_signs(words, signs, ASM: tl.constexpr):
-    """Run ``ASM`` on int16 ``words`` and ``signs`` of their shape; eight fp16 tensors of it."""
-    return tl.inline_asm_elementwise(
-        ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [words, signs], (tl.float16,) * 8, True, 2
-    )
+    """Run ``ASM`` on int16 ``words`` and uint8 ``signs`` of their shape; eight fp16 tensors of it."""
+    # Four at a time, which fill a register with signs.
+    CONSTRAINTS: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r"
+    return tl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, signs], (tl.float16,) * 8, True, 4)
 
 
 @triton.jit

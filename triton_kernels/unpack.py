@@ -132,11 +132,12 @@ def unpack_levels(
 
 @triton.jit
 def unpack_magnitudes(words, signs, TABLE: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Codes of 2 bits: ``TABLE[code]``, or minus that where bit 4 (p % 2) + p // 2 of ``signs`` (int16, of the shape of
+    """Codes of 2 bits: ``TABLE[code]``, or minus that where bit 4 (p % 2) + p // 2 of ``signs`` (uint8, of the shape of
     ``words``) is set for part p, as a tuple of 8 parts."""
     if PTX:
         return run_on_words_and_signs(words, signs, ASM)
     else:
+        signs = signs.to(tl.int16)
         parts = ()
         for part in tl.static_range(8):
             codes = (words >> (part // 2 * 2 + part % 2 * 8)) & 3

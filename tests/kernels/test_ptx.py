@@ -49,16 +49,19 @@ OPERATIONS = {
     "lop3": lop3,
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
     "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
     "shl": lambda a, n: a << n,
     "shr": lambda a, n: a >> n,
     "mov": lambda a: a,
 }
 
 
-def run(asm: str, parts: int) -> list[np.ndarray]:
+def run(asm: str, parts: int, inputs: tuple[np.ndarray, ...] = (WORDS | (OTHERS << 16),)) -> list[np.ndarray]:
     """The result registers after ``asm`` on all words; lane 0, so that %lanemask_lt is 0 (else its top bit is)."""
-    registers: dict[str, np.ndarray] = {f"${parts}": WORDS | (OTHERS << 16), "%lanemask_lt": np.zeros(1, np.uint32)}
+    given = {f"${parts + i}": words for i, words in enumerate(inputs)} | {"%lanemask_lt": np.zeros(1, np.uint32)}
+    registers: dict[str, np.ndarray] = dict(given)
 
     def value(operand: str) -> np.ndarray:
         return registers[operand] if operand in registers else np.array([int(operand, 0)], np.uint32)
@@ -68,7 +71,7 @@ def run(asm: str, parts: int) -> list[np.ndarray]:
             continue
         opcode, operands = statement.split(maxsplit=1)
         target, *sources = re.split(r"\s*,\s*", operands.strip())
-        assert target not in (f"${parts}", "%lanemask_lt"), "an input is overwritten"
+        assert target not in given, "an input is overwritten"
         registers[target] = OPERATIONS[opcode.split(".")[0]](*map(value, sources))
     return [registers[f"${part}"] for part in range(parts)]
 
@@ -98,17 +101,19 @@ def test_pair_lookup(levels: tuple[float, ...]) -> None:
 
 
 def test_signed_pair_lookup() -> None:
-    """All words with several bytes of signs, other ones for the word in the upper half."""
+    """All words in each of the four places with several bytes of signs, other ones in each place."""
     magnitudes = np.array(lloyd_max.LEVELS[3][4:], np.float16)
-    asm = ptx.signed_pair_lookup(lloyd_max.LEVELS[3][4:])
-    for signs, others in ((0x00, 0xFF), (0xA5, 0x3C), (0x81, 0x42), (0x18, 0xE7)):
-        # The emulator has one input: the signs become an immediate.
-        results = run(asm.replace("$9", f"0x{signs | others << 16:08x}"), 8)
-        for part, result in enumerate(results):
+    places = [WORDS, OTHERS, WORDS[::-1], OTHERS[::-1]]
+    pairs = tuple(low | high << 16 for low, high in (places[:2], places[2:]))
+    for signs in ("00ff5ac3", "a53cff00", "81422418", "18e70180"):
+        packed = np.array([int(signs, 16)], np.uint32)
+        results = run(ptx.signed_pair_lookup(lloyd_max.LEVELS[3][4:]), 16, (*pairs, packed))
+        for part in range(8):
             bit = part % 2 * 4 + part // 2
-            for words, byte, half in ((WORDS, signs, result & 0xFFFF), (OTHERS, others, result >> 16)):
+            for place, (words, byte) in enumerate(zip(places, bytes.fromhex(signs)[::-1], strict=True)):
                 level = magnitudes[(words >> (part // 2 * 2 + part % 2 * 8)) & 3]
                 expected = -level if byte >> bit & 1 else level
+                half = results[2 * part + place // 2] >> (place % 2 * 16) & 0xFFFF
                 np.testing.assert_array_equal(half.astype(np.uint16), expected.view(np.uint16), err_msg=f"part {part}")
 
 

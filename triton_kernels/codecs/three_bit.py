@@ -103,7 +103,7 @@ def _signed_parts(
         pointers = signs_ptr + offs_n[:, None] * WIDTH + offs_w[None, :]
         mask_w = (offs_w < WIDTH)[None, :]
     signs = tl.load(pointers, mask=mask_w, other=0)  # [N, WORDS] or [WORDS, N]
-    return unpack_magnitudes(words, signs.to(tl.int16), _MAGNITUDES, _LOOKUP, DTYPE, PTX)
+    return unpack_magnitudes(words, signs, _MAGNITUDES, _LOOKUP, DTYPE, PTX)
 
 
 @triton.jit
