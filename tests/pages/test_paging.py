@@ -1,5 +1,9 @@
 """PagePool: every page is either free or held, grows by little, keeps its content, and is given back."""
 
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvquant_hf import paging
 from kvquant_hf.budget import Budget
 from kvquant_hf.errors import OutOfPages
 from kvquant_hf.paging import PagePool
@@ -230,3 +235,46 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, derandomize=True)
+
+
+def test_large_planes_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They grow, are copied and are given back as others are."""
+    monkeypatch.setattr(paging, "_MAPPED_BYTES", 1)
+    pool = make_pool()
+    pages = pool.allocate(5)
+    write(pool, pages, [1, 2, 3, 4, 5])
+    held = pool.planes
+    write(pool, pool.allocate(300), [7] * 300)
+    assert pool.capacity == 305 and pool.nbytes == measured_bytes(pool) == 305 * PAGE_BYTES
+    twin = pickle.loads(pickle.dumps(pool))
+    for copied in (pool, twin):
+        assert [read(copied, page) for page in pages.tolist()] == [{1.0}, {2.0}, {3.0}, {4.0}, {5.0}]
+    assert held[0][0].eq(1).all(), "a plane that somebody still has is still there"
+    pool.release(np.arange(305))
+    assert pool.nbytes == 0 and read(twin, 304) == {7.0}
+
+
+GROWTH = """
+import torch
+from kvquant_hf.paging import PagePool
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+planes = [(torch.uint8, (3, 64, 64)), (torch.float16, (3, 64))]
+pools = [PagePool(planes, torch.device("cpu")) for _ in range(12)]
+before = resident()
+for _ in range(200):
+    for pool in pools:
+        for page in pool.allocate(2):
+            for plane in pool.planes:
+                plane[page] = 1
+print((resident() - before) / sum(pool.nbytes for pool in pools))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what a process has")
+def test_a_process_grows_by_little_more_than_its_pools() -> None:
+    """Layers that grow in turn, as in a model, leave no holes in the heap that no later plane fits into."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.15

@@ -7,6 +7,7 @@ import pytest
 import torch
 from stores import fill, live_pages, logical_planes, make_store, raw, same_bytes, vectors
 
+from kvquant_hf import paging
 from kvquant_hf.errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
 from kvquant_hf.parameters import in_pages
 from kvquant_hf.policy import POLICIES, parse_policy
@@ -192,18 +193,18 @@ def test_running_out_of_memory_changes_nothing(failing: int, monkeypatch: pytest
     before, calls = state(store), []
 
     def limited(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def call(self: torch.Tensor, *args: object) -> torch.Tensor:
+        def call(*args: object) -> torch.Tensor:
             calls.append(args)
             if len(calls) > failing:
                 raise torch.OutOfMemoryError("no memory")
-            return allocate(self, *args)
+            return allocate(*args)
 
         return call
 
     x = vectors(2, 2, 100, 32, seed=5)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(torch.Tensor, "clone", limited(torch.Tensor.clone))
-        patch.setattr(torch.Tensor, "new_empty", limited(torch.Tensor.new_empty))
+        patch.setattr(paging, "new_plane", limited(paging.new_plane))
         store.append(x, x)
     assert len(calls) == failing + 1 and state(store) == before
     store.append(x, x)
