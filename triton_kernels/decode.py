@@ -191,6 +191,9 @@ def _decode_kernel(
     to be multiplied by; KEY_COLUMNS and VALUE_COLUMNS are padded widths of the open page.  Tiles have tokens or
     channels first and the rows of the queries second: with few rows, that wastes least of a tensor core.
     """
+    # The way of a scaled query into the layout of an operand may meet barriers, and where there are many, levels that
+    # wait for them do not fit in the registers.
+    SCALE_FIRST: tl.constexpr = K_HAS[2] and K_PARTS > 4
     program = tl.program_id(0)
     split = tl.program_id(1)
     row_blocks = tl.cdiv(GROUP * queries, ROWS)
@@ -240,16 +243,25 @@ def _decode_kernel(
         for page_index in tl.range(first_page, end_page, num_stages=STAGES):
             page_head = tl.load(table_ptr + page_index).to(tl.int64) * heads + head
 
+            if SCALE_FIRST:
+                channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+                operands = ()
+                for part in tl.static_range(K_PARTS):
+                    operands = operands + ((q[part] * channel_scale[part][:, None]).to(K_DTYPE),)
             levels, token_scale, token_offset = K_TILE(
                 k_planes, page_head, offs_n, KEY_DIM, PAGE, K_FIELDS, K_WORDS, K_DTYPE, False, PTX
             )
-            channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+            if not SCALE_FIRST:
+                channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
             scores = tl.zeros([PAGE, ROWS], tl.float32)
             for part in tl.static_range(K_PARTS):
-                scaled = q[part]
-                if K_HAS[2]:
-                    scaled = scaled * channel_scale[part][:, None]
-                scores = tl.dot(levels[part], scaled.to(K_DTYPE), scores, input_precision=PRECISION)  # [PAGE, ROWS]
+                if SCALE_FIRST:
+                    scaled = operands[part]
+                elif K_HAS[2]:
+                    scaled = (q[part] * channel_scale[part][:, None]).to(K_DTYPE)
+                else:
+                    scaled = q[part].to(K_DTYPE)
+                scores = tl.dot(levels[part], scaled, scores, input_precision=PRECISION)  # [PAGE, ROWS]
             if K_HAS[0]:
                 scores = scores * (token_scale * K_UNIT)[:, None]
             elif K_UNIT != 1.0:
