@@ -209,11 +209,11 @@ def _token_encode(
     BYTES: tl.constexpr,
 ):
     squares = tl.sum(x * x, 1)  # [N]
-    norm = tl.sqrt_rn(squares)
-    unit = x * (tl.div_rn(1.0, tl.where(norm > 0.0, norm, 1.0)) * (HEAD_DIM**0.5))[:, None]
+    norm = tl.sqrt(squares)
+    unit = x * (HEAD_DIM**0.5 / tl.where(norm > 0.0, norm, 1.0))[:, None]
     codes, levels = bucket_levels(unit, _BOUNDARIES, _LEVELS, 8, 1.0)
     product = tl.sum(x * levels, 1)  # columns past the head are zero in x
-    scale = tl.div_rn(squares, tl.where(product > 0.0, product, 1.0))
+    scale = squares / tl.where(product > 0.0, product, 1.0)
     _store_signed(planes, page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
     tl.store(planes[2] + page_head * PAGE + offs_n, tile_saturating(scale, tl.float16))
 
