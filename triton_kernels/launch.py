@@ -50,39 +50,47 @@ class LaunchConfig:
 @dataclass(frozen=True)
 class LaunchRow:
     """A table row answers for an architecture (prefix), model elements of at least ``itemsize`` bytes, pages of up to
-    ``elements`` (tokens x head_dim), at least ``rows`` query rows, and key plus value codes of up to ``bits`` bits."""
+    ``elements`` (tokens x head_dim), at least ``rows`` query rows, and codes of up to ``bits`` bits in up to ``planes``
+    planes, both of keys plus values."""
 
     architecture: str
     itemsize: int
     elements: int
     rows: int
     bits: int
+    planes: int
     config: LaunchConfig
 
 
 _ANY = 1 << 30
 LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     # The first row that fits wins.
-    LaunchRow("sm_7", 0, _ANY, 0, _ANY, LaunchConfig(rows=8, warps=8, stages=1, residents=1)),
-    LaunchRow("", 4, _ANY, 0, _ANY, LaunchConfig(rows=8, warps=8, stages=1, residents=1)),
-    LaunchRow("gfx", 0, 64 * 128, 0, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
-    LaunchRow("gfx", 0, _ANY, 0, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
+    LaunchRow("sm_7", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=8, stages=1, residents=1)),
+    LaunchRow("", 4, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=8, stages=1, residents=1)),
+    LaunchRow("gfx", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
+    LaunchRow("gfx", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
     # The same code takes a few registers more there than it has.
-    LaunchRow("sm_1", 0, 64 * 128, 0, 6, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, 64 * 128, 0, 6, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
-    LaunchRow("", 0, 64 * 128, 9, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, 64 * 128, 0, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
-    LaunchRow("", 0, 64 * 256, 9, 6, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
-    LaunchRow("sm_1", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    LaunchRow("sm_1", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
+    LaunchRow("", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
+    LaunchRow("", 0, 64 * 128, 9, _ANY, 2, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
+    LaunchRow("", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
+    # Codes in two planes on either side.  More warps would unpack the same values again: the words of a token fill one
+    # tile of a tensor core.  Between head_dim 64 and 96, copying a page ahead takes about a fifth of the loop.
+    LaunchRow("", 0, 64 * 64, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
+    LaunchRow("", 0, 64 * 80, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=1, residents=8)),
+    LaunchRow("", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
+    LaunchRow("", 0, 64 * 256, 9, 6, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    LaunchRow("sm_1", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
     # Without the prefetch on some: with it, look-up tables and a page ahead do not fit in their registers together.  A
     # narrower head, or a long page of one, is the other way round.
-    LaunchRow("", 0, 64 * 192, 0, 6, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("sm_80", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
-    LaunchRow("sm_90", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
-    LaunchRow("", 0, 64 * 256, 0, 6, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, 64 * 256, 9, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
-    LaunchRow("", 0, 64 * 256, 0, 16, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, _ANY, 0, _ANY, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    LaunchRow("", 0, 64 * 192, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
+    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
+    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
+    LaunchRow("", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
+    LaunchRow("", 0, 64 * 256, 9, _ANY, 2, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
+    LaunchRow("", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
+    LaunchRow("", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    LaunchRow("", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
 )
 
 MAX_SPLITS = 128
@@ -109,16 +117,18 @@ def override_launch(**values: int) -> Iterator[None]:
         _override.update(before)
 
 
-def launch_row(architecture: str, itemsize: int, elements: int, rows: int, bits: int) -> LaunchRow:
+def launch_row(architecture: str, itemsize: int, elements: int, rows: int, bits: int, planes: int = 2) -> LaunchRow:
     """The table's first row that fits; arguments as in ``launch_config``."""
     for row in LAUNCH_TABLE:
         fits = architecture.startswith(row.architecture) and itemsize >= row.itemsize and elements <= row.elements
-        if fits and rows >= row.rows and bits <= row.bits:
+        if fits and rows >= row.rows and bits <= row.bits and planes <= row.planes:
             return row
     raise AssertionError("the last row of LAUNCH_TABLE fits everything")
 
 
-def launch_config(architecture: str, itemsize: int, elements: int, rows: int, bits: int) -> LaunchConfig:
+def launch_config(
+    architecture: str, itemsize: int, elements: int, rows: int, bits: int, planes: int = 2
+) -> LaunchConfig:
     """How to launch.
 
     Args:
@@ -127,9 +137,10 @@ def launch_config(architecture: str, itemsize: int, elements: int, rows: int, bi
         elements: tokens of a page times the larger head_dim.
         rows: query heads per key/value head times queries.
         bits: bits of a code, keys plus values.
+        planes: planes that codes are unpacked from, keys plus values (``KernelCodec.code_planes``).
     """
     fields = {name: value for name, value in _override.items() if name != "splits"}
-    return dataclasses.replace(launch_row(architecture, itemsize, elements, rows, bits).config, **fields)
+    return dataclasses.replace(launch_row(architecture, itemsize, elements, rows, bits, planes).config, **fields)
 
 
 def split_count(config: LaunchConfig, programs: int, pages: int, processors: int) -> int:

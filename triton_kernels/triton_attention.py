@@ -65,7 +65,8 @@ def paged_attention_triton(
     assert k is not None and v is not None, "choose() lets no other codec through"
     elements = keys.page_size * max(key_dim, value_dim)
     bits = keys.codec.bits + values.codec.bits
-    config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits)
+    planes = k.code_planes + v.code_planes
+    config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits, planes)
     programs = batch * heads * triton.cdiv(rows, config.rows)
     pages = page_table.shape[1]
     if window:

@@ -88,7 +88,8 @@ def rewrite(source: str, architecture: str, choices: Mapping[Bound, str], measur
 
 
 def _rows(architecture: str, choices: Iterable[tuple[Bound, str]]) -> Sequence[str]:
+    # What is timed has one plane of codes a side; codes in more planes keep the table's other rows.
     return [
-        f'    LaunchRow("{architecture}", 0, 64 * {head_dim}, {rows}, {ANY if bits is None else bits}, {config}),\n'
+        f'    LaunchRow("{architecture}", 0, 64 * {head_dim}, {rows}, {ANY if bits is None else bits}, 2, {config}),\n'
         for (head_dim, rows, bits), config in choices
     ]

@@ -18,15 +18,16 @@ ARCHITECTURES = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100",
 HELD = {"sm_90": 132, "sm_120": 170, "sm_86": 82, "gfx942": 304}
 
 
-def questions() -> list[tuple[str, int, int, int, int]]:
+def questions() -> list[tuple[str, int, int, int, int, int]]:
     return [
-        (architecture, itemsize, page * dim, rows, bits)
+        (architecture, itemsize, page * dim, rows, bits, planes)
         for architecture in ARCHITECTURES
         for itemsize in (2, 4)
         for page in (16, 64, 128)
-        for dim in (64, 128, 192, 256)
+        for dim in (64, 80, 128, 192, 256)
         for rows in (1, 8, 9, 64)
         for bits in (6, 8, 16, 32)
+        for planes in (2, 3, 4)
     ]
 
 
@@ -49,6 +50,16 @@ def test_every_question_has_an_answer(architecture: str) -> None:
 
 def test_the_common_case_is_one_warp() -> None:
     assert launch_config("sm_90", 2, 64 * 128, 4, 8) == LaunchConfig(rows=8, warps=1, stages=2, residents=8)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(("bits", "planes"), [(5, 3), (6, 4), (7, 3), (11, 3)])
+def test_codes_in_two_planes_have_rows_of_their_own(architecture: str, bits: int, planes: int) -> None:
+    """3 bits on either side or both: one warp whatever the bits and rows of the query, two for twice the elements."""
+    for rows in (4, 64):
+        for dim, warps, stages, residents in ((64, 1, 2, 8), (80, 1, 1, 8), (128, 1, 2, 8), (256, 2, 2, 4)):
+            expected = LaunchConfig(rows=8, warps=warps, stages=stages, residents=residents)
+            assert launch_config(architecture, 2, 64 * dim, rows, bits, planes) == expected
 
 
 def test_override() -> None:

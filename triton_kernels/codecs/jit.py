@@ -32,6 +32,7 @@ class KernelCodec:
         channels: reads channel vectors of one page.
         encode: writes one page.
         fields: codes per byte.
+        code_planes: planes that hold parts of one code, each read and unpacked beside the others.
         byte_codes: whether levels are unpacked from bytes; otherwise they are vectors in the model's dtype.
         token_scale, token_offset, channel_scale, channel_offset: which parts of ``Tile`` exist.
         integer_codes: whether levels are the codes themselves.
@@ -42,6 +43,7 @@ class KernelCodec:
     channels: Any
     encode: Any
     fields: int = 1
+    code_planes: int = 1
     byte_codes: bool = True
     token_scale: bool = False
     token_offset: bool = False

@@ -250,7 +250,13 @@ class ChannelRangeCodec(Codec):
     @property
     def kernel(self) -> KernelCodec:
         return KernelCodec(
-            _channel_tile, _channel_range, _channel_encode, fields=4, channel_scale=True, channel_offset=True
+            _channel_tile,
+            _channel_range,
+            _channel_encode,
+            fields=4,
+            code_planes=2,
+            channel_scale=True,
+            channel_offset=True,
         )
 
     def cpu(self, head_dim: int) -> CpuCodec:
@@ -281,7 +287,7 @@ class SignedLloydMaxCodec(LloydMaxCodec):
 
     @property
     def kernel(self) -> KernelCodec:
-        return KernelCodec(_token_tile, no_channels, _token_encode, fields=4, token_scale=True)
+        return KernelCodec(_token_tile, no_channels, _token_encode, fields=4, code_planes=2, token_scale=True)
 
     def cpu(self, head_dim: int) -> CpuCodec:
         return CpuCodec(_MAGNITUDE_TABLE, signs=1, token_scale=2, bucketed=True)
