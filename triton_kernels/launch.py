@@ -33,6 +33,7 @@ class LaunchConfig:
         warps: warps of one program.
         stages: software-pipelining depth of the loop over pages; 2 loads one page ahead.
         long_stages: the same for pages of more than 64 tokens where it differs, else 0.
+        masked_warps: warps where there is a mask, if that differs, else 0.
         residents: programs that a multiprocessor holds at once; the choice of splits fills them.
     """
 
@@ -41,6 +42,14 @@ class LaunchConfig:
     stages: int = 2
     residents: int = 8
     long_stages: int = 0
+    masked_warps: int = 0
+
+    def masked(self) -> "LaunchConfig":
+        """The configuration where there is a mask: as many warps in all on a multiprocessor."""
+        if not self.masked_warps:
+            return self
+        residents = max(1, self.residents * self.warps // self.masked_warps)
+        return dataclasses.replace(self, warps=self.masked_warps, residents=residents)
 
     def depth(self, page_size: int) -> int:
         """Pipelining depth for pages of ``page_size`` tokens."""
@@ -69,10 +78,11 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("", 4, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=8, stages=1, residents=1)),
     LaunchRow("gfx", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
     LaunchRow("gfx", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
-    # The same code takes a few registers more there than it has.
+    # The same code takes a few registers more there than it has, with a mask also where codes have more bits.
     LaunchRow("sm_1", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
     LaunchRow("", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 128, 9, _ANY, 2, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
+    LaunchRow("sm_1", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8, masked_warps=2)),
     LaunchRow("", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     # Codes in two planes on either side.  More warps would unpack the same values again: the words of a token fill one
     # tile of a tensor core.  Between head_dim 64 and 96, copying a page ahead takes about a fifth of the loop.
@@ -140,6 +150,8 @@ def launch_config(
         planes: planes that codes are unpacked from, keys plus values (``KernelCodec.code_planes``).
     """
     fields = {name: value for name, value in _override.items() if name != "splits"}
+    if "warps" in fields:
+        fields.setdefault("masked_warps", 0)  # the warps that were asked for, mask or not
     return dataclasses.replace(launch_row(architecture, itemsize, elements, rows, bits, planes).config, **fields)
 
 

@@ -67,6 +67,8 @@ def paged_attention_triton(
     bits = keys.codec.bits + values.codec.bits
     planes = k.code_planes + v.code_planes
     config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits, planes)
+    if mask is not None:
+        config = config.masked()
     programs = batch * heads * triton.cdiv(rows, config.rows)
     pages = page_table.shape[1]
     if window:

@@ -132,6 +132,6 @@ def answer(question: Question, stopwatch: Stopwatch, device: torch.device, budge
 
 
 def as_source(config: LaunchConfig) -> str:
-    """``config`` as it stands in the table."""
-    fields = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+    """``config`` as it stands in the table: what is 0 differs in nothing."""
+    fields = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value)
     return f"LaunchConfig({fields})"

@@ -62,6 +62,17 @@ def test_codes_in_two_planes_have_rows_of_their_own(architecture: str, bits: int
             assert launch_config(architecture, 2, 64 * dim, rows, bits, planes) == expected
 
 
+def test_masks_take_two_warps_on_the_newest_gpus() -> None:
+    config = launch_config("sm_100", 2, 64 * 128, 4, 8)
+    assert (config.warps, config.residents) == (1, 8)
+    assert (config.masked().warps, config.masked().residents) == (2, 4)
+    with override_launch(warps=4):
+        assert launch_config("sm_100", 2, 64 * 128, 4, 8).masked().warps == 4
+    for row in LAUNCH_TABLE:
+        if not row.config.masked_warps:
+            assert row.config.masked() is row.config
+
+
 def test_override() -> None:
     question = ("sm_90", 2, 64 * 128, 4, 8)
     before = launch_config(*question)
