@@ -29,6 +29,7 @@ PAIRS = {
     "int4": ("int4-channel", "int4-hadamard"),
     "turboquant": ("int4-channel", "lloyd2"),
     "lloyd4": ("lloyd4-centred", "lloyd2"),
+    "lloyd3": ("lloyd3-channel", "lloyd3"),
     "int8-token": ("int8-token", "int8-token"),
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),
@@ -146,7 +147,8 @@ def floors_table(loops: dict[str, tuple[Built, Loop]]) -> str:
     pages = BATCH * HEADS * TOKENS // PAGE
     for name, (kernel, loop) in loops.items():
         bits = sum(CODECS[codec].bits for codec in PAIRS[name])
-        config = launch_config("sm_90", 2, PAGE * DIM, GROUP, bits)
+        planes = sum(CODECS[codec].kernel.code_planes for codec in PAIRS[name])
+        config = launch_config("sm_90", 2, PAGE * DIM, GROUP, bits, planes)
         splits = split_count(config, BATCH * HEADS, TOKENS // PAGE, PROCESSORS)
         # Every split writes its accumulator and two numbers per row, and combine reads them.
         merged = 2 * BATCH * HEADS * (splits + 1) * GROUP * (DIM + 2) * 4

@@ -24,8 +24,32 @@ PAIRS = {
 }
 # Masks of several rows, float32 models and GPUs whose products run without tensor cores may use stack.
 UNTUNED = ("sm_7",)
-# Three bits in two planes, which have no rows of their own in the launch table yet: some stack is left.
-SPILLING = (PAIRS["lloyd3"],)
+# With 3-bit codes on one side, as `kvquant tune` mixes them.
+MIXED = (
+    ("lloyd3-channel", "lloyd2"),
+    ("lloyd3-channel", "int4-hadamard"),
+    ("lloyd3-channel", "int8-affine"),
+    ("int4-channel", "lloyd3"),
+    ("int8-channel", "lloyd3"),
+)
+
+
+def allowed(case: Case, registers: int | None) -> int:
+    """Bytes of stack that a tuned kernel may have: none but in the cases named here, and there none in most shapes.
+
+    * Below 255 registers the assembler gives up a few for one more program on a multiprocessor.
+    * LMDeploy's keys with a sign, ``lloyd3-sign``: on sm_86 and sm_89, and where head_dim is padded.
+    * 3-bit codes.  Signs of values come from shared memory byte by byte, and a thread has twice as many in a long page.
+    """
+    if registers is not None and registers <= 168:
+        return 16
+    if case.keys == "lloyd3-sign":
+        return 24
+    if case.values == "lloyd3" and case.page_size > 64:
+        return 128
+    sides = (case.keys == "lloyd3-channel") + (case.values == "lloyd3")
+    masked = bool(case.mask) and case.target.startswith("sm_1")
+    return 32 if sides == 2 or (sides and masked) else 0
 
 
 def check(case: Case, built: list[Built] | str) -> list[str]:
@@ -33,16 +57,11 @@ def check(case: Case, built: list[Built] | str) -> list[str]:
     if isinstance(built, str):
         return [f"{case}: {built}"]
     wrong = []
-    tuned = (
-        case.dtype != "float32"
-        and (case.keys, case.values) not in SPILLING
-        and not case.target.startswith(UNTUNED)
-        and (not case.mask or case.queries == 1)
-    )
+    tuned = case.dtype != "float32" and not case.target.startswith(UNTUNED) and (not case.mask or case.queries == 1)
     for kernel in built:
         if kernel.shared > TARGETS[case.target].shared:
             wrong.append(f"{case}: {kernel.name} wants {kernel.shared} bytes of shared memory")
-        if tuned and kernel.spilled:
+        if tuned and (kernel.spilled or 0) > allowed(case, kernel.registers):
             wrong.append(f"{case}: {kernel.name} has {kernel.spilled} bytes of stack with {kernel.registers} registers")
     return wrong
 
@@ -56,6 +75,8 @@ def trimmed(target: str) -> list[Case]:
         "sm_90": ("int8-token", "int4-token", "lloyd3"),
     }
     cases = [Case(target, *PAIRS[name], dtype=half) for name in names.get(target, ("int4", "turboquant"))]
+    mixed = {"sm_80": MIXED[3:4], "sm_90": MIXED[:1], "sm_120": MIXED[:1]}
+    cases += [Case(target, *pair, dtype=half) for pair in mixed.get(target, ())]
     if target in ("sm_75", "sm_90", "gfx942"):
         cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
     if target == "sm_90":
@@ -113,6 +134,15 @@ def test_compiles(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_in_full(target: str, name: str) -> None:
     wrong = [line for case, built in compile_cases(full(target, name)).items() for line in check(case, built)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", TARGETS)
+def test_mixed_pairs_compile(target: str) -> None:
+    kinds = ({"dtype": "float16" if target.startswith(UNTUNED) else "bfloat16"}, {"mask": "bool"}, {"head_dim": 256})
+    cases = [Case(target, *pair, **(kinds[0] | kind)) for pair in MIXED for kind in kinds]
+    wrong = [line for case, built in compile_cases(cases).items() for line in check(case, built)]
     assert not wrong, "\n".join(wrong)
 
 
