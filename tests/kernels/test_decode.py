@@ -16,7 +16,7 @@ import pytest
 import torch
 from calibrated import with_range
 
-from kvquant_hf.triton_kernels.codecs import CODECS
+from kvquant_hf.triton_kernels.codecs import CODECS, Codec
 from kvquant_hf.triton_kernels.launch import override_launch
 from kvquant_hf.triton_kernels.reference import PagedSide, gather_dense
 from kvquant_hf.triton_kernels.triton_attention import paged_attention_triton
@@ -171,6 +171,13 @@ def test_planes_per_layer(case: Case, device: torch.device) -> None:
     check(("int8-static", "int8-static"), case, device)
 
 
+def reach(codec: Codec, group: int) -> torch.Tensor:
+    """What a calibrated channel is added up from, ``[query_heads, head_dim]``: the lower end of its range and the codes
+    counted from there.  Both are rounded, however small their sum is."""
+    scale, zero = codec.parameters
+    return ((zero - 128 * scale).abs() + 255 * scale).double().repeat_interleave(group, 0)
+
+
 def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
     torch.manual_seed(0)
     heads, batch = case.heads, len(case.tokens)
@@ -221,6 +228,9 @@ def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
         eps = torch.finfo(torch.float16 if case.dtype != torch.float32 else torch.float32).eps
         size = 2 * v.norm(dim=-1).max() if values.codec.rotated else v.abs().max()
         band = eps * (scores.abs().max() + 1) * size
+        if keys.codec.parameters:
+            logits = (query[b].double().abs() * reach(keys.codec, case.group).unsqueeze(1)).sum(-1) * case.key_dim**-0.5
+            band += eps * (2 * logits.max() * v.abs().max() + reach(values.codec, case.group).max())
         error = (out[b].double() - expected).abs().max()
         assert error <= budget + band, f"sequence {b}: error {error:.2e}, budget {budget:.2e} + {band:.2e}"
 
