@@ -17,8 +17,8 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 # A page of keys in registers and shared memory; twice the default page at the largest head_dim does not fit.
 _MAX_PAGE_ELEMENTS = 64 * 256
-# Keys and values that are not packed pass through shared memory beside each other, and sm_75 has 64 KiB of it.
-_MAX_EXACT_ELEMENTS = {"sm_75": 2 * 64 * 128}
+# Keys and values that are not packed pass through shared memory beside each other, and these have 64 KiB of it.
+_MAX_EXACT_ELEMENTS = dict.fromkeys(("sm_75", "gfx90a", "gfx942"), 2 * 64 * 128)
 
 
 class Choice(NamedTuple):

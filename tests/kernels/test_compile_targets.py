@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernels.aot import TARGETS, Built, Case, compile_cases, main_loop
 
+from kvquant_hf.triton_kernels import choice
+
 PAIRS = {
     "exact": ("exact", "exact"),
     "int8": ("int8-channel", "int8-affine"),
@@ -106,7 +108,7 @@ def full(target: str, name: str) -> list[Case]:
         kinds += [{"group": group} for group in (1, 16)] + [{"group": 16, "head_dim": 64}]
         kinds += [{"queries": 16, "head_dim": 256}, {"page_size": 16}, {"page_size": 32}]
         kinds += [{"mask": mask, "queries": q} for mask, q in (("bfloat16", 1), ("bool", 4), ("float32", 4))]
-    if (target, name) == ("sm_75", "exact"):  # its shared memory has no room for larger pages, which choice.py refuses
+    if name == "exact" and target in choice._MAX_EXACT_ELEMENTS:  # no room for larger pages, which choice.py refuses
         kinds = [kind for kind in kinds if kind.get("page_size", 64) * kind.get("head_dim", 128) <= 64 * 128]
         kinds += [{"head_dim": 256, "page_size": 32}]
     attention = [{"dtype": dtype} for dtype in ("float16", "bfloat16", "float32")]

@@ -181,10 +181,11 @@ def test_explicit_choices_never_fall_back(change: dict[str, Any], words: list[st
     assert choice._choose("reference", **sizes, interpreted=True) == ("reference", "")
 
 
-def test_exact_pages_that_a_gpu_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not compile for sm_75 is refused with the page size that does (``test_compile_targets.py``)."""
-    monkeypatch.setattr(choice, "architecture", lambda device: "sm_75")
+@pytest.mark.parametrize("gpu", ["sm_75", "gfx942"])
+def test_exact_pages_that_a_gpu_has_no_room_for(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not compile there is refused with the page size that does (``test_compile_targets.py``)."""
     monkeypatch.setattr(choice, "why_not", lambda device: None)
+    monkeypatch.setattr(choice, "architecture", lambda device: gpu)
     half = torch.float16
 
     def obstacle(page_size: int, head_dim: int, *names: str) -> str | None:
@@ -193,7 +194,7 @@ def test_exact_pages_that_a_gpu_has_no_room_for(monkeypatch: pytest.MonkeyPatch)
 
     for page_size, head_dim in ((64, 256), (128, 128)):
         refused = obstacle(page_size, head_dim, "exact", "exact")
-        assert refused is not None and "shared memory of sm_75; use a smaller page_size" in refused
+        assert refused is not None and f"shared memory of {gpu}; use a smaller page_size" in refused
         assert obstacle(page_size // 2, head_dim, "exact", "exact") is None
         assert obstacle(page_size, head_dim, "int4-channel", "exact") is None
     monkeypatch.setattr(choice, "architecture", lambda device: "sm_70")
