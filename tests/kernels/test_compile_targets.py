@@ -50,8 +50,8 @@ def allowed(case: Case, registers: int | None) -> int:
     if case.values == "lloyd3" and case.page_size > 64:
         return 128
     sides = (case.keys == "lloyd3-channel") + (case.values == "lloyd3")
-    masked = bool(case.mask) and case.target.startswith("sm_1")
-    return 32 if sides == 2 or (sides and masked) else 0
+    newest = case.target.startswith("sm_1") and (bool(case.mask) or case.head_dim > 128)
+    return 32 if sides == 2 or (sides and newest) else 0
 
 
 def check(case: Case, built: list[Built] | str) -> list[str]:
