@@ -130,7 +130,7 @@ def attention_alone(policies: list[str], context: int, rounds: int) -> None:
 
 
 def _attention(cache: Any, query: torch.Tensor, new: torch.Tensor, dense: bool) -> Callable[[], object]:
-    from kvquant_hf.attention import attend
+    from kvquant_hf.layers.attention import attend
 
     def run() -> torch.Tensor:
         keys, values = cache.update(new, new, 0)

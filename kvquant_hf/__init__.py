@@ -12,10 +12,10 @@ from .versions import check_version_on_import
 check_version_on_import()  # before anything is imported from transformers
 
 from .cache import QuantizedPagedCache
-from .policy import POLICIES, KVPolicy, LayerwisePolicy
+from .policies.table import POLICIES, KVPolicy, LayerwisePolicy
 from .pools import PagePools
 from .presets import Int4PagedCache, Int8PagedCache, TurboQuantPagedCache
-from .transformers_api import install, uninstall
+from .transformers_api.generate import install, uninstall
 
 __all__ = [
     "POLICIES",

@@ -8,22 +8,23 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from .calibration import QParams, hand_over
 from .errors import OutOfPages, SavedCacheError, WrongModelError
-from .inventory import take_inventory
-from .layer import PagedLayer, StepGuard
+from .files.cache import load_cache, save_cache
+from .files.calibration import QParams, hand_over
+from .layers.paged import PagedLayer, StepGuard
+from .layers.steps import Rotation, StepPlan
 from .options import check_options, check_static
-from .policy import AnyPolicy, PolicyLike
+from .pages.store import PagedStore
+from .policies.fingerprint import fingerprint
+from .policies.table import AnyPolicy, PolicyLike
 from .pools import PagePools
-from .report import CacheReport, CallLog
-from .saving import load_cache, save_cache
-from .steps import Rotation, StepPlan
-from .store import PagedStore
-from .transformers_api import (
+from .reports.calls import CallLog
+from .reports.inventory import take_inventory
+from .reports.report import CacheReport
+from .transformers_api.layers import (
     build_layers,
     check_crop,
     check_rollback,
-    fingerprint,
 )
 from .triton_kernels.ops import Implementation
 
@@ -272,7 +273,8 @@ class QuantizedPagedCache(DynamicCache):
 
     def report(self) -> CacheReport:
         """What the cache holds, in bytes measured on its tensors, and what ran on it."""
-        about = (self.policy.name, self.page_size, self.layers, self._log)
+        others = [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+        about = (self.policy.name, self.page_size, self.paged_layers, others, self._log)
         return take_inventory(*about, self._pools_shared, self._latent_rank)
 
     def _repr_html_(self) -> str:

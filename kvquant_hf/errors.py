@@ -1,4 +1,4 @@
-"""Everything this package raises on purpose.  Each message is one sentence that ends with the remedy."""
+"""Everything this package raises or warns of on purpose.  An error is one sentence that ends with the remedy."""
 
 
 class KVQuantError(Exception):
@@ -99,3 +99,11 @@ class CacheFullError(KVQuantError, RuntimeError):
 
 class StaticCacheError(KVQuantError, RuntimeError):
     """A static cache is asked for what would change its memory."""
+
+
+class KVQuantWarning(UserWarning):
+    """Base of all warnings of kvquant_hf."""
+
+
+class KVQuantFallbackWarning(KVQuantWarning):
+    """Attention read the cache multiplied out instead of in pages."""

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .budget import Budget
 from .errors import PoolMismatchError, UnknownPolicyError
-from .paging import LayerPool
-from .policy import PolicyLike, parse_policy
-from .report import format_size
-from .transformers_api import fingerprint
+from .pages.budget import Budget
+from .pages.pool import LayerPool
+from .policies.fingerprint import fingerprint
+from .policies.table import PolicyLike, parse_policy
+from .reports.report import format_size
 
 
 @dataclass(frozen=True)

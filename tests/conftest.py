@@ -21,7 +21,7 @@ from transformers.generation import configuration_utils
 from transformers.modeling_utils import AttentionInterface
 
 import kvquant_hf
-from kvquant_hf import paging
+from kvquant_hf.pages import pool as pool_module
 
 torch.set_num_threads(1)
 
@@ -55,7 +55,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
-    monkeypatch.setattr(paging, "_MAPPED_BYTES", 1 << 62)  # mappings come as zeros
+    monkeypatch.setattr(pool_module, "_MAPPED_BYTES", 1 << 62)  # mappings come as zeros
 
 
 @pytest.fixture(autouse=True)

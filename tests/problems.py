@@ -8,7 +8,7 @@ from budgets import attention_budget
 from calibrated import with_range
 from stores import vectors
 
-from kvquant_hf.policy import parse_policy
+from kvquant_hf.policies.table import parse_policy
 from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.ops import PagedSide
 from kvquant_hf.triton_kernels.reference import paged_attention_reference

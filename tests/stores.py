@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from calibrated import with_range
 
-from kvquant_hf.policy import POLICIES, KVPolicy, parse_policy
-from kvquant_hf.store import PagedStore
+from kvquant_hf.pages.store import PagedStore
+from kvquant_hf.policies.table import POLICIES, KVPolicy, parse_policy
 from kvquant_hf.triton_kernels.codecs import CODECS
 
 # What the CPU kernels take: every codec that declares itself to them, and the policies made of these.

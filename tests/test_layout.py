@@ -56,9 +56,10 @@ RULES = {
         allowed=("kvquant_hf.triton_kernels", "kvquant_hf.errors"),
     ),
     "pages and stores do not pick codecs by name": Rule(
-        ("kvquant_hf.paging", "kvquant_hf.store", "kvquant_hf.static_store", "kvquant_hf.layout"),
-        banned=("kvquant_hf.triton_kernels.codecs", "kvquant_hf.policy"),
+        ("kvquant_hf.pages", "kvquant_hf.pages.*"),
+        banned=("kvquant_hf.triton_kernels.codecs", "kvquant_hf.policies"),
         allowed=CODEC_TYPES,
+        exempt=("kvquant_hf.pages.static_ops",),  # an operator of torch takes a codec by its name
     ),
     "transformers stays behind its doors": Rule(
         ("kvquant_hf", "kvquant_hf.*"),
@@ -83,19 +84,28 @@ RULES = {
         banned=("lm_eval", "kvquant_hf.evaluation.lm_eval_model"),
         exempt=("kvquant_hf.cli.lm_eval", "kvquant_hf.evaluation.lm_eval_model"),
     ),
-    "measuring stands on top: the cache does not know that it is timed": Rule(
-        ("kvquant_hf", "kvquant_hf.*"),
-        banned=("kvquant_hf.benchmark",),
-        exempt=("kvquant_hf.benchmark", "kvquant_hf.benchmark.*", "kvquant_hf.cli", "kvquant_hf.cli.*"),
-    ),
-    "the library does not need its command": Rule(
-        ("kvquant_hf", "kvquant_hf.*"),
-        banned=("kvquant_hf.cli",),
-        exempt=("kvquant_hf.cli", "kvquant_hf.cli.*"),
-    ),
 }
 
-NO_CODEC_NAMES = tuple(f"kvquant_hf/{name}.py" for name in ("paging", "store", "static_store", "layout"))
+# The rooms of the house, top to bottom: an import goes down, or stays in its room.  The root is a room for each of its
+# modules; ``errors`` is the ground that all stand on.
+ORDER = (
+    ("cli",),
+    ("benchmark",),
+    ("calibration",),
+    ("evaluation",),
+    ("__init__",),
+    ("presets",),
+    ("cache",),
+    ("pools", "options", "transformers_api", "files"),
+    ("layers",),
+    ("reports",),
+    ("pages",),
+    ("policies",),
+    ("triton_kernels",),
+    ("versions",),
+    ("errors",),
+)
+MAX_ROOT_MODULES = 8
 MAX_LINES, MAX_LINES_KERNEL = 300, 600
 
 SOURCES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
@@ -156,20 +166,17 @@ def test_import_directions(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("kvquant_hf.policy", "import triton_kernels"),
+        ("kvquant_hf.policies.table", "import triton_kernels"),
         ("tests.test_x", "from triton_kernels.codecs import CODECS"),
         ("kvquant_hf.triton_kernels.codecs.fp8", "import triton"),
         ("kvquant_hf.triton_kernels.codecs.fp8", "from ..reference import gather_dense"),
-        ("kvquant_hf.triton_kernels.reference", "from ..policy import KVPolicy"),
+        ("kvquant_hf.triton_kernels.reference", "from ..policies.table import KVPolicy"),
         ("kvquant_hf.triton_kernels.reference", "import transformers.cache_utils"),
-        ("kvquant_hf.store", "from .triton_kernels.codecs import CODECS"),
-        ("kvquant_hf.paging", "def f():\n    from transformers import Cache"),
-        ("kvquant_hf.attention", "import importlib\nimportlib.import_module('transformers')"),
-        ("kvquant_hf.memory", "from . import cli"),
+        ("kvquant_hf.pages.store", "from ..triton_kernels.codecs import CODECS"),
+        ("kvquant_hf.pages.pool", "def f():\n    from transformers import Cache"),
+        ("kvquant_hf.layers.attention", "import importlib\nimportlib.import_module('transformers')"),
         ("kvquant_hf.evaluation.text", "from .lm_eval_model import KVQuantLM"),
-        ("kvquant_hf.benchmark.compare", "from ..cli.models import load_model"),
-        ("kvquant_hf.benchmark.speed", "from transformers import DynamicCache"),
-        ("kvquant_hf.evaluation.harness", "from ..benchmark.statistics import quantile"),
+        ("kvquant_hf.benchmark.speed.race", "from transformers import DynamicCache"),
     ],
 )
 def test_the_checker_refuses(module: str, source: str) -> None:
@@ -184,9 +191,9 @@ def test_the_checker_refuses(module: str, source: str) -> None:
             "import math, torch\nfrom ..hadamard import hadamard\nfrom .base import Codec",
         ),
         ("kvquant_hf.triton_kernels.reference", "import triton\nfrom .codecs import CODECS"),
-        ("kvquant_hf.store", "from .triton_kernels.codecs import Codec"),
+        ("kvquant_hf.pages.store", "from ..triton_kernels.codecs import Codec"),
         ("kvquant_hf.cache", "from transformers import Cache"),
-        ("kvquant_hf.cli.demo", "import transformers\nfrom ..memory import f\nfrom . import tables"),
+        ("kvquant_hf.cli.demo", "import transformers\nfrom ..policies.cost import f\nfrom . import tables"),
         ("tests.test_x", "import transformers\nfrom kvquant_hf.triton_kernels.codecs import CODECS"),
     ],
 )
@@ -194,11 +201,95 @@ def test_the_checker_accepts(module: str, source: str) -> None:
     assert violations(source, module, module.rpartition(".")[0]) == []
 
 
-@pytest.mark.parametrize("name", NO_CODEC_NAMES)
-def test_no_codec_is_named(name: str) -> None:
+def graph(sources: dict[str, tuple[str, str]]) -> dict[str, set[str]]:
+    """For each module the modules that it imports: for the types alone and inside of functions too.
+
+    Args:
+        sources: package and text of each module, by its installed name.
+    """
+    edges: dict[str, set[str]] = {}
+    for module, (package, source) in sources.items():
+        edges[module] = set()
+        for _, name in imports(ast.parse(source), package):
+            target = name if name in sources else name.rpartition(".")[0]
+            if target in sources and target != module:
+                edges[module].add(target)
+    return edges
+
+
+def circles(edges: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that all need each other."""
+    above = {module: {module} for module in edges}  # what is reached from a module
+    for module in edges:
+        waiting = [module]
+        while waiting:
+            new = edges[waiting.pop()] - above[module]
+            above[module] |= new
+            waiting += new
+    needs = {module: frozenset(m for m in found if module in above[m]) for module, found in above.items()}
+    return [set(group) for group in set(needs.values()) if len(group) > 1]
+
+
+def room(module: str) -> str:
+    """The room of a module: its wing, or a module of the root itself."""
+    return [*module.split("."), "__init__"][1]
+
+
+def upward(edges: dict[str, set[str]]) -> list[str]:
+    """Imports that go up, or to a neighbour on the same floor."""
+    floor = {name: i for i, names in enumerate(ORDER) for name in names}
+    return [
+        f"{module} -> {target}"
+        for module, targets in edges.items()
+        for target in targets
+        # Every module may ask which version of the package it is.
+        if room(target) not in (room(module), "__init__") and floor[room(target)] <= floor[room(module)]
+    ]
+
+
+@pytest.fixture(scope="module")
+def edges() -> dict[str, set[str]]:
+    sources = {}
+    for path in SOURCES:
+        module = module_name(path)
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        sources[module] = package, path.read_text(encoding="utf-8")
+    return graph(sources)
+
+
+def test_no_circle(edges: dict[str, set[str]]) -> None:
+    assert circles(edges) == []
+
+
+def test_every_arrow_goes_down(edges: dict[str, set[str]]) -> None:
+    assert upward(edges) == []
+
+
+def test_the_root_is_what_a_user_meets() -> None:
+    assert len(list((ROOT / "kvquant_hf").glob("*.py"))) <= MAX_ROOT_MODULES
+
+
+def test_circles_and_arrows_are_seen() -> None:
+    """For the types alone, inside of a function, and around three corners."""
+    sources = {
+        "kvquant_hf.layers.a": (
+            "kvquant_hf.layers",
+            "if TYPE_CHECKING:\n    from ..pages.b import B",
+        ),
+        "kvquant_hf.pages.b": ("kvquant_hf.pages", "def f():\n    from . import c"),
+        "kvquant_hf.pages.c": ("kvquant_hf.pages", "import kvquant_hf.layers.a"),
+        "kvquant_hf.pages.d": ("kvquant_hf.pages", "from ..pages import b\nimport os"),
+        "kvquant_hf.pages": ("kvquant_hf.pages", ""),
+    }
+    assert circles(graph(sources)) == [{"kvquant_hf.layers.a", "kvquant_hf.pages.b", "kvquant_hf.pages.c"}]
+    assert upward(graph(sources)) == ["kvquant_hf.pages.c -> kvquant_hf.layers.a"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kvquant_hf/pages").glob("*.py")), ids=relative)
+def test_no_codec_is_named(path: Path) -> None:
     from kvquant_hf.triton_kernels.codecs import CODECS
 
-    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert strings.isdisjoint(CODECS)
 

@@ -11,10 +11,10 @@ from calibrated import range_of
 
 from kvquant_hf import KVPolicy, LayerwisePolicy
 from kvquant_hf.errors import PolicyFileError, UnknownPolicyError, WrongModelError
-from kvquant_hf.memory import page_cost
-from kvquant_hf.parameters import in_pages
-from kvquant_hf.policy import POLICIES, QUANT_POLICY, parse_policy, policy_from_dict
-from kvquant_hf.policy_file import write_layers
+from kvquant_hf.pages.parameters import in_pages
+from kvquant_hf.policies.cost import page_cost
+from kvquant_hf.policies.file import write_layers
+from kvquant_hf.policies.table import POLICIES, QUANT_POLICY, parse_policy, policy_from_dict
 from kvquant_hf.triton_kernels.codecs import CODECS
 
 

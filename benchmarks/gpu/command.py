@@ -10,7 +10,7 @@ import torch
 import typer
 
 from kvquant_hf.errors import UnknownPolicyError
-from kvquant_hf.policy import parse_policy
+from kvquant_hf.policies.table import parse_policy
 from kvquant_hf.triton_kernels.launch import LaunchConfig
 from kvquant_hf.triton_kernels.target import architecture
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from kvquant_hf.policy import parse_policy
+from kvquant_hf.policies.table import parse_policy
 from kvquant_hf.triton_kernels.codecs import CODECS, Codec
 from kvquant_hf.triton_kernels.ops import PagedSide, append_pages, paged_attention
 

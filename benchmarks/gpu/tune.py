@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvquant_hf.policy import parse_policy
+from kvquant_hf.policies.table import parse_policy
 from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.launch import LaunchConfig, launch_config, override_launch
 from kvquant_hf.triton_kernels.target import architecture

@@ -6,20 +6,20 @@
     result            # a table
     result.figure()   # speed and memory against context
 
-``compare.py`` runs it: ``subject.py`` is the model (``shapes.py``: known shapes with random weights), ``contenders.py``
-what is compared, ``plan.py`` what fits, ``check.py`` comes before any time, ``speed.py`` times decode steps in turn,
-``apart.py`` measures memory in processes of their own.  ``results.py``, ``tables.py`` and ``figure.py`` show it.
-``serving.py`` runs many requests in batches that a budget of memory allows; ``workload.py`` draws them, ``batching.py``
-fills the batches.
+``subject.py`` is the model (``shapes.py``: known shapes with random weights), ``contenders.py`` what is compared,
+``plan.py`` what fits, ``machine.py`` where it runs.  ``speed/`` compares caches one call at a time, ``serving/`` runs
+many requests in batches that a budget of memory allows.
 """
 
-from .compare import compare
-from .results import Comparison, Row
-from .serving import serve
-from .serving_results import Serving, ServingRow
+from .serving.results import Serving
+from .serving.rows import ServingRow
+from .serving.serve import serve
+from .serving.workload import Request, draw_requests, read_requests
 from .shapes import SHAPES
+from .speed.compare import compare
+from .speed.results import Comparison
+from .speed.rows import Row
 from .subject import Subject, in_memory, shape
-from .workload import Request, draw_requests, read_requests
 
 __all__ = [
     "SHAPES",

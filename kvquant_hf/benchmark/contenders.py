@@ -10,8 +10,8 @@ from transformers import cache_utils
 from ..cache import QuantizedPagedCache
 from ..errors import BenchmarkInputError, MissingPackageError
 from ..evaluation.baselines import BACKENDS, held_bytes, parse_baseline
-from ..memory import page_cost
-from ..policy import POLICIES, parse_policy
+from ..policies.cost import page_cost
+from ..policies.table import POLICIES, parse_policy
 
 DYNAMIC, EXACT = "dynamic", "exact"
 BASELINES = ("static", "quanto-4", "hqq-4", "fp8")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError, UnsupportedModelError
-from ..transformers_api import ObservingCache, fingerprint
-from .files import SIDES, Statistics
+from ..files.calibration import SIDES, Statistics
+from ..policies.fingerprint import fingerprint
+from ..transformers_api.observe import ObservingCache
 
 
 class _Extremes:

@@ -18,26 +18,14 @@ Reference: LMDeploy before 0.4.0, ``lmdeploy/lite/apis/kv_qparams.py``.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from ..checked_file import CheckedFile, check_model
-from ..errors import QParamsError, WrongModelError
-from ..layer import PagedLayer
-from .files import SIDES, LayerTensors, Statistics
+from ..errors import QParamsError
+from ..files.calibration import SIDES, QParams, Statistics
 
 PER = ("tensor", "channel")
-REMEDY = "run kvquant calibrate and kvquant qparams"
-
-
-class QParams(LayerTensors):
-    """Scale and zero point of each channel of each head; all alike in a layer's side if they are per tensor."""
-
-    KIND = CheckedFile("kvquant_hf qparams", 1, "a file of quantization parameters", REMEDY, QParamsError)
-    FILE = "qparams.safetensors"
-    NAMES = ("scale", "zero")
 
 
 def _range(extremes: Sequence[torch.Tensor], symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,63 +96,3 @@ def write_turbomind(
     for name, content in files.items():
         content.tofile(Path(folder) / name)
     return [Path(folder) / name for name in files]
-
-
-# -- what a cache does with them ---------------------------------------------------------------------------------------
-
-
-def read_qparams(qparams: "str | os.PathLike[str] | QParams | None", policy: str, needed: bool) -> QParams | None:
-    """The parameters for a policy that needs them, None for one that does not.
-
-    Args:
-        qparams: a file, a folder that has it, or what was read from one.
-        policy: name of the policy.
-        needed: whether it has a calibrated codec.
-
-    Raises:
-        QParamsError: they are missing, cannot be read, or the policy takes none.
-    """
-    if qparams is None:
-        if needed:
-            raise QParamsError(
-                f"policy {policy!r} needs calibrated parameters: {REMEDY}, and give the folder as qparams."
-            )
-        return None
-    if not needed:
-        raise QParamsError(f"policy {policy!r} takes no qparams; leave them out, or use policy='int8-static'.")
-    return qparams if isinstance(qparams, QParams) else QParams.load(qparams)
-
-
-def hand_over(
-    qparams: "str | os.PathLike[str] | QParams | None",
-    policy: str,
-    layers: Sequence[Any],
-    fingerprint: tuple[Any, ...],
-) -> QParams | None:
-    """Give the paged ones of ``layers`` their parameters; what was given.
-
-    Args:
-        qparams: see :func:`read_qparams`.
-        policy: name of the policy.
-        layers: all layers of a cache.
-        fingerprint: of its model.
-
-    Raises:
-        QParamsError: they are missing, cannot be read, or the policy takes none.
-        WrongModelError: they are of another model.
-    """
-    paged = {i: layer for i, layer in enumerate(layers) if isinstance(layer, PagedLayer)}
-    needed = any(codec.calibrated for layer in paged.values() for codec in layer.codecs)
-    found = read_qparams(qparams, policy, needed)
-    if found is not None:
-        where = "the file of parameters" if isinstance(qparams, QParams) else qparams
-        check_model(where, found.model, fingerprint, "calibrated with")
-        if missing := paged.keys() - set(found.layers):
-            raise WrongModelError(f"{where} has no layer {min(missing)}; {REMEDY} for this model.")
-        for i, layer in paged.items():
-            keys, values = (
-                codec.given(*found.of(i, side)) if codec.calibrated else codec
-                for codec, side in zip(layer.codecs, SIDES, strict=True)
-            )
-            layer.codecs = keys, values
-    return found

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from ..policy import parse_policy
+from ..policies.table import parse_policy
 from .measure import long_text
 from .models import load_model
 from .terminal import INTERRUPTED, InputError, print_json, stage
@@ -82,10 +82,10 @@ def bench(
     not fit or is not installed is named with its reason.  Ctrl-C shows what was measured until then.
     """
     from ..benchmark.contenders import choose
-    from ..benchmark.figure import check_figure, save
     from ..benchmark.plan import known_dtypes, numbers_of, prompt_tokens
     from ..benchmark.shapes import find_shape
-    from ..benchmark.speed import CHECKED
+    from ..benchmark.speed.figure import check_figure, save
+    from ..benchmark.speed.race import CHECKED
 
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
     ours, theirs = _list(policies), _list(baselines)
@@ -134,7 +134,7 @@ def bench(
     if csv_file is not None:
         result.write_csv(csv_file)
     if figure is not None:
-        save(result, figure)
+        save(result.conditions, result.rows, figure)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -151,7 +151,7 @@ def _compare(
     asked: _Asked,
 ) -> Any:
     from ..benchmark import compare
-    from ..benchmark.compare import default_dtypes
+    from ..benchmark.speed.compare import default_dtypes
 
     dtypes = dtypes or default_dtypes()
     subject, _ = _subject(asked, dtypes)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..policy import POLICIES, parse_policy
+from ..policies.table import POLICIES, parse_policy
 from .measure import long_text
 from .measuring import check_writable, conditions, position_limit, progress, split_names
 from .models import LoadedModel, check_cache_options, load_model

@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..policy import POLICIES, LayerwisePolicy, PolicyLike, parse_policy
+from ..policies.table import POLICIES, LayerwisePolicy, PolicyLike, parse_policy
 from .terminal import CommandError, InputError, downloading, hushed, stage
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..policy import parse_policy
+from ..policies.table import parse_policy
 from .eval import DEFAULT_TEXT, EXACT
 from .measure import long_text
 from .measuring import check_writable, conditions, position_limit, progress, split_names

@@ -8,8 +8,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from ..memory import page_cost
-from ..policy import POLICIES
+from ..policies.cost import page_cost
+from ..policies.table import POLICIES
 from ..triton_kernels.codecs import CODECS
 from .models import check_cache_options, load_config, locate
 from .terminal import InputError, print_json

@@ -108,7 +108,7 @@ def quiet() -> Iterator[None]:
     """Errors only from transformers and the hub, no progress bars of theirs; our own warnings as one plain line."""
     from transformers.utils import logging as chatter
 
-    from ..report import KVQuantFallbackWarning
+    from ..errors import KVQuantFallbackWarning
 
     hub = logging.getLogger("huggingface_hub")
     before = (chatter.get_verbosity(), hub.level, chatter.is_progress_bar_enabled())

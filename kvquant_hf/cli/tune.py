@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..policy import LayerwisePolicy
-from ..policy_file import SUFFIX, write_layers
+from ..policies.file import SUFFIX, write_layers
+from ..policies.table import LayerwisePolicy
 from .eval import DEFAULT_TEXT, text_conditions
 from .measure import long_text
 from .measuring import progress
@@ -37,7 +37,7 @@ def tune(
     from ..evaluation import cut_windows, evaluate, paged
     from ..evaluation.text import read_file
     from ..evaluation.tune import Part, choose, find_parts, mean_bits, measure, passes
-    from ..transformers_api import fingerprint
+    from ..policies.fingerprint import fingerprint
 
     check_cache_options("exact", page_size)
     if not out.endswith(SUFFIX) or not Path(out).absolute().parent.is_dir() or Path(out).is_dir():

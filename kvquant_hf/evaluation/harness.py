@@ -17,8 +17,8 @@ import torch
 
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationError, EvaluationInputError, UnsupportedModelError
-from ..policy import POLICIES, PolicyLike, parse_policy
-from ..report import CacheReport
+from ..policies.table import POLICIES, PolicyLike, parse_policy
+from ..reports.report import CacheReport
 from .metrics import Accuracy, Scores, compare, join, summarize
 
 EXACT = "exact"

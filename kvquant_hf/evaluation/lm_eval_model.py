@@ -26,8 +26,8 @@ from transformers import GgufConfig
 
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationInputError, UnsupportedModelError
-from ..policy import PolicyLike, parse_policy
-from ..report import CacheReport
+from ..policies.table import PolicyLike, parse_policy
+from ..reports.report import CacheReport
 from .harness import check_was_read
 
 

@@ -21,7 +21,7 @@ import torch
 
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationError, EvaluationInputError
-from ..policy import PolicyLike, parse_policy
+from ..policies.table import PolicyLike, parse_policy
 from .harness import check_was_read
 from .text import first_tokens
 

@@ -26,7 +26,7 @@ import torch
 
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationInputError
-from ..policy import KVPolicy, LayerwisePolicy
+from ..policies.table import KVPolicy, LayerwisePolicy
 from ..triton_kernels.codecs import CODECS
 from .harness import evaluate, paged
 

@@ -1,29 +1,8 @@
-"""Everything that depends on transformers' own signatures.  Tested range: 5.17 to 5.23.
+"""Everything that depends on transformers' own signatures.
 
-When transformers changes, this is the folder to change: ``layers.py`` (the methods of a cache layer), ``attention.py``
-(the attention function), ``generate.py`` (names and functions that are extended), ``observe.py`` (a cache that shows
-what a model stores).
+When transformers changes, this is the folder to change: ``contract.py`` (a table of every name, signature and hook that
+we rely on), ``layers.py`` (the methods of a cache layer), ``attention.py`` (attention functions), ``generate.py``
+(names and functions that are extended), ``observe.py`` (a cache that shows what a model stores).
+
+Nothing is imported here, so that the table can be checked before anything else is.
 """
-
-from .generate import install, uninstall
-from .layers import (
-    QuantizedPagedLayer,
-    QuantizedSlidingLayer,
-    build_layers,
-    check_crop,
-    check_rollback,
-    fingerprint,
-)
-from .observe import ObservingCache
-
-__all__ = [
-    "ObservingCache",
-    "QuantizedPagedLayer",
-    "QuantizedSlidingLayer",
-    "build_layers",
-    "check_crop",
-    "check_rollback",
-    "fingerprint",
-    "install",
-    "uninstall",
-]

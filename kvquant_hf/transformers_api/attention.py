@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..attention import attend
-from ..carrier import dense, is_packed
-from ..static_carrier import exact_prompt
+from ..layers.attention import attend
+from ..layers.carrier import dense, is_packed
+from ..layers.static_carrier import exact_prompt
 
 # Arguments of an attention call that change its result and that pages cannot honour.
 _UNKNOWN_TO_PAGES = ("indices", "block_indices", "cache")

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModelError
-from ..static_layer import check_before_generating
+from ..layers.static import check_before_generating
 from .attention import attention_forward, route_packed
 from .layers import make_encoder_decoder
 

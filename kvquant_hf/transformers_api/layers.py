@@ -15,11 +15,11 @@ from transformers.cache_utils import (
 )
 
 from ..errors import InterruptedForwardError, RollbackError, UnsupportedModelError
-from ..layer import PagedLayer
-from ..paging import LayerPool
-from ..policy import KVPolicy
-from ..sliding import SlidingPagedLayer
-from ..static_layer import StaticPagedLayer
+from ..layers.paged import PagedLayer
+from ..layers.sliding import SlidingPagedLayer
+from ..layers.static import StaticPagedLayer
+from ..pages.pool import LayerPool
+from ..policies.table import KVPolicy
 
 
 class QuantizedPagedLayer(PagedLayer, CacheLayerMixin):
@@ -227,17 +227,3 @@ def make_encoder_decoder(cache: Any, config: PreTrainedConfig, read: int) -> Enc
         # Such models replace the cross half by an object of its class with arguments of DynamicCache (T5Gemma).
         cross = DynamicCache(config=config.get_text_config(decoder=True))
     return EncoderDecoderCache(cache, cross)
-
-
-def fingerprint(config: PreTrainedConfig) -> tuple[Any, ...]:
-    """What tells two models apart by their decoder's config."""
-    decoder = config.get_text_config(decoder=True)
-    names = (
-        "model_type",
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    return tuple(getattr(decoder, name, None) for name in names)

@@ -9,7 +9,7 @@ import torch
 from problems import PAGE, Case, check, make_problem, softmax_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvquant_hf.policy import POLICIES
+from kvquant_hf.policies.table import POLICIES
 from kvquant_hf.triton_kernels import reference
 from kvquant_hf.triton_kernels.reference import gather_dense, paged_attention_reference
 

@@ -15,10 +15,10 @@ from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.benchmark import Subject, compare, in_memory
 from kvquant_hf.benchmark import compare as compare_function
 from kvquant_hf.benchmark import contenders as table
-from kvquant_hf.benchmark.apart import Job, Peak, measure_apart
 from kvquant_hf.benchmark.contenders import Dimensions, choose, expected_bytes
-from kvquant_hf.benchmark.results import Row
-from kvquant_hf.benchmark.speed import CHECKED, Lane, race
+from kvquant_hf.benchmark.speed.apart import Job, Peak, measure_apart
+from kvquant_hf.benchmark.speed.race import CHECKED, Lane, race
+from kvquant_hf.benchmark.speed.rows import Row
 from kvquant_hf.errors import BenchmarkError, BenchmarkInputError, UnknownPolicyError
 
 FAST = {"contexts": (48, 90), "rounds": 4, "prefill_chunk": 32, "peak": False}

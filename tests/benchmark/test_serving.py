@@ -10,9 +10,9 @@ import torch
 from models import prompt, tiny_llama
 
 from kvquant_hf.benchmark import Request, draw_requests, in_memory, serve
-from kvquant_hf.benchmark.batching import Batch
 from kvquant_hf.benchmark.contenders import Contender, choose
-from kvquant_hf.benchmark.serving import run_batch
+from kvquant_hf.benchmark.serving.batching import Batch
+from kvquant_hf.benchmark.serving.serve import run_batch
 from kvquant_hf.errors import BenchmarkInputError
 
 

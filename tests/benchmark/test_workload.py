@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvquant_hf.benchmark import draw_requests, read_requests
-from kvquant_hf.benchmark.batching import Batch, Served, fill_batches, served
-from kvquant_hf.benchmark.serving_results import ServingRow, ratio_to_dynamic, summarize_answers
-from kvquant_hf.benchmark.workload import OUTPUT_MEAN, PROMPT_MEAN, Request
+from kvquant_hf.benchmark.serving.batching import Batch, Served, fill_batches, served
+from kvquant_hf.benchmark.serving.rows import ServingRow, ratio_to_dynamic, summarize_answers
+from kvquant_hf.benchmark.serving.workload import OUTPUT_MEAN, PROMPT_MEAN, Request
 from kvquant_hf.errors import BenchmarkInputError
 
 # -- workload ----------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from stores import chunks, logical_planes, same_bytes
 from transformers import DynamicCache, PreTrainedModel
 
 from kvquant_hf import PagePools, QuantizedPagedCache
-from kvquant_hf import offload as offload_module
-from kvquant_hf.attention import attend
 from kvquant_hf.errors import CacheMismatchError
-from kvquant_hf.layer import PagedLayer
-from kvquant_hf.offload import HostCopy
+from kvquant_hf.layers.attention import attend
+from kvquant_hf.layers.paged import PagedLayer
+from kvquant_hf.pages import offload as offload_module
+from kvquant_hf.pages.offload import HostCopy
 
 PAGE = 16
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 60}

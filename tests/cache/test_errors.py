@@ -22,8 +22,8 @@ from transformers.modeling_utils import AttentionInterface
 
 import kvquant_hf
 from kvquant_hf import Int8PagedCache, QuantizedPagedCache, errors
-from kvquant_hf.policy import POLICIES
-from kvquant_hf.report import KVQuantFallbackWarning
+from kvquant_hf.errors import KVQuantFallbackWarning
+from kvquant_hf.policies.table import POLICIES
 from kvquant_hf.versions import check_version
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -341,7 +341,7 @@ def test_stale_keys_are_refused(change: str, model: PreTrainedModel) -> None:
         AttentionInterface()["kvquant"](model.model.layers[0].self_attn, query, keys, values, None)
 
 
-@pytest.mark.filterwarnings("always::kvquant_hf.report.KVQuantFallbackWarning")
+@pytest.mark.filterwarnings("always::kvquant_hf.errors.KVQuantFallbackWarning")
 def test_fallback_is_said_once_per_cache() -> None:
     model = tiny_llama(attention="eager")
     for _ in range(2):

@@ -17,7 +17,8 @@ from stores import ONLINE, chunks, same_bytes
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel
 
 from kvquant_hf import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, TurboQuantPagedCache
-from kvquant_hf.report import CacheReport, KVQuantFallbackWarning
+from kvquant_hf.errors import KVQuantFallbackWarning
+from kvquant_hf.reports.report import CacheReport
 
 NEW = 70  # a page is 64 tokens: every run seals pages while it generates
 

@@ -25,9 +25,8 @@ from stores import ONLINE
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.attention import attend
-from kvquant_hf.errors import InterruptedForwardError, RollbackError
-from kvquant_hf.report import KVQuantFallbackWarning
+from kvquant_hf.errors import InterruptedForwardError, KVQuantFallbackWarning, RollbackError
+from kvquant_hf.layers.attention import attend
 
 PAGE, NEW = 8, 25
 EXACT = {"policy": "exact", "page_size": PAGE}

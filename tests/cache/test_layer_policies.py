@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from kvquant_hf import Int8PagedCache, LayerwisePolicy, PagePools, QuantizedPagedCache
 from kvquant_hf.errors import PoolMismatchError, SavedCacheError, WrongModelError
-from kvquant_hf.memory import page_cost
-from kvquant_hf.policy_file import write_layers
-from kvquant_hf.transformers_api import fingerprint
+from kvquant_hf.policies.cost import page_cost
+from kvquant_hf.policies.file import write_layers
+from kvquant_hf.policies.fingerprint import fingerprint
 
 PAGE = 16
 MIXED = LayerwisePolicy(["int8", "lloyd3-channel/lloyd3", "int4/turboquant"])

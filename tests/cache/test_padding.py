@@ -7,9 +7,9 @@ from models import prompt, ragged_prompts, tiny_llama
 from stores import make_store, raw, vectors
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.padding import padded_pages, replace_padding
-from kvquant_hf.policy import POLICIES
-from kvquant_hf.store import PagedStore
+from kvquant_hf.pages.padding import padded_pages, replace_padding
+from kvquant_hf.pages.store import PagedStore
+from kvquant_hf.policies.table import POLICIES
 
 PAGE = 16
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
@@ -91,7 +91,7 @@ def test_pages_are_given_back_when_appending_fails(monkeypatch: pytest.MonkeyPat
 
     x = vectors(3, 2, 3 * PAGE, 32)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr("kvquant_hf.store.append_pages", fail)
+        patch.setattr("kvquant_hf.pages.store.append_pages", fail)
         store.append(x, x, left_padding((0, 30, 40), 3 * PAGE))
     assert store.pool.used == 0 and store.length == 0
 

@@ -12,7 +12,7 @@ from stores import ONLINE, chunks
 from transformers import LlamaConfig, PreTrainedConfig
 
 from kvquant_hf import KVPolicy, QuantizedPagedCache
-from kvquant_hf.memory import page_cost
+from kvquant_hf.policies.cost import page_cost
 
 policies = pytest.mark.parametrize("policy", ONLINE)
 

@@ -16,10 +16,18 @@ from safetensors.torch import save_file
 from stores import ONLINE, fill, live_pages, same_bytes, vectors
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from kvquant_hf import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, checked_file, layer_state, saving
-from kvquant_hf.errors import InterruptedForwardError, KVQuantError, SavedCacheError, WrongModelError
-from kvquant_hf.report import KVQuantFallbackWarning
-from kvquant_hf.store import PagedStore
+from kvquant_hf import Int4PagedCache, Int8PagedCache, QuantizedPagedCache
+from kvquant_hf.errors import (
+    InterruptedForwardError,
+    KVQuantError,
+    KVQuantFallbackWarning,
+    SavedCacheError,
+    WrongModelError,
+)
+from kvquant_hf.files import cache as saving
+from kvquant_hf.files import checked as checked_file
+from kvquant_hf.files import layers as layer_state
+from kvquant_hf.pages.store import PagedStore
 
 PAGE = 16
 

@@ -28,8 +28,8 @@ from models import tiny_llama
 from stores import live_pages
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.offload import HostCopy
-from kvquant_hf.policy import POLICIES
+from kvquant_hf.pages.offload import HostCopy
+from kvquant_hf.policies.table import POLICIES
 from kvquant_hf.triton_kernels.codecs import CODECS, Codec
 
 PAGE, HEADS, DIM, LAYERS = 8, 2, 32, 2

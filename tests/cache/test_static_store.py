@@ -10,10 +10,10 @@ from stores import chunks, logical_planes, make_store, raw, vectors
 from torch.library import opcheck
 
 from kvquant_hf.errors import BatchSizeError, CacheFullError, ImplementationError, StaticCacheError
-from kvquant_hf.parameters import in_pages
-from kvquant_hf.policy import POLICIES
-from kvquant_hf.static_store import StaticStore
-from kvquant_hf.store import PagedStore
+from kvquant_hf.pages.parameters import in_pages
+from kvquant_hf.pages.static_store import StaticStore
+from kvquant_hf.pages.store import PagedStore
+from kvquant_hf.policies.table import POLICIES
 from kvquant_hf.triton_kernels.codecs import CODECS
 
 PAGE = 16

@@ -13,11 +13,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import InterruptedForwardError, RollbackError, UnsupportedModelError
-from kvquant_hf.layer import StepGuard
-from kvquant_hf.policy import POLICIES
-from kvquant_hf.report import CallLog
-from kvquant_hf.sliding import SlidingStore
-from kvquant_hf.transformers_api import QuantizedSlidingLayer
+from kvquant_hf.layers.paged import StepGuard
+from kvquant_hf.layers.sliding import SlidingStore
+from kvquant_hf.policies.table import POLICIES
+from kvquant_hf.reports.calls import CallLog
+from kvquant_hf.transformers_api.layers import QuantizedSlidingLayer
 
 WINDOW, PAGE = 24, 8
 LOOKUP = {"input_ids": prompt(1, 20).repeat(1, 4), "prompt_lookup_num_tokens": 4}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kvquant_hf import Int8PagedCache, PagePools, QuantizedPagedCache
 from kvquant_hf.calibration import QParams, Statistics, collect, compute
 from kvquant_hf.errors import QParamsError, WrongModelError
-from kvquant_hf.transformers_api import ObservingCache
+from kvquant_hf.transformers_api.observe import ObservingCache
 
 PAGE = 16
 PER = pytest.mark.parametrize("per", ["tensor", "channel"])

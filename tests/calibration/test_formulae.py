@@ -13,7 +13,7 @@ from stores import fill
 
 from kvquant_hf.calibration import Statistics, compute, write_turbomind
 from kvquant_hf.errors import QParamsError
-from kvquant_hf.store import PagedStore
+from kvquant_hf.pages.store import PagedStore
 from kvquant_hf.triton_kernels.codecs import CODECS
 
 F = np.float32

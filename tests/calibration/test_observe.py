@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvquant_hf.calibration import Statistics, collect
 from kvquant_hf.errors import CalibrationError, UnsupportedModelError
-from kvquant_hf.transformers_api import ObservingCache
+from kvquant_hf.transformers_api.observe import ObservingCache
 
 WINDOWS = prompt(3, 40)
 MODELS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command import Run, is_one_sentence
 
-from kvquant_hf.benchmark import speed
+from kvquant_hf.benchmark.speed import race as speed
 from kvquant_hf.cli.bench import bytes_of
 from kvquant_hf.cli.terminal import InputError
 

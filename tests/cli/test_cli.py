@@ -14,7 +14,7 @@ from kvquant_hf import POLICIES
 from kvquant_hf.cli import models as cli_models
 from kvquant_hf.cli import policies as cli_policies
 from kvquant_hf.cli.policies import LLAMA_3_8B, markdown_table
-from kvquant_hf.memory import page_cost
+from kvquant_hf.policies.cost import page_cost
 
 STORED_KEYS = {"bytes", "ratio", "bits_per_element", "page_bits_per_element"}
 RESULT_KEYS = STORED_KEYS | {"top1_agreement", "tokens_per_second", "text", "answer"}

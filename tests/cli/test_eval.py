@@ -9,7 +9,7 @@ import pytest
 import torch
 from command import Run, is_one_sentence
 
-from kvquant_hf.memory import page_cost
+from kvquant_hf.policies.cost import page_cost
 
 FAST = ("--context", "70", "--windows", "2", "--page-size", "16")
 

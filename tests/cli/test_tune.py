@@ -7,8 +7,8 @@ import pytest
 from command import Run, is_one_sentence
 
 from kvquant_hf import LayerwisePolicy
-from kvquant_hf.policy import parse_policy
-from kvquant_hf.policy_file import write_layers
+from kvquant_hf.policies.file import write_layers
+from kvquant_hf.policies.table import parse_policy
 
 
 def test_command(run: Run, tiny: Path, tmp_path: Path) -> None:

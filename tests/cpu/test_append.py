@@ -8,7 +8,7 @@ import torch
 from calibrated import with_range
 from stores import CPU_POLICIES, fill, make_store, raw, same_bytes, vectors
 
-from kvquant_hf.store import PagedStore
+from kvquant_hf.pages.store import PagedStore
 from kvquant_hf.triton_kernels.append_reference import encode_pages
 from kvquant_hf.triton_kernels.codecs import CODECS, lloyd_max
 from kvquant_hf.triton_kernels.cpu import append

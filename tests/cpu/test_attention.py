@@ -7,7 +7,7 @@ import torch
 from problems import PAGE, Case, Problem, check, make_problem
 from stores import CPU_CODECS, CPU_POLICIES, fill, make_store, vectors
 
-from kvquant_hf.policy import POLICIES
+from kvquant_hf.policies.table import POLICIES
 from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.cpu import attention, native
 from kvquant_hf.triton_kernels.cpu.attention import paged_attention_cpu, split_count

@@ -12,7 +12,7 @@ from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import EvaluationError, EvaluationInputError, UnsupportedModelError
 from kvquant_hf.evaluation import Contender, evaluate, paged
 from kvquant_hf.evaluation.harness import weigh_paged
-from kvquant_hf.memory import page_cost
+from kvquant_hf.policies.cost import page_cost
 
 PAGE = 16
 CONTEXT = 3 * PAGE + 5

@@ -12,7 +12,7 @@ import pytest
 import torch
 from calibrated import with_range
 
-from kvquant_hf.parameters import in_pages, on_every_page
+from kvquant_hf.pages.parameters import in_pages, on_every_page
 from kvquant_hf.triton_kernels.append import append
 from kvquant_hf.triton_kernels.append_reference import append_reference
 from kvquant_hf.triton_kernels.codecs import CODECS, Codec

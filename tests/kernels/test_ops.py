@@ -10,8 +10,8 @@ from stores import vectors
 from torch import library
 
 from kvquant_hf.errors import ImplementationError, KVQuantError
-from kvquant_hf.parameters import in_pages, on_every_page
-from kvquant_hf.policy import POLICIES
+from kvquant_hf.pages.parameters import in_pages, on_every_page
+from kvquant_hf.policies.table import POLICIES
 from kvquant_hf.triton_kernels import choice
 from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.hadamard import hadamard

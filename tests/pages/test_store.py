@@ -7,11 +7,11 @@ import pytest
 import torch
 from stores import fill, live_pages, logical_planes, make_store, raw, same_bytes, vectors
 
-from kvquant_hf import paging
 from kvquant_hf.errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
-from kvquant_hf.parameters import in_pages
-from kvquant_hf.policy import POLICIES, parse_policy
-from kvquant_hf.store import PagedStore
+from kvquant_hf.pages import pool as pool_module
+from kvquant_hf.pages.parameters import in_pages
+from kvquant_hf.pages.store import PagedStore
+from kvquant_hf.policies.table import POLICIES, parse_policy
 from kvquant_hf.triton_kernels.codecs import CODECS
 
 PAGE = 64
@@ -204,7 +204,7 @@ def test_running_out_of_memory_changes_nothing(failing: int, monkeypatch: pytest
     x = vectors(2, 2, 100, 32, seed=5)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(torch.Tensor, "clone", limited(torch.Tensor.clone))
-        patch.setattr(paging, "new_plane", limited(paging.new_plane))
+        patch.setattr(pool_module, "new_plane", limited(pool_module.new_plane))
         store.append(x, x)
     assert len(calls) == failing + 1 and state(store) == before
     store.append(x, x)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stores import live_pages, make_store
 
-from kvquant_hf.store import PagedStore
+from kvquant_hf.pages.store import PagedStore
 
 PAGE = 8
 HEADS, KEY_DIM, VALUE_DIM = 2, 4, 3

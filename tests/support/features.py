@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.report import KVQuantFallbackWarning
+from kvquant_hf.errors import KVQuantFallbackWarning
 
 PAGE = 8
 NEW = 14  # tokens per call: prompts of 21 seal two pages, these seal two more

@@ -26,8 +26,8 @@ from support.features import FEATURES, PAGE, Runner, Turn, greedy, model_of
 from transformers import Cache, DynamicCache
 
 from kvquant_hf.errors import KVQuantError
-from kvquant_hf.layer import PagedLayer
-from kvquant_hf.report import CacheReport
+from kvquant_hf.layers.paged import PagedLayer
+from kvquant_hf.reports.report import CacheReport
 
 PAGES, FALLBACK, NONE, REFUSED, WRONG = "✓", "fallback", "–", "refused", "✗"
 STATUSES = {

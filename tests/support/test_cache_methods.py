@@ -17,10 +17,10 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.layer import PagedLayer
+from kvquant_hf.layers.paged import PagedLayer
 
 # Comparing multiplies the pages out, and our cache says so.
-pytestmark = pytest.mark.filterwarnings("ignore::kvquant_hf.report.KVQuantFallbackWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::kvquant_hf.errors.KVQuantFallbackWarning")
 
 HEADS, DIM, PAGE = 2, 16, 8
 MODELS = {"full": "Llama", "sliding": "Gemma3, text", "linear": "Qwen3-Next"}

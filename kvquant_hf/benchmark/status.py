@@ -1,0 +1,3 @@
+"""Whether there is a number: what a row of results says of itself."""
+
+OK, SKIPPED, FAILED = "ok", "skipped", "failed"

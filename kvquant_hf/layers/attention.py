@@ -1,0 +1,105 @@
+"""Attention on what ``update`` returned: pages, or the exact keys and values of a first prompt."""
+
+import contextlib
+
+import torch
+
+from ..errors import CacheMismatchError
+from ..pages.static_ops import compiled_dense_attention
+from ..triton_kernels.ops import Choice, choose, dense_attention, paged_attention
+from .carrier import is_packed
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of ``query`` ``[batch, query_heads, queries, key_dim]``, bounded in memory whatever the context.
+
+    Under autocast it is computed as without: in float32, keys, values and queries each in the dtype they arrived in.
+
+    Args:
+        query: the queries.
+        keys: a ``KVTensor``, or a plain tensor ``[batch, heads, tokens, key_dim]``.
+        values: the same for the values.
+        mask: ``[batch or 1, query_heads or 1, queries, tokens]``, bool (True is seen) or additive, or None.
+        scale: multiplies the scores; ``key_dim ** -0.5`` if None.
+        causal: whether to apply the causal rule where ``mask`` is None.
+        softcap: see ``paged_attention``.
+        sinks: see ``paged_attention``.
+        position_bias: ``[batch or 1, query_heads, queries, tokens]``, added to the scores (T5).
+
+    Returns:
+        ``[batch, query_heads, queries, value_dim]`` in the query's dtype.
+
+    Raises:
+        CacheMismatchError: the mask or the batch size does not fit the keys.
+        ImplementationError: the implementation that the cache was made with cannot run.
+    """
+    _check_mask(mask, query.shape, keys.shape)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    causal = causal and mask is None
+    if position_bias is not None:
+        mask = position_bias if mask is None else _combine(mask, position_bias)
+    compiling = torch.compiler.is_compiling()
+    if not is_packed(keys):
+        if compiling:
+            return compiled_dense_attention(query, keys, values, scale, causal, mask, softcap, sinks)
+        return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
+    view, store = keys.view_pages(), keys.store
+    # In a graph the operator chooses when it runs.
+    chosen = Choice(store.impl) if compiling else choose(store.impl, query.dtype, view.keys, view.values)
+    device = query.device.type
+    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with plain:
+        output = paged_attention(
+            query,
+            view.keys,
+            view.values,
+            view.page_table,
+            view.lengths,
+            scale=scale,
+            causal=causal,
+            mask=mask,
+            softcap=softcap,
+            sinks=sinks,
+            # Several queries may see images beyond a window, both ways; for them the mask alone decides.
+            window=keys.window if query.shape[2] == 1 else 0,
+            impl=chosen.name,
+        )
+    if not compiling:
+        keys._log.attended(*chosen)
+    return output
+
+
+def _check_mask(mask: torch.Tensor | None, query: torch.Size, keys: torch.Size) -> None:
+    """Refuse what broadcasting would turn into a wrong result.
+
+    Raises:
+        CacheMismatchError: the mask or the queries are not of these keys.
+    """
+    if query[0] != keys[0]:
+        raise CacheMismatchError(f"{query[0]} sequences of queries meet {keys[0]} in the cache; use equal batch sizes.")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise CacheMismatchError(f"an attention mask of {mask.dtype} is ambiguous; use a bool mask (True is seen).")
+    fits = all(size in (1, wanted) for size, wanted in zip(mask.shape, query[:3], strict=False))
+    if mask.dim() != 4 or mask.shape[3] != keys[2] or not fits:
+        raise CacheMismatchError(
+            f"the attention mask has shape {list(mask.shape)}, the call needs {[*query[:3], keys[2]]} (1 where all are "
+            "alike); pass a mask over all tokens, those in the cache included."
+        )
+
+
+def _combine(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """One additive mask out of a mask and a position bias."""
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias

@@ -1,0 +1,263 @@
+"""One layer of a cache: a store that is made when the first keys arrive, and the checks around it."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..errors import GradientError, InterruptedForwardError
+from ..pages.budget import Budget, Claim, Pool
+from ..pages.pool import LayerPool
+from ..pages.store import PagedStore
+from ..policies.table import KVPolicy
+from ..reports.calls import CallLog
+from ..triton_kernels.codecs import CODECS
+from ..triton_kernels.ops import Implementation
+from .carrier import KVTensor
+
+
+def plain_tensors() -> contextlib.AbstractContextManager[None]:
+    """Make tensors that can be written later, also when the caller is in inference mode now and not then."""
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+        return _without_modes()
+    return contextlib.nullcontext()  # as it is already; entering both modes takes as long as storing a token
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def refuse_gradient(keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuse to store what carries a gradient.
+
+    Raises:
+        GradientError: it does.
+    """
+    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        raise GradientError(
+            "a quantized KV cache has no gradient: call the model under torch.no_grad(), or train with use_cache=False."
+        )
+
+
+class StepGuard:
+    """Notices that a forward pass stopped half way, by comparing the layers of one cache.
+
+    The first layer that is ever updated leads; layers that take as many tokens in the same step follow, and must hold
+    as many as the leader did.  Layers that go their own way (cross attention inside the same cache) are left alone.
+
+    Layers are referred to weakly: they hold the guard, and a cycle would keep the memory of a dropped cache until the
+    garbage collector runs.
+    """
+
+    def __init__(self) -> None:
+        self._leader: weakref.ref[PagedLayer] | None = None
+        self._followers: weakref.WeakSet[PagedLayer] = weakref.WeakSet()
+        self._before = 0  # tokens the leader held before this step
+        self._step = 0  # tokens of this step
+        self.claim: Claim | None = None  # the pages of this step
+
+    def enter(self, layer: PagedLayer, count: int) -> None:
+        """``layer`` is about to take ``count`` tokens.
+
+        Raises:
+            InterruptedForwardError: the layers are not level.
+        """
+        leader = None if self._leader is None else self._leader()
+        if leader is None:
+            leader, self._leader = layer, weakref.ref(layer)
+        if layer is leader:
+            lengths = [layer.length, *(follower.length for follower in self._followers)]
+            if min(lengths) != max(lengths):
+                raise InterruptedForwardError(self._message(lengths))
+            self._before, self._step = layer.length, count
+        elif count == self._step:
+            if layer.length != self._before:
+                raise InterruptedForwardError(self._message([self._before, layer.length]))
+            self._followers.add(layer)
+
+    def __reduce__(self) -> tuple[type[StepGuard], tuple[()]]:
+        return StepGuard, ()  # weak references cannot be copied or saved; the copied layers make themselves known
+
+    @staticmethod
+    def _message(lengths: list[int]) -> str:
+        held = ", ".join(map(str, sorted(set(lengths), reverse=True)))
+        return (
+            f"the last forward pass was interrupted and the layers hold {held} tokens; call cache.rollback() to drop "
+            "the unfinished tokens, or cache.reset() to start again."
+        )
+
+
+class PagedLayer:
+    """Keys and values of one attention layer in pages.
+
+    Args:
+        policy: the codecs.
+        page_size: tokens per page.
+        exact_prefill: whether the first prompt attends to its exact keys and values.
+        guard: shared by the layers of one cache.
+        log: shared by the layers of one cache.
+        impl: what is to run on the pages.
+        pool: where the pages come from; by default a pool of its own.
+    """
+
+    store_type: type[PagedStore] = PagedStore
+    held_window = 0  # tokens of the sliding window that is all that is held; 0: everything is
+
+    def __init__(
+        self,
+        policy: KVPolicy,
+        page_size: int,
+        exact_prefill: bool,
+        guard: StepGuard,
+        log: CallLog,
+        impl: Implementation = "auto",
+        pool: LayerPool | None = None,
+    ) -> None:
+        self.policy = policy
+        self.codecs = CODECS[policy.keys], CODECS[policy.values]
+        self.page_size = page_size
+        self.exact_prefill = exact_prefill
+        self.guard = guard
+        self.log = log
+        self.impl = impl
+        self.pool = LayerPool(Budget()) if pool is None else pool
+        self.store: PagedStore | None = None
+        self.padding: np.ndarray | None = None  # bool [batch, tokens from the first on], True where padded
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the first keys have arrived."""
+        return self.store is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return 0 if self.store is None else self.store.length
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; 0 before the first keys."""
+        return 0 if self.store is None else self.store.batch_size
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the tokens held, in the model's dtype."""
+        return 0 if self.store is None else self.store.dense_bytes()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys, packed; for models that read a layer directly."""
+        return None if self.store is None else KVTensor(self.store, "keys", self.log)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values, packed."""
+        return None if self.store is None else KVTensor(self.store, "values", self.log)
+
+    def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Make an empty store for tensors like these."""
+        with plain_tensors():
+            self.store = self.store_type(*self.codecs, self.page_size, keys, values, self.impl, self.pool.make)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens and return what attention is to read.
+
+        Args:
+            keys: ``[batch, heads, tokens, key_dim]``.
+            values: ``[batch, heads, tokens, value_dim]``.
+
+        Raises:
+            GradientError: they carry a gradient.
+            InterruptedForwardError: the last forward pass did not finish.
+            CacheMismatchError: they do not fit what is held.
+            OutOfPages: the budget has no more pages.
+        """
+        refuse_gradient(keys, values)
+        if self.store is not None and self.length == 0 and self.store.batch_size != keys.shape[0]:
+            self.store = None  # emptied by reset(): the next batch may have another size
+        if self.store is not None:
+            self.store.check(keys, values)
+        self.guard.enter(self, keys.shape[2])
+        exact = self.exact_prefill and self.length == 0 and keys.shape[2] > 1  # attended to as it came
+        if self.store is None:
+            self.initialize(keys, values)
+        assert self.store is not None
+        self.store.claim = self.guard.claim
+        try:
+            with plain_tensors():
+                self._write(keys, values, exact)
+        finally:
+            self.store.claim = None
+        if exact:
+            self.log.prefill += 1
+            return keys, values
+        return KVTensor(self.store, "keys", self.log), KVTensor(self.store, "values", self.log)
+
+    def _padding_of(self, keys: torch.Tensor) -> np.ndarray | None:
+        """``padding`` of the open page and the new ``keys``, which are not stored yet.
+
+        None where there is none, or where it was said of another batch: padding then takes part in scales, and the
+        mask still hides it.
+        """
+        if self.padding is None or self.store is None or len(self.padding) != len(keys):
+            return None
+        start, end = self.length - self.store.tail_length, self.length + keys.shape[2]
+        part = self.padding[:, start:end]
+        return np.pad(part, ((0, 0), (0, end - start - part.shape[1]))) if part.any() else None
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, exact: bool) -> None:
+        """Store new tokens; ``exact``: attention reads these tensors and not what is stored."""
+        assert self.store is not None
+        self.store.append(keys, values, self._padding_of(keys))
+
+    def check_drop(self, count: int) -> None:
+        """Refuse to drop the last ``count`` tokens if that cannot be right.
+
+        Raises:
+            RollbackError: what the remaining tokens need is no longer held.
+        """
+
+    def pages_for(self, batch: int, tokens: int) -> dict[Pool, int]:
+        """Pages that storing ``tokens`` more tokens of ``batch`` sequences takes, by the pool they come from; nothing
+        as long as it is not known what a page of this layer is."""
+        if self.store is not None and self.store.batch_size == batch:
+            return {self.store.pool: self.store.pages_for(tokens)}
+        pool = self.pool.pool
+        return {} if pool is None else {pool: batch * (max(0, tokens - 1) // self.page_size)}
+
+    def drop(self, count: int) -> None:
+        """Drop the last ``count`` tokens."""
+        if self.store is not None and count:
+            away = self.store.pool.away
+            with plain_tensors():
+                self.store.crop(count)
+            if away:
+                self.offload()  # a page that had to be decoded brought the others with it
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Make sequence ``indices[i]`` the new sequence i."""
+        if self.store is not None:
+            with plain_tensors():
+                self.store.select(indices)
+        if self.padding is not None:
+            self.padding = self.padding[indices.cpu().numpy()]
+
+    def clear(self) -> None:
+        """Drop all tokens; memory of the pages is given back."""
+        self.store = self.padding = None
+
+    def offload(self) -> None:
+        """Take the pages off the device, if they live in the CPU's memory."""
+        if self.store is not None:
+            self.store.pool.offload()
+
+    def prefetch(self) -> None:
+        """Begin to bring the pages to the device, if they live in the CPU's memory."""
+        if self.store is not None:
+            self.store.pool.prefetch()

@@ -1,0 +1,191 @@
+"""The tokens of one layer in memory that is reserved once: for ``torch.compile`` and CUDA graphs.
+
+    page table       page 0  | page 1  | page 2  | page 3      reserved for max_length tokens, every page of its own
+    lengths          2 sealed, 23 open                         on the device, changed there
+    open page        23 tokens                                 one buffer
+
+Pages are sealed as in ``store.py``, and hold the same bytes.  What differs is who knows how many there are: a step
+reads ``lengths`` and writes them on the device, so that the same graph can be replayed for every token, and no tensor
+is ever replaced, so that its address stays what the graph has recorded.  Whatever asks for a number of tokens in Python
+waits for the device.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from ..errors import StaticCacheError
+from ..triton_kernels.codecs import Codec
+from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
+from .layout import StoreLayout
+from .static_ops import begin_step, tokens_of
+from .views import Footprint
+
+
+class StaticView(NamedTuple):
+    """What attention reads; the tensors stay, their content changes with every step."""
+
+    keys: PagedSide
+    values: PagedSide
+    page_table: torch.Tensor  # int32 [batch, (max_length - 1) // page_size]
+    lengths: torch.Tensor  # int32 [batch, 2]: sealed pages, tokens in the open page
+
+
+class StaticStore(StoreLayout):
+    """Keys and values of one layer, at most ``max_length`` tokens of each sequence.
+
+    Args:
+        keys, values, page_size, like_keys, like_values, impl: as of ``PagedStore``.
+        max_length: tokens that each sequence may have.
+
+    Raises:
+        UnsupportedModelError: a head_dim that a codec cannot store.
+        ImplementationError: ``impl`` cannot run on such pages.
+    """
+
+    def __init__(
+        self,
+        keys: Codec,
+        values: Codec,
+        page_size: int,
+        like_keys: torch.Tensor,
+        like_values: torch.Tensor,
+        impl: Implementation,
+        max_length: int,
+    ) -> None:
+        super().__init__(keys, values, page_size, like_keys, like_values, impl)
+        self.max_length = max_length
+        batch, device = like_keys.shape[0], like_keys.device
+        count = batch * ((max_length - 1) // page_size)  # the last page is sealed by a token that never comes
+        planes = tuple(torch.empty(count, *shape, dtype=dtype, device=device) for dtype, shape in self.plane_shapes)
+        self._pages = torch.arange(count, dtype=torch.int32, device=device).view(batch, count // batch)
+        self.page_table = self._pages.clone()
+        self.lengths = torch.zeros(batch, 2, dtype=torch.int32, device=device)
+        self._before = torch.zeros(batch, 2, dtype=torch.int32, device=device)  # lengths when the step began
+        self.reopened_pages = 0
+        self._planes = planes
+        self._keys, self._values = self.sides(planes, self._tail)
+        if not torch.compiler.is_compiling():  # marking cannot be traced; a first prompt is seldom compiled
+            for tensor in (*planes, *self._tail, self.page_table, self.lengths, self._before):
+                torch._dynamo.mark_static_address(tensor)
+            choose(impl, self.dtype, self._keys, self._values)
+
+    @property
+    def held(self) -> torch.Tensor:
+        """Tokens held, an int64 scalar on the device."""
+        return tokens_of(self.lengths, self.page_size)[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens held per sequence; waits for the device."""
+        return int(self.held)
+
+    @property
+    def sealed_pages(self) -> int:
+        """Sealed pages per sequence; waits for the device."""
+        return int(self.lengths[0, 0])
+
+    def view(self) -> StaticView:
+        """The content, for attention."""
+        return StaticView(self._keys, self._values, self.page_table, self.lengths)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, check: bool = True) -> None:
+        """Store new tokens after those held.
+
+        Args:
+            keys: ``[batch, heads, tokens, key_dim]``, any strides.
+            values: ``[batch, heads, tokens, value_dim]``.
+            check: whether to see to it that there is room; the layers of a cache are level, so one of them is enough.
+
+        Raises:
+            CacheFullError: there is no room; nothing has changed.
+        """
+        if check:
+            wait = not (torch.compiler.is_compiling() or _capturing(keys))
+            begin_step(self._before, self.lengths, keys.shape[2], self.page_size, self.max_length, wait)
+        else:
+            self._before.copy_(self.lengths)
+        with torch.autocast(keys.device.type, enabled=False):
+            append_pages(
+                keys,
+                values,
+                self._keys,
+                self._values,
+                self.page_table,
+                self._before,
+                self.lengths,
+                impl=self.impl,
+            )
+
+    def crop(self, count: int) -> None:
+        """Drop the last ``count`` tokens, as ``PagedStore.crop``."""
+        held = self.length
+        pages, rest = divmod(max(0, held - count), self.page_size)
+        open_tokens = held - self.sealed_pages * self.page_size
+        if count <= open_tokens:
+            self.lengths[:, 1] -= count
+            return
+        if rest:
+            page = self.page_table[:, pages : pages + 1]
+            for side in (self._keys, self._values):
+                dense = gather_dense(side._replace(tail=side.tail[:, :, :0]), page)
+                side.tail[:, :, :rest] = dense[:, :, :rest]
+            self.reopened_pages += self.batch_size
+        self.lengths.copy_(self.lengths.new_tensor([pages, rest]))
+        self._part(pages)
+
+    def _part(self, pages: int) -> None:
+        """Give every sequence pages of its own from ``pages`` on, none of them among the first ``pages`` of any."""
+        used = torch.isin(self._pages.flatten(), self.page_table[:, :pages].flatten())
+        free = self._pages.flatten()[~used][: self.page_table[:, pages:].numel()]
+        self.page_table[:, pages:] = free.view_as(self.page_table[:, pages:])
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Make sequence ``indices[i]`` the new sequence i.  Sealed pages are shared, the open page is copied; reserved
+        pages stay with the place that they are reserved for.
+
+        Raises:
+            StaticCacheError: another number of sequences.
+        """
+        rows = torch.arange(self.batch_size, device=self.device)[indices.to(self.device)]
+        if len(rows) != self.batch_size:
+            raise StaticCacheError(
+                f"a static cache keeps its batch size, {self.batch_size}, and {len(rows)} sequences were selected; use "
+                "a cache without static=True."
+            )
+        sealed = torch.arange(self.page_table.shape[1], device=self.device) < self.lengths[:, :1]
+        self.page_table.copy_(torch.where(sealed, self.page_table[rows], self.page_table))
+        for tensor in (*self._tail, self.lengths):
+            tensor.copy_(tensor[rows])
+
+    def clear(self) -> None:
+        """Drop all tokens; the memory stays reserved."""
+        self.lengths.zero_()
+        self.page_table.copy_(self._pages)
+
+    # -- for reports ---------------------------------------------------------------------------------------------------
+
+    def dense_bytes(self) -> int:
+        """Bytes that the same tokens take in the model's dtype."""
+        return self.batch_size * self.length * self.elements_per_token() * self.dtype.itemsize
+
+    def footprint(self) -> Footprint:
+        """Bytes held, measured on the tensors; what is reserved for tokens to come is unused."""
+        planes = sum(plane.nbytes for plane in self._planes)
+        page_bytes = planes // max(1, self._pages.numel())
+        pages, holders = self.page_table[:, : self.sealed_pages].unique(return_counts=True)
+        packed, shared = (int(n) * page_bytes for n in (pages.numel(), (holders > 1).sum()))
+        open_page = sum(tail.nbytes for tail in self._tail)
+        tables = sum(x.nbytes for x in (self._pages, self.page_table, self.lengths, self._before))
+        most = int(holders.max()) if holders.numel() else 0
+        return Footprint(packed, open_page, planes - packed, tables, shared, most)
+
+    def devices(self) -> Counter[str]:
+        """Bytes of the pages and the open page by the device on which they lie."""
+        return Counter({str(self.device): sum(x.nbytes for x in (*self._planes, *self._tail))})
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, in which nobody may wait."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,240 @@
+"""The tokens of one layer: a page table over sealed pages, and one open page in the model's dtype.
+
+    logical tokens   0 ........ 63 | 64 ....... 127 | 128 ... 150
+    page table       page 7        | page 2         |               -> PagePool, packed planes
+    open page                                       | 23 tokens     -> ``tail``, exact
+
+The open page is sealed (quantized into the pool) by the first token that does not fit in it, not by the one that fills
+it: the most recent 1 to ``page_size`` tokens are always exact, taking back the last few tokens is exact, and a chunk of
+one page attends to exactly what the same tokens attend to one by one.  A sealed page is never written again.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from ..triton_kernels.codecs import Codec
+from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
+from .budget import Claim
+from .layout import StoreLayout
+from .padding import padded_pages, replace_padding
+from .parameters import in_pages
+from .pool import PagePool, PlaneShape
+from .table import PageTable
+from .views import Footprint, StoreView
+
+
+class PagedStore(StoreLayout):
+    """Keys and values of one layer.
+
+    Args:
+        keys: codec of the keys.
+        values: codec of the values.
+        page_size: tokens per page.
+        like_keys: a key tensor ``[batch, heads, any, key_dim]`` whose shape, dtype and device the store adopts.
+        like_values: the same for values.
+        impl: what is to run on the pages.
+        make_pool: called with the planes of a page and the device; a pool that other stores may draw from too.
+
+    Raises:
+        UnsupportedModelError: a head_dim that a codec cannot store.
+        WrongModelError: a codec's planes per layer are of another shape.
+        ImplementationError: ``impl`` cannot run on such pages.
+    """
+
+    SAVED: tuple[str, ...] = ("reopened_pages",)  # integer attributes that a saved store keeps
+
+    def __init__(
+        self,
+        keys: Codec,
+        values: Codec,
+        page_size: int,
+        like_keys: torch.Tensor,
+        like_values: torch.Tensor,
+        impl: Implementation = "auto",
+        make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
+    ) -> None:
+        super().__init__(keys, values, page_size, like_keys, like_values, impl)
+        self.pool = make_pool(self.plane_shapes, like_keys.device)
+        self.claim: Claim | None = None  # where the pages of the current step were promised
+        self.table = PageTable(self.pool, like_keys.shape[0], like_keys.device)
+        self._lengths: torch.Tensor | None = None
+        self._tail_shared = False
+        self.tail_length = 0
+        self.reopened_pages = 0
+        self.version = 0
+        choose(impl, self.dtype, *self.view()[:2])
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    @property
+    def sealed_pages(self) -> int:
+        """Sealed pages per sequence."""
+        return self.table.ids.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Tokens held per sequence."""
+        return self.sealed_pages * self.page_size + self.tail_length
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """int32 ``[batch, sealed_pages]`` on the store's device."""
+        return self.table.on_device
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int32 ``[batch, 2]`` on the store's device: sealed pages and tokens in the open page of each sequence."""
+        if self._lengths is None:
+            lengths = torch.tensor([[self.sealed_pages, self.tail_length]], dtype=torch.int32)
+            self._lengths = lengths.repeat(self.batch_size, 1).to(self.device)
+        return self._lengths
+
+    def view(self) -> StoreView:
+        """The current content, for attention."""
+        keys, values = self._sides(self._tail)
+        return StoreView(keys, values, self.page_table, self.lengths, self.tail_length)
+
+    def _sides(self, tails: tuple[torch.Tensor, ...]) -> tuple[PagedSide, PagedSide]:
+        """Keys and values with ``tails`` for open pages."""
+        return self.sides(tuple(self.pool.planes), tails)  # a snapshot: another fork may make the pool grow
+
+    def footprint(self) -> Footprint:
+        """Bytes held, measured on the tensors."""
+        pages = np.unique(self.table.ids)
+        holders = self.pool.references(pages)
+        packed, shared = (int(n) * self.pool.page_bytes for n in (pages.size, (holders > 1).sum()))
+        unused = self.pool.nbytes - self.pool.used * self.pool.page_bytes
+        copies = self.pool.host_bytes + self.pool.device_bytes - self.pool.nbytes
+        open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
+        tables = self.table.nbytes + (0 if self._lengths is None else self._lengths.nbytes)
+        tables += sum(parameter.nbytes for codec in self.codecs for parameter in codec.parameters)
+        return Footprint(packed, open_page, unused, tables, shared, int(holders.max(initial=0)), copies)
+
+    def devices(self) -> Counter[str]:
+        """Bytes of the pool and the open page by the device on which they lie."""
+        open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
+        return Counter({str(self.device): self.pool.device_bytes + open_page}) + Counter(cpu=self.pool.host_bytes)
+
+    def dense_bytes(self) -> int:
+        """Bytes that the same tokens take in the model's dtype."""
+        return self.batch_size * self.length * self.elements_per_token() * self.dtype.itemsize
+
+    # -- appending -----------------------------------------------------------------------------------------------------
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that storing ``tokens`` more tokens of every sequence takes from the pool, at most."""
+        return self.batch_size * max(0, (self.tail_length + tokens - 1) // self.page_size)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, padding: np.ndarray | None = None) -> None:
+        """Store new tokens after those held; on an error the store is as before.
+
+        Args:
+            keys: ``[batch, heads, tokens, key_dim]``, any strides.
+            values: ``[batch, heads, tokens, value_dim]``.
+            padding: bool ``[batch, tail_length + tokens]``, which tokens of the open page and of the new ones are
+                padding; None if none is.
+
+        Raises:
+            CacheMismatchError: see :meth:`check`.
+            OutOfPages: the pool's budget has no more.
+        """
+        self.check(keys, values)
+        if self.tail_length + keys.shape[2] <= self.page_size and not self._tail_shared:
+            lengths = torch.empty_like(self.lengths)
+            append_pages(keys, values, *self._sides(self._tail), self.page_table, self.lengths, lengths, impl=self.impl)
+            self._lengths, self.tail_length, self.version = lengths, self.tail_length + keys.shape[2], self.version + 1
+            return
+        count = max(0, (self.tail_length + keys.shape[2] - 1) // self.page_size)  # lazily: see the module's docstring
+        rest = self.tail_length + keys.shape[2] - count * self.page_size
+        # Another open page instead of the old one overwritten: what stops this half way leaves the store as it was.
+        copied = count > 0 or self._tail_shared
+        tails = tuple(tail.clone() for tail in self._tail) if copied else self._tail
+        blank = np.zeros((self.batch_size, count), dtype=bool)
+        if padding is not None and (padded := padding[:, : count * self.page_size]).any():
+            blank = padded_pages(padded, self.page_size)
+            keys, values = (self._pad(x, tail, padded) for x, tail in zip((keys, values), tails, strict=True))
+        lengths = torch.empty_like(self.lengths)
+        with self.pool.lock, torch.autocast(self.device.type, enabled=False):
+            pages = self.table.take(blank, self.claim)
+            try:
+                on_device, sides = self.table.followed_by(pages), self._sides(tails)
+                append_pages(keys, values, *sides, on_device, self.lengths, lengths, impl=self.impl)
+            except BaseException:
+                self.pool.release(pages)
+                raise
+        self.table.append(pages, blank, on_device)
+        self._lengths, self._tail, self.tail_length = lengths, tails, rest
+        self._tail_shared = self._tail_shared and not copied
+        self.version += 1
+
+    def _pad(self, new: torch.Tensor, tail: torch.Tensor, padding: np.ndarray) -> torch.Tensor:
+        """``new`` with its padding replaced as far as it is about to be sealed; in ``tail`` it is replaced in place."""
+        held = self.tail_length
+        sealed = padding.shape[1] - held
+        content = torch.cat([tail[:, :, :held], new[:, :, :sealed]], dim=2)
+        content = replace_padding(content, padding, self.page_size)
+        tail[:, :, :held] = content[:, :, :held]
+        return torch.cat([content[:, :, held:], new[:, :, sealed:]], dim=2)
+
+    # -- everything that only moves table entries ----------------------------------------------------------------------
+
+    def crop(self, count: int) -> None:
+        """Drop the last ``count`` tokens.  Within the open page this is exact; a sealed page that must be cut is
+        decoded once into the open page (``reopened_pages`` counts them)."""
+        pages, rest = divmod(max(0, self.length - count), self.page_size)
+        if count > self.tail_length:
+            if rest:
+                view = self.view()
+                page = view.page_table[:, pages : pages + 1]
+                tails = tuple(tail.new_empty(tail.shape) for tail in self._tail)
+                for tail, side in zip(tails, view[:2], strict=True):
+                    tail[:, :, :rest] = gather_dense(side._replace(tail=side.tail[:, :, :0]), page)[:, :, :rest]
+                self._tail, self._tail_shared = tails, False
+                self.reopened_pages += self.batch_size
+            self.tail_length = rest
+            self.table.keep(0, pages)
+        else:
+            self.tail_length -= count
+        self._lengths = None
+        self.version += 1
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Make sequence ``indices[i]`` the new sequence i; ``indices`` is anything that a tensor takes as an index.
+        Sealed pages are shared, the open page is copied."""
+        rows = torch.arange(self.batch_size)[indices.cpu()]
+        tail = tuple(tail.index_select(0, rows.to(self.device)) for tail in self._tail)
+        self.table.select(rows.numpy())
+        self._tail, self._tail_shared, self._lengths = tail, False, None
+        self.version += 1
+
+    def fork(self) -> "PagedStore":
+        """A second store with the same tokens.  Pages are shared; the open page is copied by whoever writes first."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.table, twin.claim = self.table.fork(), None
+        self._tail_shared = twin._tail_shared = True
+        return twin
+
+    def clear(self) -> None:
+        """Drop all tokens and give the pages back."""
+        self.tail_length, self._lengths = 0, None
+        self.table.keep(0, 0)
+        self.version += 1
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], integers: Mapping[str, int]) -> None:
+        """Hold what ``layer_state.snapshot`` took from another store; this one is new, and nothing is checked."""
+        table, count = tensors["table"].numpy().copy(), tensors["keys.open"].shape[2]
+        pages = self.pool.allocate(int(table.max(initial=-1)) + 1)
+        for name, side in zip(("keys", "values"), self._sides(self._tail), strict=True):
+            for plane, rows in zip(in_pages(side.codec, side.head_dim), side.planes, strict=False):
+                rows.copy_(tensors[f"{name}.{plane.name}"])
+            side.tail[:, :, :count] = tensors[f"{name}.open"]
+        self.table.adopt(table, pages)
+        self._lengths, self.tail_length = None, count
+        vars(self).update(integers)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "PagedStore":
+        return self.fork()

@@ -1,0 +1,46 @@
+"""What a store shows of itself: its content for attention, and its bytes."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..triton_kernels.ops import PagedSide, gather_dense
+
+
+class StoreView(NamedTuple):
+    """What attention reads; valid until the store changes."""
+
+    keys: PagedSide
+    values: PagedSide
+    page_table: torch.Tensor  # int32 [batch, sealed_pages]
+    lengths: torch.Tensor  # int32 [batch, 2]: sealed pages, tokens in the open page
+    tail_length: int
+
+    def dense(self, side: str) -> torch.Tensor:
+        """``"keys"`` or ``"values"`` multiplied out, ``[batch, heads, tokens, head_dim]``."""
+        paged = self.keys if side == "keys" else self.values
+        with torch.autocast(paged.tail.device.type, enabled=False):
+            return gather_dense(paged._replace(tail=paged.tail[:, :, : self.tail_length]), self.page_table)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes held by one store.  ``packed``: its sealed pages, each once however many sequences share it, without those
+    of forks in the same pool.  ``unused``: pages of the pool that nobody holds.  ``shared``: of ``packed``, the pages
+    that several sequences refer to, of this store or of others; ``holders``: the most that refer to one.  ``copies``:
+    pages of the pool that are both on the CPU and on the device.  ``tables``: page tables, lengths, and what codecs
+    keep once per layer."""
+
+    packed: int
+    open_page: int
+    unused: int
+    tables: int
+    shared: int = 0
+    holders: int = 0
+    copies: int = 0
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.packed + self.open_page + self.unused + self.tables + self.copies

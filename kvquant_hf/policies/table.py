@@ -1,0 +1,214 @@
+"""Policies: which codec stores the keys and which the values, in all layers or in each of them."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import UnknownPolicyError, WrongModelError
+from ..triton_kernels.codecs import CODECS
+from .file import SUFFIX, read_layers
+
+
+@dataclass(frozen=True)
+class KVPolicy:
+    """A codec for keys and a codec for values.
+
+    Args:
+        keys: name of a codec in ``CODECS``.
+        values: name of a codec in ``CODECS``.
+        summary: what it stands for, one clause; policies compare equal without it.
+
+    Raises:
+        UnknownPolicyError: a codec name is not in the table.
+    """
+
+    keys: str
+    values: str
+    summary: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for codec in (self.keys, self.values):
+            if codec not in CODECS:
+                raise UnknownPolicyError(f"unknown codec {codec!r}; use one of {', '.join(CODECS)}.")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a codec needs parameters from a calibration (``qparams``)."""
+        return CODECS[self.keys].calibrated or CODECS[self.values].calibrated
+
+    @property
+    def name(self) -> str:
+        """The name in ``POLICIES``, or ``"<keys codec>/<values codec>"``."""
+        for name, policy in POLICIES.items():
+            if (policy.keys, policy.values) == (self.keys, self.values):
+                return name
+        return f"{self.keys}/{self.values}"
+
+    def by_layer(self) -> Iterator["KVPolicy"]:
+        """The policy of each layer, without end."""
+        return itertools.repeat(self)
+
+    def check_layers(self, count: int) -> None:
+        """Any number of layers will do."""
+
+    def check_model(self, fingerprint: tuple[Any, ...]) -> None:
+        """Every model will do."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The codecs, ready for JSON; ``policy_from_dict`` is the inverse."""
+        return {"keys": self.keys, "values": self.values}
+
+
+@dataclass(frozen=True)
+class LayerwisePolicy:
+    """A policy of its own for each layer.
+
+    Args:
+        layers: for each layer that keeps keys and values in pages, first layer first, anything that ``parse_policy``
+            takes for one layer.
+        model: fingerprint of the model that it was made for; None: any that has so many layers.
+
+    Raises:
+        UnknownPolicyError: no layers, or a policy that does not exist.
+
+    Example:
+        >>> LayerwisePolicy(["int8", *["int4"] * 28, "int8"])
+    """
+
+    layers: tuple[KVPolicy, ...]
+    model: tuple[Any, ...] | None = field(default=None, compare=False)
+    name = "mixed"
+
+    def __init__(self, layers: Sequence["OnePolicyLike"], model: Sequence[Any] | None = None) -> None:
+        if isinstance(layers, str) or not layers:
+            raise UnknownPolicyError("a LayerwisePolicy needs a list with one policy per layer; give at least one.")
+        parsed = []
+        for layer in layers:
+            policy = parse_policy(layer)
+            if isinstance(policy, LayerwisePolicy):
+                raise UnknownPolicyError("a layer of a LayerwisePolicy has one policy; give a name or a KVPolicy.")
+            parsed.append(policy)
+        object.__setattr__(self, "layers", tuple(parsed))
+        object.__setattr__(self, "model", None if model is None else tuple(model))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a layer needs parameters from a calibration (``qparams``)."""
+        return any(policy.calibrated for policy in self.layers)
+
+    def by_layer(self) -> Iterator[KVPolicy]:
+        """The policy of each layer, first layer first, and then that of the last without end."""
+        return itertools.chain(self.layers, itertools.repeat(self.layers[-1]))
+
+    def check_layers(self, count: int) -> None:
+        """Refuse a cache that has not as many layers as the policy.
+
+        Raises:
+            WrongModelError: it has ``count``.
+        """
+        if count != len(self.layers):
+            raise WrongModelError(
+                f"this policy is for {len(self.layers)} layers and the cache has {count} in pages; make one with "
+                "`kvquant tune` for this model."
+            )
+
+    def check_model(self, fingerprint: tuple[Any, ...]) -> None:
+        """Refuse a model that the policy was not made for.
+
+        Raises:
+            WrongModelError: the fingerprints differ.
+        """
+        if self.model is not None and self.model != fingerprint:
+            raise WrongModelError(
+                f"this policy was tuned for the model {list(self.model)} and the cache is for {list(fingerprint)}; "
+                "make one with `kvquant tune` for this model."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The codecs of each layer, ready for JSON; ``policy_from_dict`` is the inverse."""
+        return {"layers": [policy.as_dict() for policy in self.layers]}
+
+
+def named_codecs(described: dict[str, Any]) -> list[str]:
+    """The codecs that an ``as_dict`` names, known here or not."""
+    return [codec for layer in described.get("layers", [described]) for codec in (layer["keys"], layer["values"])]
+
+
+def policy_from_dict(described: dict[str, Any]) -> "KVPolicy | LayerwisePolicy":
+    """The policy of an ``as_dict``.
+
+    Raises:
+        UnknownPolicyError: a codec that does not exist here.
+        KeyError, TypeError: not such a dict.
+    """
+    if "layers" in described:
+        return LayerwisePolicy([KVPolicy(layer["keys"], layer["values"]) for layer in described["layers"]])
+    return KVPolicy(described["keys"], described["values"])
+
+
+# The table.  The first four are ours; the others are LMDeploy's formulae, for comparison to the bit.
+POLICIES: MappingProxyType[str, KVPolicy] = MappingProxyType(
+    {
+        "exact": KVPolicy("exact", "exact", "the baseline: same pages, same attention, nothing rounded"),
+        "int8": KVPolicy("int8-channel", "int8-affine", "our best recipe at 8 bits"),
+        "int4": KVPolicy("int4-channel", "int4-hadamard", "our best recipe at 4 bits"),
+        "turboquant": KVPolicy("int4-channel", "lloyd2", "TurboQuant's values in 2 bits, keys as in int4"),
+        "int8-token": KVPolicy("int8-token", "int8-token", "LMDeploy quant_policy 8"),
+        "int4-token": KVPolicy("int4-token", "int4-token", "LMDeploy quant_policy 4"),
+        "turboquant-qjl": KVPolicy("lloyd3-sign", "lloyd2-plain", "LMDeploy quant_policy 42, as intended"),
+        "int8-static": KVPolicy("int8-static", "int8-static", "LMDeploy's offline int8, calibrated beforehand"),
+    }
+)
+
+# LMDeploy's integers.
+QUANT_POLICY = MappingProxyType({0: "exact", 8: "int8-token", 4: "int4-token", 42: "turboquant-qjl"})
+
+AnyPolicy = KVPolicy | LayerwisePolicy
+OnePolicyLike = str | int | KVPolicy
+PolicyLike = OnePolicyLike | LayerwisePolicy | Path
+
+
+def parse_policy(policy: PolicyLike) -> AnyPolicy:
+    """Turn what a user writes into a policy.
+
+    Args:
+        policy: a name of ``POLICIES``; ``"<keys>/<values>"`` where each side is a policy name (its keys, its values) or
+            a codec name; one of LMDeploy's integers 0, 4, 8, 42 (also as text); a ``KVPolicy``; a ``LayerwisePolicy``;
+            or a file that ends with ``.json``, as ``kvquant tune`` writes it.
+
+    Raises:
+        UnknownPolicyError: nothing of that name; the message lists what there is.
+        PolicyFileError: a file that is no such file.
+    """
+    if isinstance(policy, AnyPolicy):
+        return policy
+    if isinstance(policy, Path) or (isinstance(policy, str) and policy.endswith(SUFFIX)):
+        pairs, model = read_layers(policy)
+        return LayerwisePolicy([KVPolicy(*pair) for pair in pairs], model)
+    if isinstance(policy, str) and policy.isdecimal():
+        policy = int(policy)
+    if isinstance(policy, int) and not isinstance(policy, bool) and policy in QUANT_POLICY:
+        return POLICIES[QUANT_POLICY[policy]]
+    if isinstance(policy, str):
+        if policy in POLICIES:
+            return POLICIES[policy]
+        keys, slash, values = policy.partition("/")
+        if slash:
+            return KVPolicy(_side(keys, "keys"), _side(values, "values"))
+    raise UnknownPolicyError(
+        f"unknown policy {policy!r}; use one of {', '.join(POLICIES)}, '<keys>/<values>' of two of them, "
+        f"LMDeploy's {', '.join(map(str, QUANT_POLICY))}, or a {SUFFIX} file of `kvquant tune`."
+    )
+
+
+def _side(name: str, side: str) -> str:
+    if name in POLICIES:
+        return str(getattr(POLICIES[name], side))
+    if name in CODECS:
+        return name
+    raise UnknownPolicyError(
+        f"unknown {side} {name!r}; use a policy ({', '.join(POLICIES)}) or a codec ({', '.join(CODECS)})."
+    )

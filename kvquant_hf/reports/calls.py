@@ -1,0 +1,38 @@
+"""Attention calls of one cache, counted by the path they took; the first detour is said aloud."""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ..errors import KVQuantFallbackWarning
+
+
+@dataclass
+class CallLog:
+    """Counts attention calls of one cache by the path they took.
+
+    ``paged``: read the pages as they are stored, by what ran.  ``prefill``: first prompt, on the exact keys and values.
+    ``fallbacks``: multiplied out first, by reason.  ``reason``: why the kernels did not run, where they did not.
+    """
+
+    paged: Counter[str] = field(default_factory=Counter)
+    reason: str = ""
+    prefill: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def attended(self, implementation: str, reason: str) -> None:
+        """Count one call that read the pages with ``implementation``."""
+        self.paged[implementation] += 1
+        self.reason = reason or self.reason
+
+    def fallback(self, reason: str) -> None:
+        """Count one call that needed dense keys and values; the first one is said aloud."""
+        if not self.fallbacks:
+            warnings.warn(
+                f"the quantized KV cache was multiplied out for attention ({reason}): the result is right, but slower. "
+                "cache.report() counts these calls; model.set_attn_implementation('kvquant') avoids them where the "
+                "model allows it.",
+                KVQuantFallbackWarning,
+                stacklevel=2,
+            )
+        self.fallbacks[reason] += 1
