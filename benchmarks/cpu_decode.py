@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.cli.models import load_model
+from kvquant_hf.transformers_api.names import with_cache
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 clock = time.perf_counter
@@ -66,7 +67,7 @@ def fill(cache: Any, config: Any, tokens: int, dtype: torch.dtype) -> None:
 def step_of(model: Any, cache: Any) -> Callable[[], object]:
     """One decode step; the cache grows by a token each time."""
     token = torch.tensor([[17]])
-    return lambda: model(token, past_key_values=cache, use_cache=True)
+    return lambda: model(token, use_cache=True, **with_cache(cache))
 
 
 def whole_steps(models: dict[str, Any], policies: list[str], context: int, rounds: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from .cache import QuantizedPagedCache
 from .policies.table import POLICIES, KVPolicy, LayerwisePolicy
 from .pools import PagePools
 from .presets import Int4PagedCache, Int8PagedCache, TurboQuantPagedCache
-from .transformers_api.generate import install, uninstall
+from .transformers_api.install import install, uninstall
 
 __all__ = [
     "POLICIES",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from .errors import OutOfPages, SavedCacheError, WrongModelError
+from .errors import OutOfPages, WrongModelError
 from .files.cache import load_cache, save_cache
 from .files.calibration import QParams, hand_over
 from .layers.paged import PagedLayer, StepGuard
@@ -261,13 +261,7 @@ class QuantizedPagedCache(DynamicCache):
         def make(policy: AnyPolicy, options: dict[str, Any]) -> QuantizedPagedCache:
             if cls is QuantizedPagedCache:  # the others have their own policy
                 options = options | {"policy": policy}
-            cache = cls(config, impl=impl, offload=offload, **options)
-            if cache.policy != policy:
-                raise SavedCacheError(
-                    f"{path} has policy {policy.name!r} and {cls.__name__} is {cache.policy.name!r}; use "
-                    "QuantizedPagedCache.load."
-                )
-            return cache
+            return cls(config, impl=impl, offload=offload, **options)
 
         return load_cache(make, path, fingerprint(config), torch.device(device))
 

@@ -105,5 +105,13 @@ class KVQuantWarning(UserWarning):
     """Base of all warnings of kvquant_hf."""
 
 
+class KVQuantVersionWarning(KVQuantWarning):
+    """The installed transformers is newer than what was tested."""
+
+
+class KVQuantDroppedCacheWarning(KVQuantWarning):
+    """A quantized cache was given to ``generate``, and the model did not use it."""
+
+
 class KVQuantFallbackWarning(KVQuantWarning):
     """Attention read the cache multiplied out instead of in pages."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.benchmark.shapes import SHAPES, random_model
+from kvquant_hf.transformers_api.names import with_cache
 
 from .machine import clocks
 from .plan import DTYPE, Budget
@@ -112,7 +113,7 @@ def decode(
         nonlocal token, logits
         if contender.compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        logits = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = forward(input_ids=token, use_cache=True, **with_cache(cache)).logits
         token = logits[:, -1:].argmax(-1)  # a tensor of its own: a replayed graph writes its outputs again
 
     with torch.no_grad():

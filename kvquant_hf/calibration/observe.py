@@ -12,6 +12,7 @@ import torch
 from ..errors import CalibrationError, UnsupportedModelError
 from ..files.calibration import SIDES, Statistics
 from ..policies.fingerprint import fingerprint
+from ..transformers_api.names import with_cache
 from ..transformers_api.observe import ObservingCache
 
 
@@ -71,7 +72,7 @@ def collect(
     with torch.inference_mode():
         for row in windows.split(1):
             cache = ObservingCache(model.config, extremes.add)
-            model(row.to(model.device), past_key_values=cache, use_cache=True, **options)
+            model(row.to(model.device), use_cache=True, **with_cache(cache), **options)
             extremes.check()
             advance()
     tensors = {}

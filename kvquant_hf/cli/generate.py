@@ -36,6 +36,7 @@ def generate(
     from transformers import TextStreamer
 
     from ..cache import QuantizedPagedCache
+    from ..transformers_api.names import with_cache
 
     text = _read_prompt(prompt, file)
     check_cache_options(policy, page_size, prefill, qparams)
@@ -49,7 +50,7 @@ def generate(
         options = {"do_sample": True, "temperature": temperature}
     settings: dict[str, Any] = {"page_size": page_size, "prefill": prefill, "qparams": qparams}
     cache = QuantizedPagedCache(loaded.model.config, policy, **settings)
-    options |= {"past_key_values": cache, "max_new_tokens": max_new_tokens}
+    options |= {**with_cache(cache), "max_new_tokens": max_new_tokens}
     if as_json:
         with stage("generating", hidden=True):
             output = loaded.model.generate(**inputs, **options)

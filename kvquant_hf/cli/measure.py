@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..cache import QuantizedPagedCache
+from ..transformers_api.names import with_cache
 from .models import LoadedModel, encode_prompt
 from .terminal import CommandError, InputError
 
@@ -117,13 +118,13 @@ class Bench:
         """Most likely next token at each position, ``[tokens]`` (``last_only``: ``[1]``)."""
         # Logits of a whole prompt would be the largest tensor of all.
         options = {"logits_to_keep": 1} if last_only and self.loaded.model._supports_logits_to_keep() else {}
-        return self.loaded.model(ids, past_key_values=cache, use_cache=True, **options).logits[0].argmax(-1)
+        return self.loaded.model(ids, use_cache=True, **with_cache(cache), **options).logits[0].argmax(-1)
 
     def _answer(self, policy: str) -> str:
         """The answer to ``QUESTION``."""
         cache = QuantizedPagedCache(self.loaded.model.config, policy)
         output = self.loaded.model.generate(
-            **self.question, past_key_values=cache, max_new_tokens=self.new_tokens, do_sample=False
+            **self.question, **with_cache(cache), max_new_tokens=self.new_tokens, do_sample=False
         )
         new = output[0, self.question["input_ids"].shape[1] :]
         return str(self.loaded.tokenizer.decode(new, skip_special_tokens=True)).strip()

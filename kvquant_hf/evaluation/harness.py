@@ -19,6 +19,7 @@ from ..cache import QuantizedPagedCache
 from ..errors import EvaluationError, EvaluationInputError, UnsupportedModelError
 from ..policies.table import POLICIES, PolicyLike, parse_policy
 from ..reports.report import CacheReport
+from ..transformers_api.names import cache_in, with_cache
 from .metrics import Accuracy, Scores, compare, join, summarize
 
 EXACT = "exact"
@@ -184,16 +185,16 @@ def evaluate(
             own = None  # the cache that the model makes for itself
             for start in range(0, rows.shape[1], step):
                 chunk, targets = rows[:, start : start + step], rows[:, start + 1 : start + 1 + step]
-                output = model(chunk, past_key_values=own, use_cache=True)
-                own, exact = output.get("past_key_values"), output.logits[:, : targets.shape[1]]
+                output = model(chunk, use_cache=True, **with_cache(own))
+                own, exact = cache_in(output), output.logits[:, : targets.shape[1]]
                 if own is None:
                     raise UnsupportedModelError(
                         f"{type(model).__name__} returns no KV cache, so the exact model cannot read in chunks; use a "
-                        "model that takes past_key_values."
+                        "model that takes a cache."
                     )
                 advance("")
                 for contender, cache in zip(contenders, caches, strict=True):
-                    logits = model(chunk, past_key_values=cache, use_cache=True).logits[:, : targets.shape[1]]
+                    logits = model(chunk, use_cache=True, **with_cache(cache)).logits[:, : targets.shape[1]]
                     if targets.shape[1]:
                         parts[contender.name].append(compare(exact, logits, targets))
                     advance(contender.name)

@@ -28,6 +28,7 @@ from ..cache import QuantizedPagedCache
 from ..errors import EvaluationInputError, UnsupportedModelError
 from ..policies.table import PolicyLike, parse_policy
 from ..reports.report import CacheReport
+from ..transformers_api.names import with_cache
 from .harness import check_was_read
 
 
@@ -98,7 +99,7 @@ class KVQuantLM(HFLM):
         mixed = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
             chunks = [
-                self.model(chunk, past_key_values=cache, use_cache=True).logits
+                self.model(chunk, use_cache=True, **with_cache(cache)).logits
                 for chunk in inps.split(self._page_size, dim=1)
             ]
         self._check(cache.report(), "quantized", inps.shape[1])
@@ -122,7 +123,7 @@ class KVQuantLM(HFLM):
         if self._prefill == "quantized":
             generation_kwargs["prefill_chunk_size"] = self._page_size
         output: torch.Tensor = super()._model_generate(
-            context, max_length, stop, past_key_values=cache, **generation_kwargs
+            context, max_length, stop, **with_cache(cache), **generation_kwargs
         )
         report = cache.report()
         self._check(report, self._prefill, report.tokens)

@@ -22,6 +22,7 @@ import torch
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationError, EvaluationInputError
 from ..policies.table import PolicyLike, parse_policy
+from ..transformers_api.names import with_cache
 from .harness import check_was_read
 from .text import first_tokens
 
@@ -172,7 +173,7 @@ def _last_logits(model: Any, rows: list[Prompt], cache: Any, advance: Callable[[
     for start in range(0, ids.shape[1], cache.page_size):
         chunk = ids[:, start : start + cache.page_size]
         needed = start + chunk.shape[1] > wanted
-        logits = model(chunk, past_key_values=cache, use_cache=True, **({} if needed else fewest)).logits
+        logits = model(chunk, use_cache=True, **with_cache(cache), **({} if needed else fewest)).logits
         if needed:
             kept.append(logits[:, max(0, wanted - start) :])
         advance()

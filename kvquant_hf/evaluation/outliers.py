@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..errors import EvaluationInputError, UnsupportedModelError
+from ..transformers_api.names import cache_in
 
 PAIRS = 2
 SEED = 0
@@ -121,7 +122,7 @@ def _check(model: Any, twin: Any, factor: float) -> None:
             f"{type(model).__name__} computes something else with rescaled queries and keys (logits differ by "
             f"{error:.1e}), because its rotary embedding or norms are of another kind; leave --outliers out."
         )
-    for old, new in zip(before.past_key_values.layers, after.past_key_values.layers, strict=True):
+    for old, new in zip(cache_in(before).layers, cache_in(after).layers, strict=True):
         ratio = new.keys.double().square().sum(2) / old.keys.double().square().sum(2)
         if not ((ratio.sqrt() / factor - 1).abs() < 0.1).any():
             raise UnsupportedModelError(

@@ -27,6 +27,7 @@ import torch
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationInputError
 from ..policies.table import KVPolicy, LayerwisePolicy
+from ..transformers_api.names import with_cache
 from ..triton_kernels.codecs import CODECS
 from .harness import evaluate, paged
 
@@ -75,7 +76,7 @@ def find_parts(model: Any) -> Parts:
     """The parts of ``model``, from a forward pass of one token."""
     cache = QuantizedPagedCache(model.config, "exact", prefill="quantized")
     with torch.inference_mode():
-        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True, **with_cache(cache))
     return {
         Part(side, i): Vectors(*vectors)
         for i, store in enumerate(cache.stores)

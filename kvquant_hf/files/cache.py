@@ -116,6 +116,11 @@ def load_cache(
         if "qparams" in header:
             options["qparams"] = QParams.from_parts(header["qparams"], _below("qparams.", tensors))
         cache = make(policy_from_dict(header["policy"]), options)
+        if cache.policy != policy_from_dict(header["policy"]):
+            raise SavedCacheError(
+                f"{path} has policy {policy_from_dict(header['policy']).name!r} and {type(cache).__name__} is "
+                f"{cache.policy.name!r}; use QuantizedPagedCache.load."
+            )
         # What is written later must be plain tensors, also when the caller is in inference mode now.
         expect(len(header["layers"]) == len(cache.layers), f"the list of layers in {path}")
         with torch.inference_mode(False), torch.no_grad():

@@ -21,6 +21,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """Attention of ``query`` ``[batch, query_heads, queries, key_dim]``, bounded in memory whatever the context.
 
@@ -32,10 +33,12 @@ def attend(
         values: the same for the values.
         mask: ``[batch or 1, query_heads or 1, queries, tokens]``, bool (True is seen) or additive, or None.
         scale: multiplies the scores; ``key_dim ** -0.5`` if None.
-        causal: whether to apply the causal rule where ``mask`` is None.
+        causal: whether to apply the causal rule, beside ``mask``.
         softcap: see ``paged_attention``.
         sinks: see ``paged_attention``.
         position_bias: ``[batch or 1, query_heads, queries, tokens]``, added to the scores (T5).
+        window: tokens that a query sees, itself included, beside ``mask``; 0 for all, or for those of the layer's
+            window where ``keys`` have one and there is one query.
 
     Returns:
         ``[batch, query_heads, queries, value_dim]`` in the query's dtype.
@@ -46,7 +49,6 @@ def attend(
     """
     _check_mask(mask, query.shape, keys.shape)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    causal = causal and mask is None
     if position_bias is not None:
         mask = position_bias if mask is None else _combine(mask, position_bias)
     compiling = torch.compiler.is_compiling()
@@ -72,7 +74,7 @@ def attend(
             softcap=softcap,
             sinks=sinks,
             # Several queries may see images beyond a window, both ways; for them the mask alone decides.
-            window=keys.window if query.shape[2] == 1 else 0,
+            window=window or (keys.window if query.shape[2] == 1 else 0),
             impl=chosen.name,
         )
     if not compiling:

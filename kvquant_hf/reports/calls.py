@@ -13,12 +13,16 @@ class CallLog:
 
     ``paged``: read the pages as they are stored, by what ran.  ``prefill``: first prompt, on the exact keys and values.
     ``fallbacks``: multiplied out first, by reason.  ``reason``: why the kernels did not run, where they did not.
+    ``restarts``: how often a model dropped what was held and began again, by its method.  ``dropped``: which method of
+    a model was given the cache and did not use it.
     """
 
     paged: Counter[str] = field(default_factory=Counter)
     reason: str = ""
     prefill: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    restarts: Counter[str] = field(default_factory=Counter)
+    dropped: str = ""
 
     def attended(self, implementation: str, reason: str) -> None:
         """Count one call that read the pages with ``implementation``."""

@@ -79,6 +79,8 @@ def take_inventory(
         prefill_calls=log.prefill,
         fallback_calls=sum(log.fallbacks.values()),
         fallback_reasons=dict(log.fallbacks),
+        restarts=dict(log.restarts),
+        dropped=log.dropped,
     )
 
 

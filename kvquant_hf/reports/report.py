@@ -41,6 +41,9 @@ class CacheReport:
         paged_calls, prefill_calls, fallback_calls: attention calls by path; those inside of compiled graphs are not
             counted.
         fallback_reasons: fallback calls by reason.
+        restarts: how often a model dropped what was held in the middle of ``generate`` and read all tokens again, by
+            its method.
+        dropped: which method of a model was given the cache and did not use it; empty if none.
     """
 
     policy: str
@@ -70,6 +73,8 @@ class CacheReport:
     prefill_calls: int
     fallback_calls: int
     fallback_reasons: dict[str, int]
+    restarts: dict[str, int]
+    dropped: str
 
     @property
     def ratio(self) -> float:
@@ -133,6 +138,8 @@ class CacheReport:
                 f"{self.paged_calls} in pages{ran}, {self.prefill_calls} exact prefill, "
                 f"{self.fallback_calls} multiplied out{reasons}",
             ),
+            *((("begun again", f"{n} x by {method}") for method, n in self.restarts.items())),
+            *([("not used", self.dropped)] if self.dropped else []),
             *([("kernels", f"not used: {self.implementation_reason}")] if self.implementation_reason else []),
         ]
 

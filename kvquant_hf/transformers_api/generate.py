@@ -1,28 +1,20 @@
-"""Names and functions of transformers that are extended, each passing through whatever is not ours.
+"""How ``generate`` comes to a cache of ours: by an object, by the name "kvquant", or by "quantized" and a backend.
 
-``install`` puts these in place, and ``uninstall`` restores them:
-
-* attention function and mask function "kvquant" (the mask function must go with it: without one, padding is ignored);
-* the attention function "sdpa" hands packed keys and values to ours, so that models need no setting;
-* ``cache_implementation="kvquant"`` in the list of valid names and in ``generate``'s cache preparation;
-* ``cache_implementation="quantized", cache_config={"backend": "kvquant", ...}``.
+Each function extends one of transformers and passes through whatever is not ours; ``install.py`` puts them in place.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.generation import configuration_utils
-from transformers.generation import utils as generation_utils
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModelError
 from ..layers.static import check_before_generating
-from .attention import attention_forward, route_packed
+from .attention import NAME
 from .layers import make_encoder_decoder
-
-NAME = "kvquant"
+from .names import CACHE_ARGUMENT
+from .run import CURRENT
 
 
 def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any], needed: int) -> None:
@@ -49,6 +41,8 @@ def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any], 
             if half.max_length is not None:
                 _check_static(model)
                 check_before_generating(half.paged_layers, needed if mask == own else 0)
+    if (run := CURRENT.get()) is not None:
+        run.tie(cache, [half for half in halves if isinstance(half, cache_type)])
 
 
 def _check_static(model: Any) -> None:
@@ -78,9 +72,10 @@ def _with_length(model: Any, generation_config: Any, needed: int) -> dict[str, A
     return options
 
 
-def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
+def prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
     """``GenerationMixin._prepare_cache_for_generation`` that also knows the name "kvquant"."""
 
+    @functools.wraps(original)
     def prepare(
         self: Any,
         generation_config: Any,
@@ -89,7 +84,7 @@ def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_ARGUMENT)
         wanted = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
         if given is not None or not wanted:
             # transformers' own ways in: a cache that the user made, or cache_implementation="quantized".  Before 5.23
@@ -100,7 +95,7 @@ def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..
                 options = _with_length(self, generation_config, max_cache_length) if ours else dict(options)
                 generation_config.cache_config = options
             result = original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-            _tie(self, model_kwargs.get("past_key_values"), cache_type, model_kwargs, max_cache_length)
+            _tie(self, model_kwargs.get(CACHE_ARGUMENT), cache_type, model_kwargs, max_cache_length)
             return result
         cache = cache_type(self.config, **_with_length(self, generation_config, max_cache_length))
         if self.config.is_encoder_decoder:
@@ -108,13 +103,13 @@ def _prepare_cache(original: Callable[..., Any], cache_type: Any) -> Callable[..
         _tie(self, cache, cache_type, model_kwargs, max_cache_length)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_ARGUMENT] = cache
         return None
 
     return prepare
 
 
-def _dispatch_backend(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
+def dispatch_backend(original: Callable[..., Any], cache_type: Any) -> Callable[..., Any]:
     """transformers' ``QuantizedCache``, except that ``backend="kvquant"`` makes ours."""
 
     def quantized_cache(backend: str, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
@@ -123,61 +118,3 @@ def _dispatch_backend(original: Callable[..., Any], cache_type: Any) -> Callable
         return original(backend, config, *args, **kwargs)
 
     return quantized_cache
-
-
-_MARK = "_kvquant_hf_installed"
-
-
-class _Installed(NamedTuple):
-    """What was there before; kept on the patched method, so that a reloaded module finds it."""
-
-    cache_type: type
-    names: tuple[str, ...]
-    prepare: Callable[..., Any]
-    quantized: Any
-    sdpa: Callable[..., Any]
-
-
-def _installed() -> _Installed | None:
-    return getattr(generation_utils.GenerationMixin._prepare_cache_for_generation, _MARK, None)
-
-
-def install(cache_type: type) -> None:
-    """Put everything in place (see the module's docstring); does nothing if it is.
-
-    Args:
-        cache_type: the cache class, called as ``cache_type(config, **cache_config)``.
-    """
-    current = _installed()
-    if current is not None:
-        if current.cache_type is cache_type:
-            return
-        uninstall()  # left by this package before a reload
-    before = _Installed(
-        cache_type=cache_type,
-        names=configuration_utils.ALL_CACHE_IMPLEMENTATIONS,
-        prepare=generation_utils.GenerationMixin._prepare_cache_for_generation,
-        quantized=generation_utils.QuantizedCache,
-        sdpa=AttentionInterface._global_mapping["sdpa"],
-    )
-    prepare = _prepare_cache(before.prepare, cache_type)
-    setattr(prepare, _MARK, before)
-    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = (*before.names, NAME)
-    generation_utils.GenerationMixin._prepare_cache_for_generation = prepare
-    generation_utils.QuantizedCache = _dispatch_backend(before.quantized, cache_type)
-    AttentionInterface.register("sdpa", route_packed(before.sdpa))
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def uninstall() -> None:
-    """Restore what :func:`install` replaced; does nothing if nothing is."""
-    before = _installed()
-    if before is None:
-        return
-    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = before.names
-    generation_utils.GenerationMixin._prepare_cache_for_generation = before.prepare
-    generation_utils.QuantizedCache = before.quantized
-    AttentionInterface.register("sdpa", before.sdpa)
-    AttentionInterface._global_mapping.pop(NAME)
-    AttentionMaskInterface._global_mapping.pop(NAME)

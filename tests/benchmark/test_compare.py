@@ -20,6 +20,7 @@ from kvquant_hf.benchmark.speed.apart import Job, Peak, measure_apart
 from kvquant_hf.benchmark.speed.race import CHECKED, Lane, race
 from kvquant_hf.benchmark.speed.rows import Row
 from kvquant_hf.errors import BenchmarkError, BenchmarkInputError, UnknownPolicyError
+from kvquant_hf.transformers_api.names import with_cache
 
 FAST = {"contexts": (48, 90), "rounds": 4, "prefill_chunk": 32, "peak": False}
 module: Any = sys.modules[compare_function.__module__]
@@ -195,8 +196,8 @@ def test_what_is_reckoned_bounds_what_is_held(name: str) -> None:
         cache = contender.make(model, tokens)
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model(prompt(batch=batch, length=tokens - 1), past_key_values=cache)
-            model(prompt(batch=batch, length=1), past_key_values=cache)
+            model(prompt(batch=batch, length=tokens - 1), **with_cache(cache))
+            model(prompt(batch=batch, length=1), **with_cache(cache))
         held = contender.held(cache)
         reckoned = expected_bytes(name, Dimensions.of(model.config), tokens, torch.float32, batch)
         assert held <= reckoned + 64 < 1.6 * held + 20_000

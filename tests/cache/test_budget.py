@@ -17,6 +17,7 @@ from stores import chunks, logical_planes
 from transformers import DynamicCache, PreTrainedModel
 
 from kvquant_hf import Int8PagedCache, PagePools, QuantizedPagedCache, errors
+from kvquant_hf.transformers_api.names import with_cache
 
 PAGE = 16
 GREEDY = {"do_sample": False}
@@ -29,7 +30,7 @@ def model() -> PreTrainedModel:
 
 def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor, chunk: int = 1 << 30) -> torch.Tensor:
     with torch.no_grad():
-        parts = [model(ids[:, part], past_key_values=cache).logits for part in chunks(ids.shape[1], chunk)]
+        parts = [model(ids[:, part], **with_cache(cache)).logits for part in chunks(ids.shape[1], chunk)]
     return torch.cat(parts, 1)
 
 
@@ -82,7 +83,7 @@ def test_generate_until_out_of_pages(unit: str, batch: int, model: PreTrainedMod
     cache = QuantizedPagedCache(model.config, "int4", page_size=PAGE, **{unit: amount})
     ids = prompt(batch, 40)
     with pytest.raises(errors.OutOfPages) as caught:
-        model.generate(ids, past_key_values=cache, max_new_tokens=200, **GREEDY)
+        model.generate(ids, **with_cache(cache), max_new_tokens=200, **GREEDY)
     assert isinstance(caught.value, MemoryError) and isinstance(caught.value, errors.KVQuantError)
     message = str(caught.value)
     assert "\n" not in message and f"needs {batch if unit == 'max_pages' else 3 * batch} more pages" in message
@@ -93,7 +94,7 @@ def test_generate_until_out_of_pages(unit: str, batch: int, model: PreTrainedMod
     check_accounts(cache.pools, cache)
 
     unbounded = QuantizedPagedCache(model.config, "int4", page_size=PAGE)
-    expected = model.generate(ids, past_key_values=unbounded, max_new_tokens=6 * PAGE - 40 + 1, **GREEDY)
+    expected = model.generate(ids, **with_cache(unbounded), max_new_tokens=6 * PAGE - 40 + 1, **GREEDY)
     reference = QuantizedPagedCache(model.config, "int4", page_size=PAGE)
     full = expected[:, : 6 * PAGE]
     forward(model, reference, full[:, :40])
@@ -323,7 +324,7 @@ def test_threads(model: PreTrainedModel) -> None:
     ids = [prompt(1, 20 + 9 * i, seed=i) for i in range(4)]
     expected = [
         model.generate(
-            x, past_key_values=QuantizedPagedCache(model.config, "int4", page_size=8), max_new_tokens=20, **GREEDY
+            x, **with_cache(QuantizedPagedCache(model.config, "int4", page_size=8)), max_new_tokens=20, **GREEDY
         )
         for x in ids
     ]
@@ -334,7 +335,7 @@ def test_threads(model: PreTrainedModel) -> None:
         while True:
             cache = QuantizedPagedCache(model.config, pool=pools)
             try:
-                output = model.generate(ids[i], past_key_values=cache, max_new_tokens=20, **GREEDY)
+                output = model.generate(ids[i], **with_cache(cache), max_new_tokens=20, **GREEDY)
             except errors.OutOfPages:
                 lengths = {layer.length for layer in cache.layers}
                 wrong.extend([lengths] if len(lengths) != 1 else [])
@@ -407,9 +408,9 @@ def test_saved_and_forked_caches_keep_their_budget(model: PreTrainedModel) -> No
 def test_beams_store_the_prompt_once(model: PreTrainedModel) -> None:
     ids = prompt(1, 4 * PAGE + 3)
     cache = QuantizedPagedCache(model.config, "exact", page_size=PAGE)
-    output = model.generate(ids, past_key_values=cache, num_beams=4, max_new_tokens=10, **GREEDY)
+    output = model.generate(ids, **with_cache(cache), num_beams=4, max_new_tokens=10, **GREEDY)
     plain = DynamicCache(config=model.config)
-    assert torch.equal(output, model.generate(ids, past_key_values=plain, num_beams=4, max_new_tokens=10, **GREEDY))
+    assert torch.equal(output, model.generate(ids, **with_cache(plain), num_beams=4, max_new_tokens=10, **GREEDY))
     report = cache.report()
     assert report.batch_size == 4 and report.tokens == 4 * PAGE + 12
     assert report.shared_bytes == report.packed_bytes == 4 * sum(store.pool.page_bytes for store in cache.stores)

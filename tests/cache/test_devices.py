@@ -20,6 +20,7 @@ from kvquant_hf.layers.attention import attend
 from kvquant_hf.layers.paged import PagedLayer
 from kvquant_hf.pages import offload as offload_module
 from kvquant_hf.pages.offload import HostCopy
+from kvquant_hf.transformers_api.names import with_cache
 
 PAGE = 16
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 60}
@@ -63,7 +64,7 @@ def numbered(cache: QuantizedPagedCache) -> QuantizedPagedCache:
 
 def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor, chunk: int = 1 << 30) -> torch.Tensor:
     with torch.no_grad():
-        parts = [model(ids[:, part], past_key_values=cache).logits for part in chunks(ids.shape[1], chunk)]
+        parts = [model(ids[:, part], **with_cache(cache)).logits for part in chunks(ids.shape[1], chunk)]
     return torch.cat(parts, 1)
 
 
@@ -98,7 +99,7 @@ def test_order_of_offload_and_prefetch(model: PreTrainedModel, apart: None, move
 def test_offloaded_pages_give_the_same_results(policy: str, name: str, apart: None) -> None:
     model = DECODERS[name]()
     caches = [QuantizedPagedCache(model.config, policy, page_size=PAGE, offload=flag) for flag in (True, False)]
-    outputs = [model.generate(**ragged_prompts(), past_key_values=cache, **GREEDY) for cache in caches]
+    outputs = [model.generate(**ragged_prompts(), **with_cache(cache), **GREEDY) for cache in caches]
     assert torch.equal(*outputs)
     assert all(map(same_bytes, caches[0].stores, caches[1].stores))
     there = present(caches[0])
@@ -302,17 +303,17 @@ SPLITS: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
 def test_weights_elsewhere(split: str, offload: bool, tmp_path: Path, model: PreTrainedModel, apart: None) -> None:
     """Layers whose weights are on the meta device between calls: pages are where the keys are computed."""
     inputs = ragged_prompts()
-    expected = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **GREEDY)
+    expected = model.generate(**inputs, **with_cache(DynamicCache(config=model.config)), **GREEDY)
     spread = SPLITS[split](copy.deepcopy(model), tmp_path)
     assert any(parameter.device.type == "meta" for parameter in spread.parameters())
     cache = QuantizedPagedCache(spread.config, "exact", page_size=PAGE, offload=offload)
-    assert torch.equal(spread.generate(**inputs, past_key_values=cache, **GREEDY), expected)
+    assert torch.equal(spread.generate(**inputs, **with_cache(cache), **GREEDY), expected)
     assert {store.device.type for store in cache.stores} == {"cpu"} and list(cache.report().devices) == ["cpu"]
     again = QuantizedPagedCache(spread.config, "int4", page_size=PAGE, offload=offload)
     here = QuantizedPagedCache(model.config, "int4", page_size=PAGE)
     assert torch.equal(
-        spread.generate(**inputs, past_key_values=again, **GREEDY),
-        model.generate(**inputs, past_key_values=here, **GREEDY),
+        spread.generate(**inputs, **with_cache(again), **GREEDY),
+        model.generate(**inputs, **with_cache(here), **GREEDY),
     )
 
 

@@ -24,6 +24,7 @@ import kvquant_hf
 from kvquant_hf import Int8PagedCache, QuantizedPagedCache, errors
 from kvquant_hf.errors import KVQuantFallbackWarning
 from kvquant_hf.policies.table import POLICIES
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 from kvquant_hf.versions import check_version
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -56,7 +57,7 @@ def refused(cache: QuantizedPagedCache, error: type[Exception], *remedies: str) 
 
 def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **with_cache(cache)).logits
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -128,21 +129,21 @@ def test_batch_size_changed(batch: int, model: PreTrainedModel) -> None:
 
 def test_generate_with_another_kind_of_model(model: PreTrainedModel) -> None:
     cache = QuantizedPagedCache(model.config, "int4")
-    model.generate(prompt(), past_key_values=cache, **GREEDY)
+    model.generate(prompt(), **with_cache(cache), **GREEDY)
     for other in (tiny_qwen2(), tiny_llama(num_hidden_layers=2), tiny_llama(num_key_value_heads=4)):
         with refused(cache, errors.WrongModelError, "made for the config", "'llama'", "make a cache from this model"):
-            other.generate(prompt(1, 90), past_key_values=cache, **GREEDY)
+            other.generate(prompt(1, 90), **with_cache(cache), **GREEDY)
 
 
 def test_generate_with_another_instance_of_the_model(model: PreTrainedModel) -> None:
     cache = QuantizedPagedCache(model.config, "int4")
-    model.generate(prompt(), past_key_values=cache, **GREEDY)
+    model.generate(prompt(), **with_cache(cache), **GREEDY)
     other = tiny_llama(seed=1)
     with refused(cache, errors.WrongModelError, "filled by another model", "cache.reset()", "new cache"):
-        other.generate(prompt(1, 90), past_key_values=cache, **GREEDY)
+        other.generate(prompt(1, 90), **with_cache(cache), **GREEDY)
     cache.reset()
-    expected = other.generate(prompt(1, 90), past_key_values=QuantizedPagedCache(model.config, "int4"), **GREEDY)
-    assert torch.equal(other.generate(prompt(1, 90), past_key_values=cache, **GREEDY), expected)
+    expected = other.generate(prompt(1, 90), **with_cache(QuantizedPagedCache(model.config, "int4")), **GREEDY)
+    assert torch.equal(other.generate(prompt(1, 90), **with_cache(cache), **GREEDY), expected)
 
 
 @pytest.mark.parametrize(
@@ -156,9 +157,9 @@ def test_cache_made_by_generate_belongs_to_its_model(
     name: str, options: dict[str, str], model: PreTrainedModel
 ) -> None:
     options = {"cache_implementation": name, "cache_config": {"policy": "int4"} | options}
-    cache = model.generate(prompt(), **GREEDY, **options, return_dict_in_generate=True).past_key_values
+    cache = cache_in(model.generate(prompt(), **GREEDY, **options, return_dict_in_generate=True))
     with refused(cache, errors.WrongModelError, "filled by another model"):
-        tiny_llama(seed=1).generate(prompt(1, 90), past_key_values=cache, **GREEDY)
+        tiny_llama(seed=1).generate(prompt(1, 90), **with_cache(cache), **GREEDY)
 
 
 @pytest.mark.parametrize("changes", [{"num_key_value_heads": 4}, {"head_dim": 64}, {"num_key_value_heads": 1}], ids=str)
@@ -183,14 +184,14 @@ def test_gradient_enabled(model: PreTrainedModel) -> None:
     cache = QuantizedPagedCache(model.config, "int8")
     forward(model, cache, prompt(1, 100))
     with refused(cache, errors.GradientError, "torch.no_grad()", "use_cache=False"):
-        model(prompt(1, 1), past_key_values=cache)
+        model(prompt(1, 1), **with_cache(cache))
     empty = QuantizedPagedCache(model.config, "int8")
     with refused(empty, errors.GradientError, "torch.no_grad()"):
-        model(prompt(1, 100), past_key_values=empty)
+        model(prompt(1, 100), **with_cache(empty))
     with torch.inference_mode():
-        assert model(prompt(1, 1), past_key_values=cache).logits.isfinite().all()
+        assert model(prompt(1, 1), **with_cache(cache)).logits.isfinite().all()
     frozen = tiny_llama().requires_grad_(False)
-    assert frozen(prompt(1, 1), past_key_values=cache).logits.isfinite().all()
+    assert frozen(prompt(1, 1), **with_cache(cache)).logits.isfinite().all()
 
 
 # -- interruption ------------------------------------------------------------------------------------------------------
@@ -259,19 +260,19 @@ def test_interrupted_generate(step: int, policy: str, model: PreTrainedModel) ->
     """As in a notebook: the cell is stopped, and run again with the same cache."""
     inputs = ragged_prompts((50, 20))
     expected = model.generate(
-        **inputs, past_key_values=QuantizedPagedCache(model.config, policy), max_new_tokens=60, do_sample=False
+        **inputs, **with_cache(QuantizedPagedCache(model.config, policy)), max_new_tokens=60, do_sample=False
     )
     cache = QuantizedPagedCache(model.config, policy)
     with interrupted(model, 2, step):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=60, do_sample=False)
+        model.generate(**inputs, **with_cache(cache), max_new_tokens=60, do_sample=False)
     reached = 50 + step - (step > 0)
     with pytest.raises(errors.InterruptedForwardError, match=r"cache\.rollback\(\).*cache\.reset\(\)"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=60, do_sample=False)
+        model.generate(**inputs, **with_cache(cache), max_new_tokens=60, do_sample=False)
     assert cache.rollback() == (reached if step else 0)
     ids = expected[:, : 50 + step]  # what had been generated when it was stopped
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, step, dtype=torch.long)], 1)
     again = model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=60 - step, do_sample=False
+        input_ids=ids, attention_mask=mask, **with_cache(cache), max_new_tokens=60 - step, do_sample=False
     )
     assert torch.equal(again, expected)
 
@@ -360,7 +361,7 @@ def test_fallback_is_said_once_per_cache() -> None:
 def test_no_warning_in_pages(model: PreTrainedModel) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", KVQuantFallbackWarning)
-        model.generate(prompt(), past_key_values=QuantizedPagedCache(model.config, "int8"), **GREEDY)
+        model.generate(prompt(), **with_cache(QuantizedPagedCache(model.config, "int8")), **GREEDY)
 
 
 def test_positive_crop_is_refused(model: PreTrainedModel) -> None:
@@ -381,7 +382,7 @@ def test_positive_crop_is_refused(model: PreTrainedModel) -> None:
 def test_name_and_cache_together_are_transformers_own_error(implementation: str, model: PreTrainedModel) -> None:
     for cache in (QuantizedPagedCache(model.config), DynamicCache(config=model.config)):
         with pytest.raises(ValueError, match="Passing both `cache_implementation`") as caught:
-            model.generate(prompt(), past_key_values=cache, cache_implementation=implementation, **GREEDY)
+            model.generate(prompt(), **with_cache(cache), cache_implementation=implementation, **GREEDY)
         assert not isinstance(caught.value, errors.KVQuantError)
 
 
@@ -421,7 +422,7 @@ def test_disable_restores_the_very_same_objects(model: PreTrainedModel) -> None:
         # A cache of ours still works where it is handed over: as packed keys that read as dense ones.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            ours = model.generate(prompt(), past_key_values=QuantizedPagedCache(model.config, "exact"), **GREEDY)
+            ours = model.generate(prompt(), **with_cache(QuantizedPagedCache(model.config, "exact")), **GREEDY)
         assert torch.equal(ours, model.generate(prompt(), **GREEDY))
         assert any(issubclass(w.category, KVQuantFallbackWarning) for w in caught)
     finally:
@@ -430,7 +431,7 @@ def test_disable_restores_the_very_same_objects(model: PreTrainedModel) -> None:
     assert all(a is b for a, b in zip(patched(), original, strict=True))
     kvquant_hf.enable()
     output = model.generate(prompt(), cache_implementation="kvquant", return_dict_in_generate=True, **GREEDY)
-    assert isinstance(output.past_key_values, QuantizedPagedCache)
+    assert isinstance(cache_in(output), QuantizedPagedCache)
 
 
 def test_other_names_pass_through(model: PreTrainedModel) -> None:
@@ -464,8 +465,9 @@ def test_reload_keeps_one_patch() -> None:
         model = tiny_llama()
         output = model.generate(prompt(), max_new_tokens=3, do_sample=False, cache_implementation="kvquant",
             return_dict_in_generate=True)
-        new = type(output.past_key_values) is kvquant_hf.QuantizedPagedCache
-        paged = output.past_key_values.report().paged_calls
+        from kvquant_hf.transformers_api.names import cache_in
+        new = type(cache_in(output)) is kvquant_hf.QuantizedPagedCache
+        paged = cache_in(output).report().paged_calls
         kvquant_hf.disable()
         restored = [a is b for a, b in zip(watched(), original)]
         print(json.dumps({"names": names, "new": new, "paged": paged, "restored": restored}))

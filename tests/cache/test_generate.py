@@ -19,6 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, Pr
 from kvquant_hf import Int4PagedCache, Int8PagedCache, QuantizedPagedCache, TurboQuantPagedCache
 from kvquant_hf.errors import KVQuantFallbackWarning
 from kvquant_hf.reports.report import CacheReport
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 
 NEW = 70  # a page is 64 tokens: every run seals pages while it generates
 
@@ -28,7 +29,7 @@ def generate(model: PreTrainedModel, cache: Any = None, seed: int = 7, **options
     torch.manual_seed(seed)
     options = {"max_new_tokens": NEW, "do_sample": False} | options
     if cache is not None:
-        options["past_key_values"] = cache
+        options |= with_cache(cache)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KVQuantFallbackWarning)
         return model.generate(**options)
@@ -48,7 +49,7 @@ def check_same(model: PreTrainedModel, **options: Any) -> CacheReport:
 def logits_through(model: PreTrainedModel, ids: torch.Tensor, cache: Any, chunk: int) -> torch.Tensor:
     """Logits of all tokens, ``chunk`` tokens per forward pass."""
     with torch.no_grad():
-        parts = [model(ids[:, part], past_key_values=cache).logits for part in chunks(ids.shape[1], chunk)]
+        parts = [model(ids[:, part], **with_cache(cache)).logits for part in chunks(ids.shape[1], chunk)]
     return torch.cat(parts, 1)
 
 
@@ -209,7 +210,7 @@ def test_encoder_decoder(attention: str, beams: int) -> None:
     # float32 rounding over three layers; leaving out the position bias or a mask moves logits by 1e-2.
     ours, theirs = torch.stack(output.logits), torch.stack(expected.logits)
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-    cache = output.past_key_values
+    cache = cache_in(output)
     assert isinstance(cache, EncoderDecoderCache) and isinstance(cache.self_attention_cache, QuantizedPagedCache)
     # The cross half is read from the second step on; in the first, attention gets what has just been stored.
     for half, count in ((cache.self_attention_cache, 3 * 140), (cache.cross_attention_cache, 3 * 139)):
@@ -231,7 +232,7 @@ def test_encoder_decoder_with_packed_cross_attention() -> None:
 # -- ways in -----------------------------------------------------------------------------------------------------------
 
 WAYS: dict[str, Callable[[PreTrainedModel, str], dict[str, Any]]] = {
-    "past_key_values": lambda model, policy: {"past_key_values": QuantizedPagedCache(model.config, policy)},
+    "past_key_values": lambda model, policy: with_cache(QuantizedPagedCache(model.config, policy)),
     "kvquant": lambda model, policy: {"cache_implementation": "kvquant", "cache_config": {"policy": policy}},
     "quantized": lambda model, policy: {
         "cache_implementation": "quantized",
@@ -245,7 +246,7 @@ WAYS: dict[str, Callable[[PreTrainedModel, str], dict[str, Any]]] = {
 def test_ways_in(way: str, policy: str, llama: PreTrainedModel) -> None:
     inputs = ragged_prompts()
     output = generate(llama, **inputs, **WAYS[way](llama, policy), return_dict_in_generate=True)
-    cache = output.past_key_values
+    cache = cache_in(output)
     assert isinstance(cache, QuantizedPagedCache)
     assert cache.policy.name == {"8": "int8-token"}.get(policy, policy)
     assert cache.get_seq_length() == 70 + NEW - 1 and cache.report().batch_size == 4
@@ -270,13 +271,15 @@ def test_cache_config_can_be_used_again(way: str, llama: PreTrainedModel) -> Non
 def test_cache_options_reach_the_cache(llama: PreTrainedModel) -> None:
     options = {"policy": "int8/int4", "page_size": 16, "prefill": "quantized"}
     for implementation, more in (("kvquant", {}), ("quantized", {"backend": "kvquant"})):
-        cache = generate(
-            llama,
-            input_ids=prompt(),
-            cache_implementation=implementation,
-            cache_config=options | more,
-            return_dict_in_generate=True,
-        ).past_key_values
+        cache = cache_in(
+            generate(
+                llama,
+                input_ids=prompt(),
+                cache_implementation=implementation,
+                cache_config=options | more,
+                return_dict_in_generate=True,
+            )
+        )
         assert (cache.policy.name, cache.page_size, cache.prefill) == ("int8-channel/int4-hadamard", 16, "quantized")
         assert cache.report().prefill_calls == 0
 
@@ -294,7 +297,7 @@ def test_default_in_the_models_generation_config(way: str, tmp_path: Path) -> No
     for _ in range(2):
         output = generate(model, input_ids=ids, return_dict_in_generate=True)
         assert torch.equal(output.sequences, expected)
-        assert isinstance(output.past_key_values, QuantizedPagedCache)
+        assert isinstance(cache_in(output), QuantizedPagedCache)
     output = generate(model, input_ids=ids, use_cache=False)
     assert torch.equal(output, expected)
 

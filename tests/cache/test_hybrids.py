@@ -27,6 +27,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import InterruptedForwardError, KVQuantFallbackWarning, RollbackError
 from kvquant_hf.layers.attention import attend
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 
 PAGE, NEW = 8, 25
 EXACT = {"policy": "exact", "page_size": PAGE}
@@ -51,7 +52,7 @@ def generate(model: PreTrainedModel, seed: int = 7, **options: Any) -> Any:
 
 def read(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **with_cache(cache)).logits
 
 
 # -- decoders ----------------------------------------------------------------------------------------------------------
@@ -79,10 +80,10 @@ def test_exact_is_dynamic_cache(strategy: str, model: PreTrainedModel) -> None:
             cache,
         ):  # transformers refuses speculation for models with a recurrent state, whatever the cache
             with pytest.raises(ValueError, match="stateful"):
-                generate(model, past_key_values=past, **options)
+                generate(model, **with_cache(past), **options)
         return
     expected = generate(model, **options)
-    assert torch.equal(generate(model, past_key_values=cache, **options), expected)
+    assert torch.equal(generate(model, **with_cache(cache), **options), expected)
     assert len(expected[:, options["input_ids"].shape[1] :].unique()) > 5
     report = cache.report()
     latent = model.config.model_type == "deepseek_v3"
@@ -94,8 +95,8 @@ def test_multi_turn_reset_and_another_batch_size(model: PreTrainedModel) -> None
     for batch in (1, 3):
         theirs, ids = DynamicCache(config=model.config), prompt(batch, 40)
         for turn, new in enumerate((9, 20)):
-            output = generate(model, input_ids=ids, past_key_values=ours, max_new_tokens=new)
-            ids = generate(model, input_ids=ids, past_key_values=theirs, max_new_tokens=new)
+            output = generate(model, input_ids=ids, **with_cache(ours), max_new_tokens=new)
+            ids = generate(model, input_ids=ids, **with_cache(theirs), max_new_tokens=new)
             assert torch.equal(output, ids), f"turn {turn}"
             ids = torch.cat([ids, prompt(batch, 19, seed=turn + 1)], 1)
         ours.reset()
@@ -181,7 +182,7 @@ def test_rollback_says_that_a_state_cannot_go_back(name: str) -> None:
 def test_layers_that_share_keys_hold_none(sliding: str) -> None:
     model = tiny_hybrid("gemma4")
     cache = paged(model, sliding=sliding)
-    output = generate(model, past_key_values=cache, input_ids=prompt(2, 60))
+    output = generate(model, **with_cache(cache), input_ids=prompt(2, 60))
     assert torch.equal(output, generate(model, input_ids=prompt(2, 60)))
     report = cache.report()
     assert report.paged_layers == (4 if sliding == "quantized" else 2)
@@ -245,7 +246,7 @@ def seen_caches(model: PreTrainedModel) -> list[EncoderDecoderCache]:
     caches: list[EncoderDecoderCache] = []
 
     def remember(_: object, __: object, arguments: dict[str, Any]) -> None:
-        caches.append(arguments["past_key_values"])
+        caches.append(cache_in(arguments))
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
     return caches
@@ -287,7 +288,7 @@ def test_cross_attention_is_quantized_and_its_first_step_exact() -> None:
     output = generate(model, **inputs, **options, cache_implementation="kvquant")
     first, second = ((a - b).abs().max() / b.abs().max() for a, b in zip(output.logits, exact.logits[:2], strict=False))
     assert first < 1e-5 and second > 1e-4
-    own, cross = output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache
+    own, cross = cache_in(output).self_attention_cache, cache_in(output).cross_attention_cache
     assert cross.report().policy == "int4" and cross.report().tokens == 60 and own.report().tokens == 3
     assert cross.report().packed_bytes == 3 * cross.stores[0].footprint().packed > 0
     assert cross.stores[0].sealed_pages == 7 and cross._log is not own._log
@@ -300,7 +301,7 @@ def test_encoder_decoder_crop_reset_and_reuse() -> None:
 
     def decode(cache: Any, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return model(encoder_outputs=encoded, decoder_input_ids=tokens, past_key_values=cache).logits
+            return model(encoder_outputs=encoded, decoder_input_ids=tokens, **with_cache(cache)).logits
 
     ours = EncoderDecoderCache(paged(model), paged(model))
     tokens = prompt(2, 20, seed=1)
@@ -330,7 +331,7 @@ def test_images_in_the_prompt(attention: str, options: dict[str, Any]) -> None:
     inputs["input_ids"][:, -6:-2] = VOCAB - 1
     inputs["pixel_values"] = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected, cache = generate(model, **inputs, **options), paged(model)
-    assert torch.equal(generate(model, **inputs, **options, past_key_values=cache), expected)
+    assert torch.equal(generate(model, **inputs, **options, **with_cache(cache)), expected)
     without = inputs | {"pixel_values": inputs["pixel_values"].flip(0)}
     assert not torch.equal(generate(model, **without, **options), expected), "the images do not matter"
     assert cache.report().fallback_calls == 0 < cache.report().paged_calls

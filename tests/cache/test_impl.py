@@ -6,6 +6,7 @@ from models import prompt, tiny_llama
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import ImplementationError
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -21,7 +22,7 @@ def test_generation_on_the_kernels(policy: str) -> None:
     outputs, caches = [], {}
     for impl in ("reference", "triton"):
         caches[impl] = QuantizedPagedCache(model.config, policy, page_size=16, impl=impl)
-        outputs.append(model.generate(ids, past_key_values=caches[impl], max_new_tokens=4, do_sample=False))
+        outputs.append(model.generate(ids, **with_cache(caches[impl]), max_new_tokens=4, do_sample=False))
     assert torch.equal(*outputs)
     for impl, cache in caches.items():
         report = cache.report()
@@ -36,17 +37,17 @@ def test_triton_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     model = tiny_llama()
     for options in (
-        {"past_key_values": QuantizedPagedCache(model.config, "int8", impl="triton")},
+        with_cache(QuantizedPagedCache(model.config, "int8", impl="triton")),
         {"cache_implementation": "kvquant", "cache_config": {"policy": "int8", "impl": "triton"}},
     ):
         with pytest.raises(ImplementationError, match=r"impl='triton' cannot run here: .*'cpu'.*use impl='auto'\.$"):
             model.generate(prompt(1, 70), **options, **GREEDY)
     cache = QuantizedPagedCache(model.config, "int8", impl="triton")
     with pytest.raises(ImplementationError), torch.no_grad():
-        model(prompt(1, 70), past_key_values=cache)
+        model(prompt(1, 70), **with_cache(cache))
     assert cache.report().tokens == 0 and cache.get_seq_length() == 0
     auto = model.generate(prompt(1, 70), cache_implementation="kvquant", return_dict_in_generate=True, **GREEDY)
-    report = auto.past_key_values.report()
+    report = cache_in(auto).report()
     assert report.implementation == "cpu" and report.implementation_reason == ""
 
 
@@ -54,4 +55,4 @@ def test_pages_that_the_kernels_cannot_take() -> None:
     model = tiny_llama()
     cache = QuantizedPagedCache(model.config, "int8", page_size=24, impl="triton")
     with pytest.raises(ImplementationError, match="24 tokens"), torch.no_grad():
-        model(prompt(1, 70), past_key_values=cache)
+        model(prompt(1, 70), **with_cache(cache))

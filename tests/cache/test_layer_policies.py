@@ -16,6 +16,7 @@ from kvquant_hf.errors import PoolMismatchError, SavedCacheError, WrongModelErro
 from kvquant_hf.policies.cost import page_cost
 from kvquant_hf.policies.file import write_layers
 from kvquant_hf.policies.fingerprint import fingerprint
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 
 PAGE = 16
 MIXED = LayerwisePolicy(["int8", "lloyd3-channel/lloyd3", "int4/turboquant"])
@@ -28,7 +29,7 @@ def llama() -> PreTrainedModel:
 
 def generate(model: PreTrainedModel, cache: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
     ids = prompt(batch=2) if ids is None else ids
-    return model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    return model.generate(ids, **with_cache(cache), max_new_tokens=20, do_sample=False)
 
 
 def codecs(cache: QuantizedPagedCache) -> list[tuple[str, str]]:
@@ -64,7 +65,7 @@ def test_by_name_and_from_a_file(llama: PreTrainedModel, tmp_path: Path) -> None
     options: dict[str, Any] = {"cache_implementation": "kvquant", "return_dict_in_generate": True, "max_new_tokens": 3}
     for policy in (str(path), path, MIXED):
         output = llama.generate(prompt(), cache_config={"policy": policy, "page_size": PAGE}, **options)
-        assert codecs(output.past_key_values) == [(layer.keys, layer.values) for layer in MIXED.layers]
+        assert codecs(cache_in(output)) == [(layer.keys, layer.values) for layer in MIXED.layers]
 
 
 def test_another_model_is_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -139,5 +140,5 @@ def test_both_halves_of_an_encoder_decoder() -> None:
         max_new_tokens=5,
         do_sample=False,
     )
-    for half in (output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache):
+    for half in (cache_in(output).self_attention_cache, cache_in(output).cross_attention_cache):
         assert codecs(half) == [(policy.keys, policy.values) for policy in mixed.layers]

@@ -10,6 +10,7 @@ from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.pages.padding import padded_pages, replace_padding
 from kvquant_hf.pages.store import PagedStore
 from kvquant_hf.policies.table import POLICIES
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 
 PAGE = 16
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
@@ -119,13 +120,13 @@ def test_generate_says_where_the_padding_is(chunk: int | None) -> None:
     expected = model.generate(**inputs, **GREEDY)
     for options in ({"cache_implementation": "kvquant", "cache_config": {"policy": "exact", "page_size": PAGE}}, None):
         cache = QuantizedPagedCache(model.config, "exact", page_size=PAGE)
-        options = options or {"past_key_values": cache}
+        options = options or with_cache(cache)
         output = model.generate(**inputs, **options, **GREEDY, prefill_chunk_size=chunk, return_dict_in_generate=True)
         assert torch.equal(output.sequences, expected)
-        store = output.past_key_values.stores[0]
+        store = cache_in(output).stores[0]
         # 89 tokens held: 5 sealed pages each; sequences 2 and 3 begin in their third and fifth page.
         assert store.pool.used == 4 * 5 - 2 - 4 + 1
-        assert np.array_equal(output.past_key_values.layers[0].padding, (inputs["attention_mask"] == 0).numpy())
+        assert np.array_equal(cache_in(output).layers[0].padding, (inputs["attention_mask"] == 0).numpy())
 
 
 def test_padding_changes_nothing_for_the_real_tokens() -> None:
@@ -139,7 +140,7 @@ def test_padding_changes_nothing_for_the_real_tokens() -> None:
             cache.set_padding(inputs["attention_mask"])
         with torch.no_grad():
             exact = model(**inputs).logits[1, -1]
-            errors.append(float((model(**inputs, past_key_values=cache).logits[1, -1] - exact).abs().max()))
+            errors.append(float((model(**inputs, **with_cache(cache)).logits[1, -1] - exact).abs().max()))
     assert errors[0] <= errors[1] and errors[0] > 0
 
 
@@ -149,7 +150,7 @@ def test_padding_follows_its_sequence() -> None:
     inputs = ragged_prompts((40, 33))
     cache.set_padding(inputs["attention_mask"])
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **with_cache(cache))
     cache.reorder_cache(torch.tensor([1, 0]))
     assert cache.layers[0].padding.tolist() == inputs["attention_mask"].eq(0).flip(0).tolist()
     cache.batch_repeat_interleave(2)
@@ -160,5 +161,5 @@ def test_padding_follows_its_sequence() -> None:
     cache.reset()
     assert cache.layers[0].padding is None
     with torch.no_grad():
-        model(prompt(3, 20), past_key_values=cache)
+        model(prompt(3, 20), **with_cache(cache))
     assert cache.report().tokens == 20

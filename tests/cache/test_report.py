@@ -13,6 +13,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from kvquant_hf import KVPolicy, QuantizedPagedCache
 from kvquant_hf.policies.cost import page_cost
+from kvquant_hf.transformers_api.names import with_cache
 
 policies = pytest.mark.parametrize("policy", ONLINE)
 
@@ -149,7 +150,7 @@ def test_other_layers_are_listed_and_weighed() -> None:
     model = tiny_gemma2()
     cache = QuantizedPagedCache(model.config, "int8", sliding="exact")
     with torch.no_grad():
-        model(prompt(2, 70), past_key_values=cache)
+        model(prompt(2, 70), **with_cache(cache))
     report = cache.report()
     assert report.paged_layers == 2 and report.other_layers == {"DynamicSlidingWindowLayer": 2}
     sliding = [layer for layer in cache.layers if layer.is_sliding]
@@ -162,9 +163,9 @@ def test_calls_are_counted_by_path() -> None:
     model = tiny_llama()
     cache = QuantizedPagedCache(model.config, "int8")
     with torch.no_grad():
-        model(prompt(1, 70), past_key_values=cache)
-        model(prompt(1, 1), past_key_values=cache)
-        model(prompt(1, 5), past_key_values=cache)
+        model(prompt(1, 70), **with_cache(cache))
+        model(prompt(1, 1), **with_cache(cache))
+        model(prompt(1, 5), **with_cache(cache))
     report = cache.report()
     assert (report.prefill_calls, report.paged_calls, report.fallback_calls) == (3, 6, 0)  # three layers
     assert report.fallback_reasons == {}

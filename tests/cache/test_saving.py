@@ -28,6 +28,7 @@ from kvquant_hf.files import cache as saving
 from kvquant_hf.files import checked as checked_file
 from kvquant_hf.files import layers as layer_state
 from kvquant_hf.pages.store import PagedStore
+from kvquant_hf.transformers_api.names import with_cache
 
 PAGE = 16
 
@@ -36,12 +37,12 @@ def generate(model: PreTrainedModel, cache: Any, new: int = 40, **options: Any) 
     torch.manual_seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KVQuantFallbackWarning)
-        return model.generate(past_key_values=cache, max_new_tokens=new, **{"do_sample": False} | options)
+        return model.generate(**with_cache(cache), max_new_tokens=new, **{"do_sample": False} | options)
 
 
 def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **with_cache(cache)).logits
 
 
 def reload(cache: QuantizedPagedCache, model: PreTrainedModel, path: Path) -> QuantizedPagedCache:

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.transformers_api.names import with_cache
 
 PAGE = 16
 STATIC = {"page_size": PAGE, "static": True}
@@ -69,10 +70,10 @@ def compile_config(backend: Any) -> CompileConfig:
 def decode(model: PreTrainedModel, step: Any, cache: Any, ids: torch.Tensor, steps: int) -> torch.Tensor:
     """The tokens that follow ``ids``: the prompt through the model, then one by one through ``step``."""
     with torch.no_grad():
-        token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(ids, **with_cache(cache)).logits[:, -1:].argmax(-1)
         tokens = [token]
         for _ in range(steps):
-            token = step(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = step(token, **with_cache(cache)).logits[:, -1:].argmax(-1)
             tokens.append(token)
     return torch.cat(tokens, 1)
 
@@ -104,7 +105,7 @@ def test_generate_compiles_by_itself(llama: PreTrainedModel) -> None:
     """By name: left padding, a second call, and a shorter one all find the graph; tokens as without any."""
     inputs = ragged_prompts((40, 21, 3))
     grown = QuantizedPagedCache(llama.config, "int4", page_size=PAGE)
-    expected = llama.generate(**inputs, past_key_values=grown, **GREEDY)
+    expected = llama.generate(**inputs, **with_cache(grown), **GREEDY)
     recorder = Recorder("aot_eager")
     options = {"cache_implementation": "kvquant", "cache_config": STATIC | {"policy": "int4"}}
     options["compile_config"] = compile_config(recorder)
@@ -124,7 +125,7 @@ def test_a_forward_that_is_compiled_as_a_whole() -> None:
     llama.forward = torch.compile(llama.forward, fullgraph=True, backend="eager")
     for _ in range(2):
         cache = QuantizedPagedCache(llama.config, "exact", max_length=80, **STATIC)
-        assert torch.equal(llama.generate(**inputs, past_key_values=cache, **GREEDY), expected)
+        assert torch.equal(llama.generate(**inputs, **with_cache(cache), **GREEDY), expected)
     assert graphs() == (2, 0)  # the prompt, and a token
 
 
@@ -161,7 +162,7 @@ def test_windows() -> None:
     options = GREEDY | {"compile_config": compile_config(recorder), "max_new_tokens": 15}
     for sliding in ("quantized", "exact"):
         cache = QuantizedPagedCache(model.config, "exact", max_length=79, sliding=sliding, **STATIC)
-        output = model.generate(ids, past_key_values=cache, disable_compile=sliding == "exact", **options)
+        output = model.generate(ids, **with_cache(cache), disable_compile=sliding == "exact", **options)
         assert torch.equal(output, expected)
     assert len(recorder.graphs) == 1
     assert Counter(node.args[14] for node in recorder.calls("paged_attention")) == {24: 2, 0: 2}
@@ -181,19 +182,19 @@ def test_chunks_take_backs_and_beams(llama: PreTrainedModel) -> None:
         for options in ({}, STATIC | {"max_length": 80}):
             cache = QuantizedPagedCache(llama.config, "int8", **({"page_size": PAGE} | options))
             torch.manual_seed(3)
-            outputs.append(llama.generate(ids, past_key_values=cache, **(GREEDY | way)))
+            outputs.append(llama.generate(ids, **with_cache(cache), **(GREEDY | way)))
         assert torch.equal(*outputs), way
 
 
 def test_a_second_turn_and_a_copy(llama: PreTrainedModel) -> None:
     ids = prompt(1, 30)
     cache = QuantizedPagedCache(llama.config, "exact", max_length=120, **STATIC)
-    first = llama.generate(ids, past_key_values=cache, **GREEDY)
+    first = llama.generate(ids, **with_cache(cache), **GREEDY)
     twin = copy.deepcopy(cache)
     for each, seed in ((cache, 1), (twin, 2)):
         longer = torch.cat([first, prompt(1, 5, seed)], 1)
         expected = llama.generate(longer, **GREEDY)
-        assert torch.equal(llama.generate(longer, past_key_values=each, **GREEDY), expected)
+        assert torch.equal(llama.generate(longer, **with_cache(each), **GREEDY), expected)
 
 
 def test_memory_stays_where_it_is(llama: PreTrainedModel) -> None:
@@ -210,17 +211,17 @@ def test_memory_stays_where_it_is(llama: PreTrainedModel) -> None:
         ]
         return [x.data_ptr() for x in tensors]
 
-    llama.generate(prompt(2, 40), past_key_values=cache, **GREEDY)
+    llama.generate(prompt(2, 40), **with_cache(cache), **GREEDY)
     before = held()
     assert all(x._dynamo_static_input_type for x in tensors)
     cache.crop(-25)
     cache.reorder_cache(torch.tensor([1, 1]))
-    llama.generate(prompt(2, 80), past_key_values=cache, **(GREEDY | {"max_new_tokens": 5}))
+    llama.generate(prompt(2, 80), **with_cache(cache), **(GREEDY | {"max_new_tokens": 5}))
     cache.reset()
-    llama.generate(prompt(2, 33), past_key_values=cache, **GREEDY)
+    llama.generate(prompt(2, 33), **with_cache(cache), **GREEDY)
     assert held() == before
     cache.reset()
-    llama.generate(prompt(3, 33), past_key_values=cache, **GREEDY)  # another batch is other memory
+    llama.generate(prompt(3, 33), **with_cache(cache), **GREEDY)  # another batch is other memory
     assert held() != before and cache.report().batch_size == 3
 
 

@@ -20,6 +20,7 @@ from kvquant_hf.errors import (
     UnknownPolicyError,
     UnsupportedModelError,
 )
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 
 PAGE = 16
 STATIC = {"page_size": PAGE, "static": True}
@@ -53,9 +54,9 @@ def test_options_that_do_not_go_together(llama: PreTrainedModel) -> None:
 def test_full_is_said_before_generation_starts(llama: PreTrainedModel) -> None:
     cache = QuantizedPagedCache(llama.config, max_length=50, **STATIC)
     with pytest.raises(CacheFullError, match=r"takes 50 tokens and is to hold 51; .*larger max_length"):
-        llama.generate(prompt(1, 32), past_key_values=cache, max_new_tokens=20)
+        llama.generate(prompt(1, 32), **with_cache(cache), max_new_tokens=20)
     assert cache.report().tokens == 0
-    llama.generate(prompt(1, 32), past_key_values=cache, max_new_tokens=19, do_sample=False)
+    llama.generate(prompt(1, 32), **with_cache(cache), max_new_tokens=19, do_sample=False)
     assert cache.report().tokens == 50  # the last token that is generated is not read
 
 
@@ -63,12 +64,12 @@ def test_full_is_said_by_a_step(llama: PreTrainedModel) -> None:
     """By the first layer, so that all stay level; in a graph as well."""
     cache = QuantizedPagedCache(llama.config, max_length=32, **STATIC)
     with torch.no_grad():
-        llama(prompt(1, 32), past_key_values=cache)
+        llama(prompt(1, 32), **with_cache(cache))
         with pytest.raises(CacheFullError, match="takes 32 tokens and is to hold 33"):
-            llama(prompt(1, 1), past_key_values=cache)
+            llama(prompt(1, 1), **with_cache(cache))
         step = torch.compile(llama.forward, fullgraph=True, backend="eager", dynamic=False)
         with pytest.raises(CacheFullError, match="takes 32 tokens and is to hold 33"):
-            step(prompt(1, 1), past_key_values=cache)
+            step(prompt(1, 1), **with_cache(cache))
     assert [store.length for store in cache.stores] == [32, 32]
 
 
@@ -87,7 +88,7 @@ def test_by_name_there_is_always_room(llama: PreTrainedModel) -> None:
                     max_new_tokens=new, cache_config=options | more, return_dict_in_generate=True, **backend
                 ),
             )
-            held.append(output.past_key_values.max_length)
+            held.append(cache_in(output).max_length)
         assert held == [49, 49, 59, 100] and "max_length" not in options
     with pytest.raises(CacheFullError, match="takes 40 tokens and is to hold 49"):
         config = STATIC | {"policy": "int8", "max_length": 40}
@@ -100,7 +101,7 @@ def test_both_halves_of_an_encoder_decoder_are_static() -> None:
     config = STATIC | {"policy": "exact"}
     output = model.generate(**inputs, cache_implementation="kvquant", cache_config=config, return_dict_in_generate=True)
     assert torch.equal(output.sequences, model.generate(**inputs))
-    halves = output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache
+    halves = cache_in(output).self_attention_cache, cache_in(output).cross_attention_cache
     assert [half.report().tokens for half in halves] == [20, 19]
     assert [[half.max_length, *(layer.max_length for layer in half.layers)] for half in halves] == [[20] * 4, [19] * 4]
 
@@ -109,18 +110,18 @@ def test_an_interrupted_step_is_noticed(llama: PreTrainedModel) -> None:
     cache = QuantizedPagedCache(llama.config, "exact", max_length=60, **STATIC)
     ids = prompt(1, 20)
     expected = llama.generate(ids, max_new_tokens=9, do_sample=False)
-    llama.generate(ids[:, :15], past_key_values=cache, max_new_tokens=1)
+    llama.generate(ids[:, :15], **with_cache(cache), max_new_tokens=1)
     new = torch.randn(1, 2, 3, 32)
     cache.update(new, new, 0)  # and no other layer
     with pytest.raises(InterruptedForwardError, match=r"hold 18, 15 tokens; call cache.rollback\(\)"):
-        llama.generate(ids, past_key_values=cache, max_new_tokens=9)
+        llama.generate(ids, **with_cache(cache), max_new_tokens=9)
     assert cache.rollback() == 15
-    assert torch.equal(llama.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False), expected)
+    assert torch.equal(llama.generate(ids, **with_cache(cache), max_new_tokens=9, do_sample=False), expected)
 
 
 def test_what_would_change_the_memory_is_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
     cache = QuantizedPagedCache(llama.config, max_length=40, **STATIC)
-    llama.generate(prompt(2, 20), past_key_values=cache, max_new_tokens=5)
+    llama.generate(prompt(2, 20), **with_cache(cache), max_new_tokens=5)
     with pytest.raises(StaticCacheError, match="without static=True"):
         cache.batch_repeat_interleave(2)
     with pytest.raises(SavedCacheError, match="without static=True"):
@@ -135,14 +136,14 @@ def test_a_model_that_looks_for_transformers_own_class(llama: PreTrainedModel, m
     original = type(llama).prepare_inputs_for_generation
 
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
-        assert not isinstance(kwargs["past_key_values"], generation_utils.StaticCache)
+        assert not isinstance(cache_in(kwargs), generation_utils.StaticCache)
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(llama), "prepare_inputs_for_generation", prepare)
-    llama.generate(prompt(1, 9), past_key_values=QuantizedPagedCache(llama.config), max_new_tokens=2)
+    llama.generate(prompt(1, 9), **with_cache(QuantizedPagedCache(llama.config)), max_new_tokens=2)
     cache = QuantizedPagedCache(llama.config, max_length=40, **STATIC)
     with pytest.raises(UnsupportedModelError, match="StaticCache alone; leave static=True out"):
-        llama.generate(prompt(1, 9), past_key_values=cache, max_new_tokens=2)
+        llama.generate(prompt(1, 9), **with_cache(cache), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("policy", ["int4", "turboquant"])
@@ -156,7 +157,7 @@ def test_padding_is_in_no_scale(llama: PreTrainedModel, policy: str, longest: in
         QuantizedPagedCache(llama.config, policy, page_size=PAGE),
         QuantizedPagedCache(llama.config, policy, max_length=longest + 40, **STATIC),
     ]
-    outputs = [llama.generate(**inputs, past_key_values=c, max_new_tokens=40, do_sample=False) for c in caches]
+    outputs = [llama.generate(**inputs, **with_cache(c), max_new_tokens=40, do_sample=False) for c in caches]
     assert torch.equal(*outputs)
     assert all(layer.padding is None for layer in caches[1].paged_layers)
     compared = 0

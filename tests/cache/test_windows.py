@@ -18,6 +18,7 @@ from kvquant_hf.layers.sliding import SlidingStore
 from kvquant_hf.policies.table import POLICIES
 from kvquant_hf.reports.calls import CallLog
 from kvquant_hf.transformers_api.layers import QuantizedSlidingLayer
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 
 WINDOW, PAGE = 24, 8
 LOOKUP = {"input_ids": prompt(1, 20).repeat(1, 4), "prompt_lookup_num_tokens": 4}
@@ -37,13 +38,13 @@ def paged(model: PreTrainedModel, policy: str = "exact", **options: Any) -> Quan
 
 
 def generate(model: PreTrainedModel, cache: Any, new: int = 20, **options: Any) -> torch.Tensor:
-    return model.generate(past_key_values=cache, max_new_tokens=new, do_sample=False, **options)
+    return model.generate(**with_cache(cache), max_new_tokens=new, do_sample=False, **options)
 
 
 def read(model: PreTrainedModel, cache: Any, ids: torch.Tensor, chunk: int = 1 << 30) -> torch.Tensor:
     """Logits of ``ids``, ``chunk`` tokens per forward pass."""
     with torch.no_grad():
-        return torch.cat([model(ids[:, part], past_key_values=cache).logits for part in chunks(ids.shape[1], chunk)], 1)
+        return torch.cat([model(ids[:, part], **with_cache(cache)).logits for part in chunks(ids.shape[1], chunk)], 1)
 
 
 def check_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -335,7 +336,7 @@ def test_reset_and_reuse_with_another_batch_size(sliding: str) -> None:
 def test_sliding_exact_keeps_the_layers_of_transformers() -> None:
     model = tiny_windowed("gemma2")
     options = {"cache_implementation": "kvquant", "cache_config": {"sliding": "exact"}, "max_new_tokens": 3}
-    cache = model.generate(prompt(), **options, return_dict_in_generate=True).past_key_values
+    cache = cache_in(model.generate(prompt(), **options, return_dict_in_generate=True))
     report = cache.report()
     assert cache.sliding == "exact" and report.paged_layers == 2 and report.sliding_layers == {}
     assert report.other_layers == {"DynamicSlidingWindowLayer": 2}

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kvquant_hf import Int8PagedCache, PagePools, QuantizedPagedCache
 from kvquant_hf.calibration import QParams, Statistics, collect, compute
 from kvquant_hf.errors import QParamsError, WrongModelError
+from kvquant_hf.transformers_api.names import with_cache
 from kvquant_hf.transformers_api.observe import ObservingCache
 
 PAGE = 16
@@ -36,7 +37,7 @@ def recorded(model: PreTrainedModel, ids: torch.Tensor) -> dict[tuple[int, str],
         given.update({(layer, "keys"): keys, (layer, "values"): values})
 
     with torch.no_grad():
-        model(ids, past_key_values=ObservingCache(model.config, observe), use_cache=True)
+        model(ids, **with_cache(ObservingCache(model.config, observe)), use_cache=True)
     return given
 
 
@@ -62,11 +63,11 @@ def static(model: PreTrainedModel, qparams: Any, **options: Any) -> QuantizedPag
 
 def read(model: PreTrainedModel, cache: QuantizedPagedCache, ids: torch.Tensor, chunk: int = 1 << 30) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(chunk, 1)], 1)
+        return torch.cat([model(part, **with_cache(cache)).logits for part in ids.split(chunk, 1)], 1)
 
 
 def generate(model: PreTrainedModel, cache: QuantizedPagedCache, **options: Any) -> torch.Tensor:
-    return model.generate(past_key_values=cache, max_new_tokens=20, do_sample=False, **options)
+    return model.generate(**with_cache(cache), max_new_tokens=20, do_sample=False, **options)
 
 
 @PER
@@ -131,7 +132,7 @@ def test_generate_by_name_is_generate_by_object(llama: PreTrainedModel, folder: 
     ):
         outputs.append(llama.generate(**inputs, **way, max_new_tokens=20, do_sample=False))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
-    beams = llama.generate(**inputs, past_key_values=static(llama, folder), max_new_tokens=10, num_beams=3)
+    beams = llama.generate(**inputs, **with_cache(static(llama, folder)), max_new_tokens=10, num_beams=3)
     assert beams.shape[0] == 3
 
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvquant_hf.calibration import Statistics, collect
 from kvquant_hf.errors import CalibrationError, UnsupportedModelError
+from kvquant_hf.transformers_api.names import with_cache
 from kvquant_hf.transformers_api.observe import ObservingCache
 
 WINDOWS = prompt(3, 40)
@@ -41,7 +42,7 @@ class Recording(DynamicCache):
 def recorded(model: PreTrainedModel, ids: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
     cache = Recording(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **with_cache(cache), use_cache=True)
     return cache.given
 
 
@@ -65,7 +66,7 @@ def test_logits_are_those_of_the_model() -> None:
     """Nothing in the forward pass changes because somebody watches."""
     model = tiny_gemma2()
     with torch.no_grad():
-        watched = model(WINDOWS, past_key_values=ObservingCache(model.config, lambda *_: None), use_cache=True).logits
+        watched = model(WINDOWS, **with_cache(ObservingCache(model.config, lambda *_: None)), use_cache=True).logits
         assert torch.equal(watched, model(WINDOWS).logits)
 
 

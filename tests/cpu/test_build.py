@@ -12,6 +12,7 @@ from models import prompt, tiny_llama
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import ImplementationError
+from kvquant_hf.transformers_api.names import with_cache
 from kvquant_hf.triton_kernels import choice
 from kvquant_hf.triton_kernels.codecs import CODECS, integer
 from kvquant_hf.triton_kernels.cpu import build, native
@@ -53,14 +54,14 @@ def refused(*words: str) -> None:
     assert all(word in str(caught.value) for word in words)
     model = tiny_llama()
     cache = QuantizedPagedCache(model.config, "int8")
-    model.generate(prompt(1, 70), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    model.generate(prompt(1, 70), **with_cache(cache), max_new_tokens=3, do_sample=False)
     report = cache.report()
     assert report.implementation == "reference"
     assert all(word in report.implementation_reason for word in words)
     assert str(report).count(report.implementation_reason) == 1
     explicit = QuantizedPagedCache(model.config, "int8", impl="cpu")
     with pytest.raises(ImplementationError, match="impl='cpu'"):
-        model.generate(prompt(1, 70), past_key_values=explicit, max_new_tokens=3)
+        model.generate(prompt(1, 70), **with_cache(explicit), max_new_tokens=3)
     assert explicit.get_seq_length() == 0
 
 

@@ -13,6 +13,7 @@ from kvquant_hf.errors import EvaluationError, EvaluationInputError, Unsupported
 from kvquant_hf.evaluation import Contender, evaluate, paged
 from kvquant_hf.evaluation.harness import weigh_paged
 from kvquant_hf.policies.cost import page_cost
+from kvquant_hf.transformers_api.names import with_cache
 
 PAGE = 16
 CONTEXT = 3 * PAGE + 5
@@ -78,7 +79,7 @@ def test_a_chunk_that_straddles_pages_would_not_be_the_same() -> None:
     with torch.inference_mode():
         aligned = evaluate(model, windows, contenders(model, "int4"), step=PAGE, page_size=PAGE)["int4"].scores
         exact = model(windows).logits.double().log_softmax(-1)
-        output = [model(chunk, past_key_values=cache).logits for chunk in windows.split(PAGE - 4, dim=1)]
+        output = [model(chunk, **with_cache(cache)).logits for chunk in windows.split(PAGE - 4, dim=1)]
     straddling = torch.cat(output, dim=1).double().log_softmax(-1)
     kld = (exact.exp() * (exact - straddling)).sum(-1)[:, : PAGE - 1]
     assert float(aligned.kld[:, : PAGE - 1].max()) < 1e-9

@@ -23,6 +23,7 @@ from kvquant_hf.cli import lm_eval as command
 from kvquant_hf.cli import main
 from kvquant_hf.errors import EvaluationError, EvaluationInputError, UnknownPolicyError, UnsupportedModelError
 from kvquant_hf.evaluation.lm_eval_model import KVQuantLM
+from kvquant_hf.transformers_api.names import with_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "benchmarks/lm_eval"
@@ -83,7 +84,7 @@ def test_a_score_is_that_of_reading_token_by_token(policy: str) -> None:
     logits = wrap(KVQuantLM, model, policy=policy)._model_call(ids)
     cache = QuantizedPagedCache(model.config, policy, page_size=PAGE, prefill="quantized")
     with torch.inference_mode():
-        steps = [model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)]
+        steps = [model(token, **with_cache(cache)).logits for token in ids.split(1, dim=1)]
         plain = model(ids).logits
     assert torch.allclose(logits, torch.cat(steps, dim=1), atol=1e-4)
     assert not torch.allclose(logits[:, PAGE + 1 :], plain[:, PAGE + 1 :], atol=1e-2)
@@ -121,10 +122,10 @@ def test_a_quantized_prefill_reads_the_prompt_in_pages() -> None:
     tokens = byte_tokenizer()(TEXT[:90]).input_ids
     with torch.inference_mode():
         for token in tokens:
-            logits = model(torch.tensor([[token]]), past_key_values=cache).logits
+            logits = model(torch.tensor([[token]]), **with_cache(cache)).logits
         for _ in range(20):
             tokens.append(int(logits[0, -1].argmax()))
-            logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
+            logits = model(torch.tensor([tokens[-1:]]), **with_cache(cache)).logits
     assert byte_tokenizer().decode(tokens[90:]) == written
 
 

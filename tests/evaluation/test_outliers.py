@@ -9,6 +9,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 from kvquant_hf.errors import EvaluationInputError, UnsupportedModelError
 from kvquant_hf.evaluation import evaluate, paged, with_outlier_keys
+from kvquant_hf.transformers_api.names import with_cache
 
 FACTOR = 32.0
 
@@ -26,7 +27,7 @@ def key_channels(model: Any) -> torch.Tensor:
     """Root mean square of the keys that a model caches, ``[layers, heads, head_dim]``."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(length=40), past_key_values=cache, use_cache=True)
+        model(prompt(length=40), **with_cache(cache), use_cache=True)
     return torch.stack([layer.keys[0].square().mean(1).sqrt() for layer in cache.layers])
 
 

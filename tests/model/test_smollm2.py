@@ -8,6 +8,7 @@ from models import chapters
 from transformers import DynamicCache
 
 from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.transformers_api.names import with_cache
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -20,9 +21,9 @@ def test_exact_equals_dynamic_cache_on_ragged_prompts(smollm2: tuple[Any, Any]) 
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     options = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **options)
+    expected = model.generate(ids, attention_mask=mask, **with_cache(DynamicCache(config=model.config)), **options)
     cache = QuantizedPagedCache(model.config, policy="exact")
-    generated = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    generated = model.generate(ids, attention_mask=mask, **with_cache(cache), **options)
     assert torch.equal(generated, expected)
     report = cache.report()
     assert report.tokens == longest + 255 and report.fallback_calls == 0
@@ -46,7 +47,7 @@ def test_int8_gives_the_same_first_64_tokens(smollm2: tuple[Any, Any]) -> None:
     }
     expected = model.generate(ids, **options)
     cache = QuantizedPagedCache(model.config, policy="int8")
-    generated = model.generate(ids, past_key_values=cache, **options)
+    generated = model.generate(ids, **with_cache(cache), **options)
     agree = (generated == expected).all(dim=1).sum().item()
     assert generated.shape == (10, 320)
     assert agree >= 9, f"{agree} of 10 prompts agree on 64 tokens"

@@ -9,6 +9,7 @@ from models import chapters
 from transformers import DynamicCache
 
 from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.transformers_api.names import with_cache
 
 pytestmark = pytest.mark.model
 
@@ -44,10 +45,10 @@ def test_ways_of_generating(way: str, smollm2: tuple[Any, Any]) -> None:
         "eos_token_id": None,
         "pad_token_id": 0,
     } | options(way, model)
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **common)
+    expected = model.generate(ids, **with_cache(DynamicCache(config=model.config)), **common)
     for policy in ("exact", "int4"):
         cache = QuantizedPagedCache(model.config, policy)
-        generated = model.generate(ids, past_key_values=cache, **common)
+        generated = model.generate(ids, **with_cache(cache), **common)
         report = cache.report()
         if policy == "exact":
             assert torch.equal(generated, expected)

@@ -31,6 +31,7 @@ from transformers import (
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import KVQuantFallbackWarning
+from kvquant_hf.transformers_api.names import cache_in, with_cache
 
 PAGE = 8
 NEW = 14  # tokens per call: prompts of 21 seal two pages, these seal two more
@@ -119,13 +120,13 @@ class Runner:
         torch.manual_seed(5)
         options = {"max_new_tokens": NEW, "do_sample": False} | options
         cache = self.cache() if cache is None else cache
-        given = {} if cache is NAMED else {"past_key_values": cache}
+        given = {} if cache is NAMED else with_cache(cache)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KVQuantFallbackWarning)
             # Not `model.generate`: Whisper's own cuts its output to pieces; see `greedy`.
             output = GenerationMixin.generate(self.model, **inputs, **given, **options, **RETURN)
         if not given:
-            self.watch(output.past_key_values)
+            self.watch(cache_in(output))
         beams = options.get("num_beams", 1) > 1
         return Turn(
             output.sequences,
@@ -170,7 +171,7 @@ def greedy(run: Runner) -> list[Turn]:
         features = {"input_features": inputs["input_features"]}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KVQuantFallbackWarning)
-            tokens = run.model.generate(**features, past_key_values=run.cache(), max_new_tokens=2 * NEW)
+            tokens = run.model.generate(**features, **with_cache(run.cache()), max_new_tokens=2 * NEW)
         turns.append(Turn(tokens, None, None, {}))
     return turns
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import BenchmarkInputError
+from ...transformers_api.names import with_cache
 from ..contenders import USUAL_POLICIES, Contender, Dimensions, choose, expected_bytes
 from ..machine import available_memory, describe, synchronize
 from ..plan import SHARE, known_dtypes
@@ -181,7 +182,7 @@ def run_batch(model: Any, contender: Contender, batch: Batch, ids: Sequence[int]
         model.generate(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(masks, device=model.device),
-            past_key_values=cache,
+            **with_cache(cache),
             max_new_tokens=batch.output_tokens,
             do_sample=False,
             stopping_criteria=[clock],

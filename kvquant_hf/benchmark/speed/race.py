@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...errors import BenchmarkError
+from ...transformers_api.names import with_cache
 from ..contenders import DYNAMIC, EXACT, OURS, Contender
 from ..machine import synchronize
 from ..statistics import interleaved, paired_ratio, summarize
@@ -59,7 +60,7 @@ def forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """Logits behind the last of ``ids`` ``[1, tokens]``, as ``[1, vocabulary]``."""
     # Logits of a whole chunk would be the largest tensor of all.
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    output = model(ids, past_key_values=cache, use_cache=True, **options)
+    output = model(ids, use_cache=True, **with_cache(cache), **options)
     return output.logits[:, -1]
 
 

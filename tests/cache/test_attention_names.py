@@ -1,0 +1,270 @@
+"""A model loaded with any attention implementation reads pages, and is right; what is not ours passes through.
+
+FlashAttention needs a GPU and flex attention a compiler: functions registered under their names stand in, do the
+arithmetic on plain tensors, and check that a plain tensor and the masks of their kind are all that they are given.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import WINDOWED, build, prompt, tiny_gemma2, tiny_llama
+from torch.nn.attention import flex_attention
+from transformers import DynamicCache
+from transformers.modeling_utils import AttentionInterface
+
+import kvquant_hf
+from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.errors import KVQuantFallbackWarning
+from kvquant_hf.transformers_api import eager
+from kvquant_hf.transformers_api.attention import ROUTED
+from kvquant_hf.transformers_api.names import cache_in, with_cache
+
+NAMES = ("eager", *ROUTED)
+NEW = {"max_new_tokens": 20, "do_sample": False}
+
+
+def visible(query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None) -> torch.Tensor:
+    """bool ``[queries, tokens]``: the causal rule and the window of FlashAttention, aligned at the end."""
+    last = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2]
+    position = torch.arange(key.shape[2])
+    seen = position <= last if causal else torch.ones_like(position <= last)
+    return seen & (position > last - window) if window else seen
+
+
+def flash(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What FlashAttention computes, from what it accepts."""
+    assert all(type(x) is torch.Tensor and x.dim() == 4 for x in (query, key, value))
+    assert attention_mask is None or (attention_mask.dim() == 2 and attention_mask.shape[1] == key.shape[2])
+    seen = visible(query, key, module.is_causal if is_causal is None else is_causal, sliding_window)[None, None]
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, None]
+    return attention(query, key, value, scaling, seen, softcap, s_aux), None
+
+
+def flex(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What flex attention computes, from what it accepts."""
+    assert all(type(x) is torch.Tensor and x.dim() == 4 for x in (query, key, value))
+    assert isinstance(attention_mask, flex_attention.BlockMask)
+    size = (query.shape[0], 1, query.shape[2], key.shape[2])
+    seen = flex_attention.create_mask(attention_mask.mask_mod, *size, query.device)
+    return attention(query, key, value, scaling, seen, softcap, s_aux), None
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    seen: torch.Tensor,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Softmax attention, ``[batch, queries, heads, dim]``."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], 3)
+    weights = scores.softmax(3)[..., : key.shape[2]].nan_to_num(0)  # a padded query may see nothing
+    return (weights @ value).transpose(1, 2)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Functions for names that do not run on every machine, known to transformers before the package is enabled."""
+    kvquant_hf.disable()
+    for name in ROUTED[1:]:
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, flex if name == "flex_attention" else flash)
+    plain = flex_attention.create_block_mask
+    monkeypatch.setattr(
+        "transformers.masking_utils.create_block_mask",
+        lambda *args, **kwargs: plain(*args, **kwargs | {"_compile": False}),
+    )
+    kvquant_hf.enable()
+    yield
+    kvquant_hf.disable()
+    monkeypatch.undo()
+    kvquant_hf.enable()
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_llama,
+    "mistral, windows": lambda: build(WINDOWED["mistral"][0], _decoder() | WINDOWED["mistral"][1]),
+    "gemma3, windows in turn": lambda: build(WINDOWED["gemma3"][0], _decoder() | WINDOWED["gemma3"][1]),
+    "gemma2, softcap": tiny_gemma2,
+    "gpt-oss, sinks": lambda: build(WINDOWED["gpt-oss"][0], _decoder() | WINDOWED["gpt-oss"][1]),
+}
+# transformers' sdpa computes neither; its flex attention no sinks on a CPU.
+WITHOUT = {("gemma2, softcap", "sdpa"), ("gpt-oss, sinks", "sdpa")}
+
+
+def _decoder() -> dict[str, Any]:
+    from models import _SMALL
+
+    return _SMALL
+
+
+def padded(length: int = 40) -> dict[str, torch.Tensor]:
+    """Two prompts, the second with 15 tokens of padding."""
+    ids = prompt(length=length, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :15] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def with_attention(model: Any, name: str) -> Any:
+    """``model`` as if it had been loaded with ``attn_implementation=name``."""
+    model.config._attn_implementation = name
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_pages_are_read_and_right(kind: str, name: str) -> None:
+    """``exact`` pages, with padding, equal ``DynamicCache``; nothing is multiplied out."""
+    if (kind, name) in WITHOUT:
+        return _refused_by_transformers(kind, name)
+    model = with_attention(MODELS[kind](), name)
+    wanted = model.generate(**padded(), **NEW)
+    cache = QuantizedPagedCache(model.config, "exact", page_size=8)
+    assert torch.equal(model.generate(**padded(), **with_cache(cache), **NEW), wanted)
+    report = cache.report()
+    assert report.paged_calls == len(model.model.layers) * (NEW["max_new_tokens"] - 1)
+    assert report.fallback_calls == 0
+
+
+def _refused_by_transformers(kind: str, name: str) -> None:
+    model = with_attention(MODELS[kind](), name)
+    with warnings.catch_warnings(), pytest.raises((ValueError, AssertionError)):
+        warnings.simplefilter("ignore")
+        output = model.generate(**padded(), **NEW)
+        wanted = with_attention(model, "eager").generate(**padded(), **NEW)
+        assert torch.equal(output, wanted), "older versions leave it out"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["llama", "gemma3, windows in turn"])
+def test_chunks_over_pages(kind: str, name: str) -> None:
+    """Several queries over pages: the causal rule and windows of a FlashAttention call are arguments, no mask."""
+    model = with_attention(MODELS[kind](), name)
+    wanted = model.generate(**padded(), **NEW)
+    cache = QuantizedPagedCache(model.config, "exact", page_size=8)
+    got = model.generate(**padded(), **with_cache(cache), prefill_chunk_size=7, **NEW)
+    assert torch.equal(got, wanted)
+    assert cache.report().fallback_calls == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_static(name: str) -> None:
+    model = with_attention(tiny_llama(), name)
+    wanted = model.generate(**padded(), **NEW)
+    static = QuantizedPagedCache(model.config, "exact", page_size=8, static=True, max_length=64)
+    assert torch.equal(model.generate(**padded(), **with_cache(static), disable_compile=True, **NEW), wanted)
+    assert static.report().fallback_calls == 0
+
+
+def test_disable_restores_every_name() -> None:
+    kvquant_hf.disable()
+    before = dict(AttentionInterface._global_mapping), AttentionInterface.get_interface
+    kvquant_hf.enable()
+    assert all(AttentionInterface._global_mapping[name] is not before[0][name] for name in ROUTED)
+    assert AttentionInterface.get_interface is not before[1]
+    kvquant_hf.disable()
+    assert (dict(AttentionInterface._global_mapping), AttentionInterface.get_interface) == before
+    kvquant_hf.enable()
+
+
+def test_other_caches_meet_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``DynamicCache`` under eager never asks anything."""
+    monkeypatch.setattr(eager, "_compare", lambda *_: pytest.fail("asked"))
+    model = tiny_llama(attention="eager")
+    model.generate(prompt(), **with_cache(DynamicCache(config=model.config)), **NEW)
+
+
+def test_attention_weights_are_those_of_eager() -> None:
+    """Only eager gives weights; where they are asked for, pages are multiplied out, and the report says why."""
+    model = tiny_llama(attention="eager")
+    options = NEW | {"return_dict_in_generate": True, "output_attentions": True, "max_new_tokens": 4}
+    wanted = model.generate(prompt(), **options).attentions
+    cache = QuantizedPagedCache(model.config, "exact", page_size=8)
+    with pytest.warns(KVQuantFallbackWarning, match="attention weights"):
+        got = model.generate(prompt(), **with_cache(cache), **options).attentions
+    for step, other in zip(wanted, got, strict=True):
+        for x, y in zip(step, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+    assert cache.report().fallback_reasons == {"attention weights are asked for": 9}
+
+
+@pytest.mark.filterwarnings("ignore::kvquant_hf.errors.KVQuantFallbackWarning")
+def test_an_eager_function_of_another_kind_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does more than its arguments say, here by a scale that the module knows."""
+    module = __import__("sys").modules[type(tiny_llama()).__module__]
+    plain = module.eager_attention_forward
+
+    def sharpened(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return plain(module, query * (1.1 + 0.1 * module.layer_idx), *args, **kwargs)
+
+    monkeypatch.setattr(module, "eager_attention_forward", sharpened)
+    model = tiny_llama(attention="eager")
+    wanted = model.generate(prompt(), **NEW)
+    cache = QuantizedPagedCache(model.config, "exact", page_size=8)
+    assert torch.equal(model.generate(prompt(), **with_cache(cache), **NEW), wanted)
+    report = cache.report()
+    assert report.paged_calls == 0
+    assert all("sharpened is no plain softmax attention" in reason for reason in report.fallback_reasons)
+
+
+def test_int8_under_eager_is_what_it_is_under_sdpa() -> None:
+    models = [tiny_llama(attention=name) for name in ("sdpa", "eager")]
+    outputs = [
+        model.generate(
+            prompt(length=70), cache_implementation="kvquant", cache_config={"policy": "int8"},
+            return_dict_in_generate=True, output_logits=True, **NEW
+        )
+        for model in models
+    ]  # fmt: skip
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert cache_in(outputs[1]).report().paged_calls == cache_in(outputs[0]).report().paged_calls > 0
+
+
+@pytest.mark.full
+def test_the_real_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled by Inductor: minutes."""
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    kvquant_hf.disable()
+    monkeypatch.undo()
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", flex_attention_forward)
+    kvquant_hf.enable()
+    model = with_attention(tiny_llama(), "flex_attention")
+    wanted = model.generate(**padded(), **NEW)
+    cache = QuantizedPagedCache(model.config, "exact", page_size=8)
+    assert torch.equal(model.generate(**padded(), **with_cache(cache), **NEW), wanted)
+    assert cache.report().fallback_calls == 0
