@@ -18,10 +18,13 @@ READY     := .venv/.ready
 READY_MIN := .venv-min/.ready
 
 # One thread per test process: JOBS processes use JOBS cores and do not fight over them.
-test test-min: export OMP_NUM_THREADS := 1
+test test-min test-narrow: export OMP_NUM_THREADS := 1
+
+# A process that is done takes over half of what the other has left: files stay together, and nobody waits at the end.
+XDIST := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-all lint format docs docs-support bench-gpu tune wheel clean
+.PHONY: help demo test test-min test-narrow test-all lint format docs docs-support bench-gpu tune wheel clean
 
 help:  ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,12 +33,24 @@ demo: $(READY)  ## answer a prompt and continue a long text with SmolLM2-135M, e
 	@.venv/bin/kvquant demo $(DEMO_ARGS)
 
 test: $(READY)  ## run the tests with the newest supported transformers (JOBS=2 PYTEST_ARGS="-k cache")
-	.venv/bin/pytest -n $(JOBS) $(PYTEST_ARGS)
+	.venv/bin/pytest $(XDIST) $(PYTEST_ARGS)
 
 # What does not import transformers is the same with every version of it; the slow tests ask nothing of it that the
 # others do not.
 test-min: $(READY_MIN)  ## run the tests that touch transformers with the oldest supported version
-	.venv-min/bin/pytest -n $(JOBS) -m "not full and not slow" $(PYTEST_ARGS) tests/cache tests/cli tests/model tests/support tests/test_*.py
+	.venv-min/bin/pytest $(XDIST) -m "not full and not slow" $(PYTEST_ARGS) tests/cache tests/cli tests/model tests/support tests/test_*.py
+
+# Libraries choose among their kernels by the processor.  Told to take the plainest, they round as other machines' do:
+# torch, MKL and oneDNN, the features of this processor that NumPy would use, and the compiler of our own.
+test-narrow: export ATEN_CPU_CAPABILITY := default
+test-narrow: export MKL_CBWR := COMPATIBLE
+test-narrow: export ONEDNN_MAX_CPU_ISA := SSE41
+test-narrow: export CXX := $(CURDIR)/tests/narrow-c++
+test-narrow: $(READY)  ## run the tests with the rounding of another processor: nothing wider than SSE
+	NPY_DISABLE_CPU_FEATURES="$$(.venv/bin/python -c '$(NUMPY_FEATURES)')" .venv/bin/pytest $(XDIST) $(PYTEST_ARGS)
+
+NUMPY_FEATURES := from numpy._core._multiarray_umath import __cpu_dispatch__ as dispatch, __cpu_features__ as found; \
+	print(*(name for name in dispatch if found[name]))
 
 test-all: test test-min  ## both
 

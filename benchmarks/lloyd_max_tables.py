@@ -4,7 +4,9 @@
 
 A quantizer is optimal when every boundary is the midpoint of its two levels and every level the mean of its cell.  For
 the Gaussian a cell [a, b] has the mean (pdf(a) - pdf(b)) / (cdf(b) - cdf(a)), so alternating the two conditions is
-exact up to float64 rounding; it converges to the only fixed point (the density is log-concave).
+exact up to float64 rounding; it converges to the only fixed point (the density is log-concave).  Roundings of one step
+move the fixed point a hundred times as far at 4 bits, and are not the same on every processor: there the last of the
+printed digits may differ.
 """
 
 import math
@@ -13,6 +15,7 @@ import numpy as np
 from scipy.special import ndtr
 
 DIGITS = 13
+STEPS = 5000  # a step leaves 0.9914 of the distance at 4 bits, so 5000 leave less than the last bit
 
 
 def gaussian_pdf(x: np.ndarray) -> np.ndarray:
@@ -23,8 +26,7 @@ def gaussian_pdf(x: np.ndarray) -> np.ndarray:
 def lloyd_max(bits: int) -> tuple[np.ndarray, np.ndarray, float]:
     """``(levels, boundaries, distortion)`` of the optimal ``bits``-bit quantizer; distortion is E (x - x_hat)^2."""
     levels = np.linspace(-2.0, 2.0, 2**bits)
-    change = math.inf
-    while change > 2e-15:
+    for _ in range(STEPS):
         boundaries = (levels[1:] + levels[:-1]) / 2
         edges = np.concatenate([[-np.inf], boundaries, [np.inf]])
         means = -np.diff(gaussian_pdf(edges)) / np.diff(ndtr(edges))
@@ -32,6 +34,8 @@ def lloyd_max(bits: int) -> tuple[np.ndarray, np.ndarray, float]:
         means = (means - means[::-1]) / 2
         change = float(np.abs(means - levels).max())
         levels = means
+        if change <= 2e-15:  # which rounding may never allow
+            break
     # With every level at the mean of its cell, E (x - x_hat)^2 = E x^2 - E x_hat^2.
     return levels, boundaries, float(1 - np.sum(np.diff(ndtr(edges)) * levels**2))
 

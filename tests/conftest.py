@@ -1,5 +1,6 @@
 """Every test: one thread, fixed seeds, memory that shows when read unwritten, and a package that stays enabled."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads
@@ -26,6 +27,12 @@ from kvquant_hf.pages import pool as pool_module
 torch.set_num_threads(1)
 
 POISON_BYTE = 0xAB
+
+
+def pytest_collection_finish() -> None:
+    """Have collections look at what tests make, not at a million objects of torch, transformers and pytest."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

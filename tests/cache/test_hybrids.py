@@ -22,6 +22,7 @@ from models import (
     tiny_whisper,
 )
 from stores import ONLINE
+from ties import Margins
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from kvquant_hf import QuantizedPagedCache
@@ -72,7 +73,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_exact_is_dynamic_cache(strategy: str, model: PreTrainedModel) -> None:
-    options = STRATEGIES[strategy]
+    options, margins = STRATEGIES[strategy], Margins()
     cache = paged(model)
     if strategy == "prompt lookup" and model.config.model_type == "qwen3_next":
         for past in (
@@ -82,7 +83,9 @@ def test_exact_is_dynamic_cache(strategy: str, model: PreTrainedModel) -> None:
             with pytest.raises(ValueError, match="stateful"):
                 generate(model, **with_cache(past), **options)
         return
-    expected = generate(model, **options)
+    expected = generate(model, **options, **margins.options)
+    if "num_beams" not in options:
+        margins.check()
     assert torch.equal(generate(model, **with_cache(cache), **options), expected)
     assert len(expected[:, options["input_ids"].shape[1] :].unique()) > 5
     report = cache.report()

@@ -1,8 +1,8 @@
 """Every kernel compiles for every GPU, without stack where the launch table is tuned, and within shared memory.
 
-Compiled ahead of time in other processes (``aot.py``), so no GPU is needed and the interpreter does not matter.  Each
-test is one process for one target, in the full matrix (``-m full``) for one target and pair of codecs, so that parts of
-it can be run by name: ``pytest -m full tests/kernels/test_compile_targets.py -k "sm_90 and int4"``.
+Compiled ahead of time in another process (``aot.py``), so no GPU is needed and the interpreter does not matter.  Each
+test is one target, in the full matrix (``-m full``) one target and pair of codecs, so that parts of it can be run by
+name: ``pytest -m full tests/kernels/test_compile_targets.py -k "sm_90 and int4"``.
 """
 
 import pytest
