@@ -4,15 +4,17 @@ FlashAttention needs a GPU and flex attention a compiler: functions registered u
 arithmetic on plain tensors, and check that a plain tensor and the masks of their kind are all that they are given.
 """
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import WINDOWED, build, prompt, tiny_gemma2, tiny_llama
+from models import prompt, tiny_gemma2, tiny_llama, tiny_windowed
 from torch.nn.attention import flex_attention
-from transformers import DynamicCache
+from transformers import DynamicCache, masking_utils
 from transformers.modeling_utils import AttentionInterface
 
 import kvquant_hf
@@ -102,10 +104,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kvquant_hf.disable()
     for name in ROUTED[1:]:
         monkeypatch.setitem(AttentionInterface._global_mapping, name, flex if name == "flex_attention" else flash)
-    plain = flex_attention.create_block_mask
+    uncompiled = functools.partial(flex_attention.create_block_mask, _compile=False)
     monkeypatch.setattr(
-        "transformers.masking_utils.create_block_mask",
-        lambda *args, **kwargs: plain(*args, **kwargs | {"_compile": False}),
+        masking_utils, "create_block_mask", lambda *a, _compile=True, **kwargs: uncompiled(*a, **kwargs)
     )
     kvquant_hf.enable()
     yield
@@ -116,19 +117,13 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": tiny_llama,
-    "mistral, windows": lambda: build(WINDOWED["mistral"][0], _decoder() | WINDOWED["mistral"][1]),
-    "gemma3, windows in turn": lambda: build(WINDOWED["gemma3"][0], _decoder() | WINDOWED["gemma3"][1]),
+    "mistral, windows": lambda: tiny_windowed("mistral"),
+    "gemma3, windows in turn": lambda: tiny_windowed("gemma3"),
     "gemma2, softcap": tiny_gemma2,
-    "gpt-oss, sinks": lambda: build(WINDOWED["gpt-oss"][0], _decoder() | WINDOWED["gpt-oss"][1]),
+    "gpt-oss, sinks": lambda: tiny_windowed("gpt-oss"),
 }
 # transformers' sdpa computes neither; its flex attention no sinks on a CPU.
 WITHOUT = {("gemma2, softcap", "sdpa"), ("gpt-oss, sinks", "sdpa")}
-
-
-def _decoder() -> dict[str, Any]:
-    from models import _SMALL
-
-    return _SMALL
 
 
 def padded(length: int = 40) -> dict[str, torch.Tensor]:
@@ -225,7 +220,7 @@ def test_attention_weights_are_those_of_eager() -> None:
 @pytest.mark.filterwarnings("ignore::kvquant_hf.errors.KVQuantFallbackWarning")
 def test_an_eager_function_of_another_kind_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that does more than its arguments say, here by a scale that the module knows."""
-    module = __import__("sys").modules[type(tiny_llama()).__module__]
+    module = sys.modules[type(tiny_llama()).__module__]
     plain = module.eager_attention_forward
 
     def sharpened(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -204,7 +204,7 @@ def test_interrupted_step_gives_its_claim_back(model: PreTrainedModel, monkeypat
     cache, other = (QuantizedPagedCache(model.config, pool=pools) for _ in range(2))
     forward(model, cache, prompt(1, PAGE + 1))
 
-    def interrupt(*args: object) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -61,7 +61,7 @@ def test_phi3_beyond_its_original_length(length: int, way: str) -> None:
     """The prompt is below, at or beyond it, or generation crosses it: the tokens of ``DynamicCache``, in our pages."""
     model, ids = phi3(), prompt(length=length, batch=1 if way == "lookup" else 2)
     mask = torch.ones_like(ids)
-    mask[-1, :5] = way != "lookup" and 0
+    mask[-1, :5] = 1 if way == "lookup" else 0  # one sequence without padding is what it takes
     options = {"attention_mask": mask, "return_dict_in_generate": True} | NEW | WAYS[way]
     torch.manual_seed(1)
     wanted = model.generate(ids, **options).sequences
@@ -74,7 +74,7 @@ def test_phi3_beyond_its_original_length(length: int, way: str) -> None:
     assert cache_in(output) is cache
     assert cache.get_seq_length() >= length + NEW["max_new_tokens"] - 1 - 3  # speculation may end on a crop
     crossed = length <= ORIGINAL < length + NEW["max_new_tokens"] - 1
-    restarts = {"Phi3ForCausalLM.prepare_inputs_for_generation": 1} if crossed or way == "chunked" else {}
+    restarts = {"Phi3ForCausalLM.prepare_inputs_for_generation": 1} if crossed else {}
     if way != "lookup":  # which crosses where it guesses to
         assert cache.report().restarts == restarts
     assert cache.report().dropped == ""
@@ -101,12 +101,9 @@ def test_padding_stays_out_of_the_scales_after_a_restart() -> None:
     whole = QuantizedPagedCache(model.config, "int4", page_size=8)
     model.generate(ids, attention_mask=mask, **with_cache(whole), **NEW)
     assert whole.report().restarts
-    again = QuantizedPagedCache(model.config, "int4", page_size=8)
-    longer = torch.ones_like(ids[:, :1])
     for layer in whole.paged_layers:
         assert layer.padding is not None
         assert layer.padding[1, :5].all() and not layer.padding[0].any()
-    assert again.report().restarts == {} and longer.all()
 
 
 def forward_without_cache(model: Any) -> None:
@@ -167,13 +164,8 @@ def test_a_cache_that_is_used_says_nothing(make: Any) -> None:
     model = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error", KVQuantDroppedCacheWarning)
-        output = model.generate(
-            prompt(),
-            cache_implementation="kvquant",
-            cache_config={"policy": "int8"},
-            return_dict_in_generate=True,
-            **NEW,
-        )
+        named = {"cache_implementation": "kvquant", "cache_config": {"policy": "int8"}}
+        output = model.generate(prompt(), return_dict_in_generate=True, **named, **NEW)
     halves = (cache_in(output), getattr(cache_in(output), "self_attention_cache", None))
     ours = next(half for half in halves if isinstance(half, QuantizedPagedCache))
     assert (ours.report().dropped, ours.report().restarts) == ("", {})

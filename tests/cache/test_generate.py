@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from budgets import RELATIVE_NOISE
-from models import DECODERS, prompt, ragged_prompts, tiny_gemma2, tiny_llama, tiny_t5
+from models import DECODERS, OWN, prompt, ragged_prompts, tiny_gemma2, tiny_llama, tiny_t5
 from stores import ONLINE, chunks, same_bytes
 from ties import Margins
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel
@@ -95,7 +95,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "kvquant", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "kvquant", OWN])
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_exact_is_dynamic_cache(strategy: str, attention: str, llama: PreTrainedModel) -> None:
     llama.set_attn_implementation(attention)
@@ -103,7 +103,7 @@ def test_exact_is_dynamic_cache(strategy: str, attention: str, llama: PreTrained
         report = check_same(llama, **STRATEGIES[strategy])
     finally:
         llama.set_attn_implementation("sdpa")
-    if attention == "eager":
+    if attention == OWN:
         assert report.paged_calls == 0 and report.fallback_calls > 0
     else:
         assert report.paged_calls >= 3 and report.fallback_calls == 0, report.fallback_reasons
@@ -150,9 +150,9 @@ def test_reset_and_reuse_with_another_batch_size(llama: PreTrainedModel) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "fp16", "fp64"])
-def test_other_dtypes_under_eager_attention(dtype: torch.dtype) -> None:
+def test_other_dtypes_multiplied_out(dtype: torch.dtype) -> None:
     """The model computes attention itself, on the very same keys and values: every bit is equal."""
-    model = tiny_llama(attention="eager").to(dtype)
+    model = tiny_llama(attention=OWN).to(dtype)
     # The exact codec goes through float32, so in float64 no page may be sealed.
     page_size = 64 if dtype == torch.float64 else PAGE
     report = check_same(model, page_size, **ragged_prompts((40, 39, 30, 1)), output_logits=True)
@@ -182,11 +182,13 @@ def test_other_dtypes_in_pages(dtype: torch.dtype) -> None:
         ("llama", "sdpa", "paged"),
         ("qwen2", "sdpa", "paged"),
         ("qwen2", "kvquant", "paged"),
-        ("qwen2", "eager", "fallback"),
-        ("gemma2", "eager", "fallback"),
+        ("qwen2", "eager", "paged"),
+        ("qwen2", OWN, "fallback"),
+        ("gemma2", "eager", "paged"),
+        ("gemma2", OWN, "fallback"),
         ("gemma2", "kvquant", "paged"),
         ("gpt2", "sdpa", "paged"),
-        ("gpt2", "eager", "fallback"),
+        ("gpt2", "eager", "paged"),
         ("falcon", None, "fallback"),
     ],
 )
@@ -231,8 +233,7 @@ def test_encoder_decoder(attention: str, beams: int) -> None:
     for half, count in ((cache.self_attention_cache, 3 * 90), (cache.cross_attention_cache, 3 * 89)):
         assert isinstance(half, QuantizedPagedCache)
         report = half.report()
-        calls = (count, 0) if model.decoder.config._attn_implementation != "eager" else (0, count)
-        assert (report.paged_calls, report.fallback_calls) == calls
+        assert (report.paged_calls, report.fallback_calls) == (count, 0)
 
 
 def test_encoder_decoder_with_packed_cross_attention() -> None:

@@ -270,10 +270,8 @@ def test_encoder_decoder(name: str, search: str, attention: str) -> None:
     assert isinstance(own, QuantizedPagedCache) and len(own.layers) == len(cross.layers)
     assert isinstance(cross, QuantizedPagedCache) == (name != "t5gemma")
     assert cross.get_seq_length() == (40 if name == "whisper" else 60)
-    # T5 before 5.23 does not hand the setting down to its decoder.
-    eager = attention == "eager" and not (name == "t5" and model.decoder.config._attn_implementation != "eager")
     for report in [half.report() for half in (own, cross) if isinstance(half, QuantizedPagedCache)]:
-        assert report.fallback_calls > 0 if eager else report.fallback_calls == 0 < report.paged_calls
+        assert report.fallback_calls == 0 < report.paged_calls
         assert report.policy == "exact" and report.page_size == PAGE
 
 
