@@ -22,7 +22,7 @@ class UnsupportedVersionError(KVQuantError, ImportError):
 
 
 class CacheMismatchError(KVQuantError, ValueError):
-    """Keys and values do not fit what the cache already holds (heads, head_dim, dtype or device)."""
+    """Keys and values do not fit what the cache already holds (heads, head_dim or device), or would be written into."""
 
 
 class BatchSizeError(CacheMismatchError):

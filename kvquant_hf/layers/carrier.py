@@ -2,26 +2,28 @@
 
 It has the right shape, dtype and device, and no storage: it points at the pages.  Our attention function reads the
 pages; any other operation on it multiplies the pages out first, so that every model and every attention implementation
-stays correct, and the detour is counted (``cache.report()``) and said once.
+stays correct, and the detour is counted (``cache.report()``) and said once.  ``readonly.py`` has what it shares with
+the views that are taken of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 import torch
-from torch.utils._pytree import tree_map
 
 from ..errors import CacheMismatchError, StaleCarrierError
 from ..pages.store import PagedStore
 from ..pages.views import StoreView
 from ..reports.calls import CallLog
+from .readonly import ReadOnly, dense
+
+__all__ = ["KVTensor", "Side", "check_assigned", "dense", "is_packed"]
 
 Side = Literal["keys", "values"]
 
 
-class KVTensor(torch.Tensor):
+class KVTensor(ReadOnly):
     """Keys or values of one layer, ``[batch, heads, tokens, head_dim]``, still packed.
 
     Made by ``update`` for one forward pass; reading it after the cache has changed raises ``StaleCarrierError``.
@@ -39,6 +41,7 @@ class KVTensor(torch.Tensor):
         heads, head_dim = store.vectors[side == "values"]
         shape = (store.batch_size, heads, store.length, head_dim)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
+        torch._C._set_throw_on_mutable_data_ptr(self)  # C code that asks for its memory gets an error, not address 0
         self.store, self.side, self._log = store, side, log
         self._stamp, self._dense = store.version, None
         return self
@@ -51,39 +54,16 @@ class KVTensor(torch.Tensor):
             )
         return self.store.view()
 
-    def dense(self, reason: str) -> torch.Tensor:
+    def dense(self, reason: Any) -> torch.Tensor:
         """Multiply the pages out, contiguous, in the model's dtype; counted as a fallback with its ``reason``."""
         if self._dense is None:
             self._dense = self.view_pages().dense(self.side)
             if self.side == "keys":  # keys and values of one call go together; count the call once
-                self._log.fallback(reason)
+                self._log.fallback(reason if isinstance(reason, str) else f"read by {reason}")
         return self._dense
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's own argument is for tensors with contents
         return f"KVTensor({self.side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the arguments of the disabled version
-        cls,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Any operation that nobody handles: on the dense tensor.
-
-        Raises:
-            CacheMismatchError: it would write, and the pages would not know.
-        """
-        if func._schema.is_mutable:
-            raise CacheMismatchError(f"{func} would write into packed keys or values; write into a clone() of them.")
-
-        def unwrap(value: Any) -> Any:
-            return value.dense(f"read by {func}") if isinstance(value, KVTensor) else value
-
-        return func(*tree_map(unwrap, args), **tree_map(unwrap, dict(kwargs or {})))
 
 
 def is_packed(tensor: torch.Tensor) -> TypeGuard[KVTensor]:
@@ -91,6 +71,25 @@ def is_packed(tensor: torch.Tensor) -> TypeGuard[KVTensor]:
     return hasattr(tensor, "view_pages")
 
 
-def dense(tensor: torch.Tensor, reason: str) -> torch.Tensor:
-    """``tensor`` itself, or its pages multiplied out."""
-    return tensor.dense(reason) if is_packed(tensor) else tensor
+def check_assigned(store: object, side: Side, value: Any) -> None:
+    """Refuse to set the keys or values of the layer that has ``store`` to anything but what it holds.
+
+    Args:
+        store: the layer's store, or None.
+        side: which of the two is set.
+        value: what to.
+
+    Raises:
+        CacheMismatchError: it is something else.
+        StaleCarrierError: it is what was held before the cache changed.
+    """
+    if value is None and store is None:
+        return
+    if value is not None and is_packed(value) and (value.store, value.side) == (store, side):
+        value.view_pages()
+        return
+    raise CacheMismatchError(
+        f"a layer's {side} are packed pages and cannot be set; to drop the last tokens call cache.crop(), to choose "
+        "sequences cache.batch_select_indices(), to keep pages in the CPU's memory make the cache with offload=True, "
+        "and for other contents fill a new cache through its update()."
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..policies.table import KVPolicy
 from ..reports.calls import CallLog
 from ..triton_kernels.codecs import CODECS
 from ..triton_kernels.ops import Implementation
-from .carrier import KVTensor
+from .carrier import KVTensor, Side, check_assigned
 
 
 def plain_tensors() -> contextlib.AbstractContextManager[None]:
@@ -151,14 +152,30 @@ class PagedLayer:
         return 0 if self.store is None else self.store.dense_bytes()
 
     @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys, packed; for models that read a layer directly."""
-        return None if self.store is None else KVTensor(self.store, "keys", self.log)
+    def keys(self) -> Any:
+        """All keys, packed, for models that read a layer directly; None before the first.
+
+        Setting them is refused (``CacheMismatchError``), except to themselves, as in ``layer.keys =
+        layer.keys.to(device)`` where they are there already.
+        """
+        return self._carrier("keys")
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        check_assigned(self.store, "keys", value)
 
     @property
-    def values(self) -> torch.Tensor | None:
-        """All values, packed."""
-        return None if self.store is None else KVTensor(self.store, "values", self.log)
+    def values(self) -> Any:
+        """All values, packed; as ``keys``."""
+        return self._carrier("values")
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        check_assigned(self.store, "values", value)
+
+    def _carrier(self, side: Side) -> Any:
+        """What is handed out for the ``"keys"`` or ``"values"`` that are held."""
+        return None if self.store is None else KVTensor(self.store, side, self.log)
 
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""

@@ -17,6 +17,7 @@ from ..pages.budget import Pool
 from ..pages.padding import replace_padding
 from ..pages.static_ops import full_message
 from ..pages.static_store import StaticStore
+from .carrier import Side
 from .paged import PagedLayer, plain_tensors, refuse_gradient
 from .static_carrier import StaticKV
 
@@ -42,17 +43,7 @@ class StaticPagedLayer(PagedLayer):
         self.leads = False  # whether this layer sees to it that a step fits; the first of a cache does
         self.filled = False  # whether there are tokens
 
-    @property
-    def keys(self) -> Any:
-        """All keys, packed; for models that read a layer directly."""
-        return self._carrier("keys")
-
-    @property
-    def values(self) -> Any:
-        """All values, packed."""
-        return self._carrier("values")
-
-    def _carrier(self, side: Any, exact: torch.Tensor | None = None) -> StaticKV | None:
+    def _carrier(self, side: Side, exact: torch.Tensor | None = None) -> StaticKV | None:
         return None if self.store is None else StaticKV(self.store, side, self.log, self.window, exact)
 
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """What an attention module gets from a static cache instead of dense keys or values.
 
 A plain object and no tensor subclass, because ``torch.compile`` follows plain Python: our attention function finds the
-pages in it, and whatever else is done to it is done to the pages multiplied out.  It stands for ``max_length`` tokens,
+pages in it, and whatever else is done to it is done to the pages multiplied out, which outside of graphs nobody can
+write (``readonly.py``).  It stands for ``max_length`` tokens,
 as the buffers of transformers' ``StaticCache`` do, so that every mask fits.
 """
 
@@ -13,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch.utils._pytree import tree_map
 
-from ..errors import CacheMismatchError
 from ..pages.static_ops import multiply_out
 from ..pages.static_store import StaticStore, StaticView
 from ..reports.calls import CallLog
+from .readonly import DenseView, refuse_write
 
 
 class StaticKV:
@@ -61,6 +62,11 @@ class StaticKV:
             pages.codec.name, list(pages.planes), pages.tail, view.page_table, view.lengths, self.shape[2]
         )
 
+    def _read(self, reason: str) -> torch.Tensor:
+        """All tokens for a reader who may go on to write: read only, except in graphs, which cannot follow that."""
+        dense = self.dense(reason)
+        return dense if torch.compiler.is_compiling() else DenseView(dense)
+
     @classmethod
     def __torch_function__(
         cls,
@@ -74,14 +80,11 @@ class StaticKV:
         Raises:
             CacheMismatchError: it would write, and the pages would not know.
         """
-        if torch.compiler.is_compiling():  # which cannot follow the name of a function, nor needs it
-            return function(*tree_map(_unwrap, list(args)), **tree_map(_unwrap, dict(kwargs or {})))
-        name = getattr(function, "__name__", str(function))
-        if name.endswith("_") and not name.endswith("__"):
-            raise CacheMismatchError(f"{name} would write into packed keys or values; write into a clone() of them.")
+        # A graph cannot follow the name of a function, nor needs it.
+        name = "" if torch.compiler.is_compiling() else getattr(function, "__name__", str(function))
 
         def unwrap(value: Any) -> Any:
-            return value.dense(f"read by {name}") if isinstance(value, StaticKV) else value
+            return value._read(f"read by {name}") if isinstance(value, StaticKV) else value
 
         return function(*tree_map(unwrap, list(args)), **tree_map(unwrap, dict(kwargs or {})))
 
@@ -89,16 +92,25 @@ class StaticKV:
         """Any method or attribute of a tensor: of the dense tensor."""
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.dense(f"read by {name}"), name)
+        return getattr(self._read(f"read by {name}"), name)
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.dense("read by getitem")[index]
+    @property
+    def data(self) -> torch.Tensor:
+        """As of a tensor, read only."""
+        return self._read("read by data").data
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        refuse_write("setting .data")
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def to(self, *args: Any, **options: Any) -> Any:
         """As of a tensor: itself where it is there already, which layers that share keys ask for."""
-        if args == (self.device,) and not options:
+        if len(args) == 1 and not options and args[0] in (self.device, str(self.device), self.dtype):
             return self
-        return self.dense("read by to").to(*args, **options)
+        return self._read("read by to").to(*args, **options)
 
     def size(self, dim: int | None = None) -> Any:
         """As of a tensor."""
@@ -112,8 +124,22 @@ class StaticKV:
         return f"StaticKV({self.side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-def _unwrap(value: Any) -> Any:
-    return value.dense("read in a graph") if isinstance(value, StaticKV) else value
+def _operator(name: str) -> Callable[..., Any]:
+    """What Python looks up on the type and not by ``__getattr__``: of the dense tensor."""
+
+    def operate(self: StaticKV, *args: Any, **options: Any) -> Any:
+        return getattr(self._read(f"read by {name}"), name)(*args, **options)
+
+    return operate
+
+
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_UNARY = ("neg", "pos", "abs", "invert", "bool", "int", "float", "complex", "index", "iter", "format")
+_OTHERS = ("lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "contains")
+_COPIES = ("array", "dlpack", "dlpack_device", "deepcopy", "reduce_ex")
+for _name in (*(kind + name for name in _BINARY for kind in ("", "r", "i")), *_UNARY, *_OTHERS, *_COPIES):
+    if hasattr(torch.Tensor, f"__{_name}__"):
+        setattr(StaticKV, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def exact_prompt(
