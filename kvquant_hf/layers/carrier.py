@@ -27,6 +27,12 @@ class KVTensor(ReadOnly):
     """Keys or values of one layer, ``[batch, heads, tokens, head_dim]``, still packed.
 
     Made by ``update`` for one forward pass; reading it after the cache has changed raises ``StaleCarrierError``.
+
+    Args:
+        store: what holds them.
+        side: which of the two.
+        log: where a detour is counted.
+        dtype: what readers get; by default as stored.
     """
 
     store: PagedStore
@@ -37,10 +43,11 @@ class KVTensor(ReadOnly):
     _dense: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, store: PagedStore, side: Side, log: CallLog) -> KVTensor:
+    def __new__(cls, store: PagedStore, side: Side, log: CallLog, dtype: torch.dtype | None = None) -> KVTensor:
         heads, head_dim = store.vectors[side == "values"]
+        dtype = store.dtypes[side == "values"] if dtype is None else dtype
         shape = (store.batch_size, heads, store.length, head_dim)
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=store.device)
         torch._C._set_throw_on_mutable_data_ptr(self)  # C code that asks for its memory gets an error, not address 0
         self.store, self.side, self._log = store, side, log
         self._stamp, self._dense = store.version, None
@@ -55,9 +62,9 @@ class KVTensor(ReadOnly):
         return self.store.view()
 
     def dense(self, reason: Any) -> torch.Tensor:
-        """Multiply the pages out, contiguous, in the model's dtype; counted as a fallback with its ``reason``."""
+        """Multiply the pages out, contiguous, in this tensor's dtype; counted as a fallback with its ``reason``."""
         if self._dense is None:
-            self._dense = self.view_pages().dense(self.side)
+            self._dense = self.view_pages().dense(self.side).to(self.dtype)
             if self.side == "keys":  # keys and values of one call go together; count the call once
                 self._log.fallback(reason if isinstance(reason, str) else f"read by {reason}")
         return self._dense

@@ -173,9 +173,9 @@ class PagedLayer:
     def values(self, value: Any) -> None:
         check_assigned(self.store, "values", value)
 
-    def _carrier(self, side: Side) -> Any:
+    def _carrier(self, side: Side, dtype: torch.dtype | None = None) -> Any:
         """What is handed out for the ``"keys"`` or ``"values"`` that are held."""
-        return None if self.store is None else KVTensor(self.store, side, self.log)
+        return None if self.store is None else KVTensor(self.store, side, self.log, dtype)
 
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""
@@ -186,8 +186,11 @@ class PagedLayer:
         """Store new tokens and return what attention is to read.
 
         Args:
-            keys: ``[batch, heads, tokens, key_dim]``.
+            keys: ``[batch, heads, tokens, key_dim]``, any floating dtype: the first ones decide in which all are held.
             values: ``[batch, heads, tokens, value_dim]``.
+
+        Returns:
+            Keys and values, in the dtypes that ``torch.cat`` of those held and the new ones would have.
 
         Raises:
             GradientError: they carry a gradient.
@@ -196,8 +199,8 @@ class PagedLayer:
             OutOfPages: the budget has no more pages.
         """
         refuse_gradient(keys, values)
-        if self.store is not None and self.length == 0 and self.store.batch_size != keys.shape[0]:
-            self.store = None  # emptied by reset(): the next batch may have another size
+        if self.store is not None and self.length == 0 and not self.store.is_like(keys, values):
+            self.store = None  # emptied: the next batch may have another size, and another dtype
         if self.store is not None:
             self.store.check(keys, values)
         self.guard.enter(self, keys.shape[2])
@@ -214,7 +217,8 @@ class PagedLayer:
         if exact:
             self.log.prefill += 1
             return keys, values
-        return KVTensor(self.store, "keys", self.log), KVTensor(self.store, "values", self.log)
+        dtypes = self.store.promoted(keys, values)
+        return self._carrier("keys", dtypes[0]), self._carrier("values", dtypes[1])
 
     def _padding_of(self, keys: torch.Tensor) -> np.ndarray | None:
         """``padding`` of the open page and the new ``keys``, which are not stored yet.

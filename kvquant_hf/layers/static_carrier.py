@@ -29,6 +29,7 @@ class StaticKV:
         log: where a detour is counted; detours inside of a compiled graph are not.
         window: tokens that the last query sees, itself included; 0 for all.
         exact: the same tokens as they came, ``[batch, heads, tokens, head_dim]``, if attention is to read these.
+        dtype: what readers get; by default as stored.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class StaticKV:
         log: CallLog,
         window: int = 0,
         exact: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.store, self.side, self.window, self.exact = store, side, window, exact
         self._log = log
@@ -45,7 +47,8 @@ class StaticKV:
         self._pages = pages = view.keys if side == "keys" else view.values
         batch, heads, _, head_dim = pages.tail.shape
         self.shape = torch.Size((batch, heads, store.max_length, head_dim))
-        self.dtype, self.device, self.ndim = pages.tail.dtype, pages.tail.device, 4
+        self.dtype = pages.tail.dtype if dtype is None else dtype
+        self.device, self.ndim = pages.tail.device, 4
 
     def view_pages(self) -> StaticView:
         """The pages."""
@@ -60,7 +63,7 @@ class StaticKV:
         view, pages = self.store.view(), self._pages
         return multiply_out(
             pages.codec.name, list(pages.planes), pages.tail, view.page_table, view.lengths, self.shape[2]
-        )
+        ).to(self.dtype)
 
     def _read(self, reason: str) -> torch.Tensor:
         """All tokens for a reader who may go on to write: read only, except in graphs, which cannot follow that."""

@@ -120,7 +120,7 @@ class PagedStore(StoreLayout):
 
     def dense_bytes(self) -> int:
         """Bytes that the same tokens take in the model's dtype."""
-        return self.batch_size * self.length * self.elements_per_token() * self.dtype.itemsize
+        return self.batch_size * self.length * self.dense_bytes_per_token()
 
     # -- appending -----------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class PagedStore(StoreLayout):
             CacheMismatchError: see :meth:`check`.
             OutOfPages: the pool's budget has no more.
         """
-        self.check(keys, values)
+        keys, values = self.fitted(keys, values)
         if self.tail_length + keys.shape[2] <= self.page_size and not self._tail_shared:
             lengths = torch.empty_like(self.lengths)
             append_pages(keys, values, *self._sides(self._tail), self.page_table, self.lengths, lengths, impl=self.impl)
