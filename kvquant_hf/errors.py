@@ -105,5 +105,9 @@ class KVQuantWarning(UserWarning):
     """Base of all warnings of kvquant_hf."""
 
 
+class KVQuantRangeWarning(KVQuantWarning):
+    """Keys or values were beyond what the scales of their pages can hold."""
+
+
 class KVQuantFallbackWarning(KVQuantWarning):
     """Attention read the cache multiplied out instead of in pages."""

@@ -209,9 +209,12 @@ class PagedLayer:
             self.initialize(keys, values)
         assert self.store is not None
         self.store.claim = self.guard.claim
+        sealed = self.store.pages_for(keys.shape[2]) // keys.shape[0]  # by each sequence
         try:
             with plain_tensors():
                 self._write(keys, values, exact)
+            if sealed and not self.log.out_of_range and keys.device.type == "cpu":  # a GPU would have to be waited for
+                self.log.saturated(self.store.saturated_pages(min(sealed, self.store.sealed_pages)))
         finally:
             self.store.claim = None
         if exact:

@@ -1,5 +1,7 @@
 """What every store knows of the keys and values that it takes: codecs, planes of a page, heads, dtype, device."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
@@ -54,6 +56,12 @@ class StoreLayout:
             ]
         self.vectors = [(like.shape[1], like.shape[3]) for like in (like_keys, like_values)]  # heads, head_dim
         self._key_planes = len(in_pages(keys, like_keys.shape[3]))
+        stored = [in_pages(codec, dim) for codec, (_, dim) in zip(self.codecs, self.vectors, strict=True)]
+        # The first plane is what is stored of the elements, whole vectors with ``exact``; the others scale it.
+        scales = [i > 0 for planes in stored for i in range(len(planes))]
+        self._scale_planes = [
+            i for i, scale in enumerate(scales) if scale and self.plane_shapes[i][0].is_floating_point
+        ]
         self._tail = tuple(
             like.new_empty(*like.shape[:2], page_size, like.shape[3]) for like in (like_keys, like_values)
         )
@@ -118,6 +126,19 @@ class StoreLayout:
         if self.dtypes == (keys.dtype, values.dtype):
             return keys, values
         return _cast(keys, self.dtypes[0]), _cast(values, self.dtypes[1])
+
+    def _saturated(self, planes: Sequence[torch.Tensor], pages: torch.Tensor) -> int:
+        """How many of ``pages`` (int64, on the planes' device) have a scale or an offset at the end of its range, where
+        codecs put what is beyond it; waits for the device.
+
+        Reads no codes: the scales are a 64th of a page, or less.  Values that are just as large as the end count too.
+        """
+        if pages.is_meta or not self._scale_planes:
+            return 0
+        found = torch.zeros(pages.shape[0], dtype=torch.bool, device=pages.device)
+        for plane in (planes[i] for i in self._scale_planes):
+            found |= (plane[pages].abs() >= torch.finfo(plane.dtype).max).flatten(1).any(1)
+        return int(found.sum())
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Refuse keys and values that do not fit, before anything is changed.

@@ -170,6 +170,10 @@ class StaticStore(StoreLayout):
         """Bytes that the same tokens take in the model's dtype."""
         return self.batch_size * self.length * self.dense_bytes_per_token()
 
+    def saturated_pages(self) -> int:
+        """As of ``PagedStore``."""
+        return self._saturated(self._planes, self.page_table[:, : self.sealed_pages].unique().long())
+
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors; what is reserved for tokens to come is unused."""
         planes = sum(plane.nbytes for plane in self._planes)

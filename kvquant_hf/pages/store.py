@@ -101,6 +101,12 @@ class PagedStore(StoreLayout):
         """Keys and values with ``tails`` for open pages."""
         return self.sides(tuple(self.pool.planes), tails)  # a snapshot: another fork may make the pool grow
 
+    def saturated_pages(self, last: int | None = None) -> int:
+        """Pages held, each once, or of the ``last`` of each sequence, whose scales are at the end of their range."""
+        ids = np.unique(self.table.ids if last is None else self.table.ids[:, self.sealed_pages - last :])
+        planes = self.pool.lying
+        return self._saturated(planes, torch.from_numpy(ids).to(planes[0].device, torch.long))
+
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
         pages = np.unique(self.table.ids)
