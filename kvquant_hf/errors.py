@@ -22,7 +22,7 @@ class UnsupportedVersionError(KVQuantError, ImportError):
 
 
 class CacheMismatchError(KVQuantError, ValueError):
-    """Keys and values do not fit what the cache already holds (heads, head_dim, dtype or device)."""
+    """Keys and values do not fit what the cache already holds (heads, head_dim or device), or would be written into."""
 
 
 class BatchSizeError(CacheMismatchError):
@@ -111,6 +111,10 @@ class KVQuantVersionWarning(KVQuantWarning):
 
 class KVQuantDroppedCacheWarning(KVQuantWarning):
     """A quantized cache was given to ``generate``, and the model did not use it."""
+
+
+class KVQuantRangeWarning(KVQuantWarning):
+    """Keys or values were beyond what the scales of their pages can hold."""
 
 
 class KVQuantFallbackWarning(KVQuantWarning):

@@ -1,13 +1,32 @@
 """Attention on what ``update`` returned: pages, or the exact keys and values of a first prompt."""
 
 import contextlib
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 
 from ..errors import CacheMismatchError
 from ..pages.static_ops import compiled_dense_attention
+from ..reports.calls import CallLog
 from ..triton_kernels.ops import Choice, choose, dense_attention, paged_attention
-from .carrier import is_packed
+
+
+class Packed(Protocol):
+    """What ``update`` returned instead of dense keys or values."""
+
+    store: Any
+    side: Literal["keys", "values"]
+    window: int
+    shape: torch.Size
+    _log: CallLog
+
+    def view_pages(self) -> Any:
+        """The pages."""
+
+
+def is_packed(tensor: Any) -> TypeGuard[Packed]:
+    """Whether ``tensor`` is packed; by what it can do, so that one made before a module was reloaded counts."""
+    return hasattr(tensor, "view_pages")
 
 
 def attend(
@@ -105,3 +124,34 @@ def _check_mask(mask: torch.Tensor | None, query: torch.Size, keys: torch.Size) 
 def _combine(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """One additive mask out of a mask and a position bias."""
     return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``torch.nn.functional.scaled_dot_product_attention`` over pages, for models that call it themselves (Falcon).
+
+    Arguments and result are torch's.  NotImplemented where pages cannot give it: it is then computed by torch on dense
+    keys and values.
+    """
+    if dropout_p or not (is_packed(key) and is_packed(value)) or is_packed(query) or query.dim() != 4:
+        return NotImplemented
+    if (
+        is_causal and query.shape[2] != key.shape[2]
+    ):  # torch's causal rule begins with the first key, ours ends at the last
+        return NotImplemented
+    heads = key.shape[1]
+    if heads != query.shape[1] and heads != 1 and not (enable_gqa and query.shape[1] % heads == 0):
+        return NotImplemented
+    if attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.shape[3] != key.shape[2]):
+        return NotImplemented
+    keys: Any = key  # tensors to their reader
+    values: Any = value
+    return attend(query, keys, values, mask=attn_mask, scale=scale, causal=is_causal)

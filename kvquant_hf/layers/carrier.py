@@ -2,46 +2,86 @@
 
 It has the right shape, dtype and device, and no storage: it points at the pages.  Our attention function reads the
 pages; any other operation on it multiplies the pages out first, so that every model and every attention implementation
-stays correct, and the detour is counted (``cache.report()``) and said once.
+stays correct, and the detour is counted (``cache.report()``) and said once.  ``readonly.py`` has what it shares with
+the views that are taken of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeGuard
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-from torch.utils._pytree import tree_map
 
 from ..errors import CacheMismatchError, StaleCarrierError
 from ..pages.store import PagedStore
 from ..pages.views import StoreView
 from ..reports.calls import CallLog
+from .attention import is_packed, scaled_dot_product_attention
+from .readonly import ReadOnly
 
 Side = Literal["keys", "values"]
 
 
-class KVTensor(torch.Tensor):
+class KVTensor(ReadOnly):
     """Keys or values of one layer, ``[batch, heads, tokens, head_dim]``, still packed.
 
     Made by ``update`` for one forward pass; reading it after the cache has changed raises ``StaleCarrierError``.
+
+    Args:
+        store: what holds them.
+        side: which of the two.
+        log: where a detour is counted.
+        dtype: what readers get; by default as stored.
     """
 
     store: PagedStore
     side: Side
     window = 0  # what a window hides is given back or masked
+    _about: tuple[torch.Size, torch.dtype, torch.device]
     _stamp: int
     _log: CallLog
     _dense: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, store: PagedStore, side: Side, log: CallLog) -> KVTensor:
+    def __new__(cls, store: PagedStore, side: Side, log: CallLog, dtype: torch.dtype | None = None) -> KVTensor:
         heads, head_dim = store.vectors[side == "values"]
+        dtype = store.dtypes[side == "values"] if dtype is None else dtype
         shape = (store.batch_size, heads, store.length, head_dim)
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=store.dtype, device=store.device)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=store.device)
+        torch._C._set_throw_on_mutable_data_ptr(self)  # C code that asks for its memory gets an error, not address 0
+        self._about = torch.Size(shape), dtype, store.device
         self.store, self.side, self._log = store, side, log
         self._stamp, self._dense = store.version, None
         return self
+
+    # Asked for in every layer of every step, and slow to ask torch for where a class has a __torch_function__.
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]  # of C in torch
+        """As of a tensor."""
+        return self._about[0]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """As of a tensor."""
+        return self._about[1]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """As of a tensor."""
+        return self._about[2]
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]  # of C in ``ReadOnly``
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch's own attention reads the pages; what any other function does is seen by its operations."""
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = scaled_dot_product_attention(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     def view_pages(self) -> StoreView:
         """The pages, if they are still those that this tensor stood for."""
@@ -51,46 +91,37 @@ class KVTensor(torch.Tensor):
             )
         return self.store.view()
 
-    def dense(self, reason: str) -> torch.Tensor:
-        """Multiply the pages out, contiguous, in the model's dtype; counted as a fallback with its ``reason``."""
+    def dense(self, reason: Any) -> torch.Tensor:
+        """Multiply the pages out, contiguous, in this tensor's dtype; counted as a fallback with its ``reason``."""
         if self._dense is None:
-            self._dense = self.view_pages().dense(self.side)
+            self._dense = self.view_pages().dense(self.side).to(self.dtype)
             if self.side == "keys":  # keys and values of one call go together; count the call once
-                self._log.fallback(reason)
+                self._log.fallback(reason if isinstance(reason, str) else f"read by {reason}")
         return self._dense
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's own argument is for tensors with contents
         return f"KVTensor({self.side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the arguments of the disabled version
-        cls,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Any operation that nobody handles: on the dense tensor.
+def check_assigned(store: object, side: Side, value: Any) -> None:
+    """Refuse to set the keys or values of the layer that has ``store`` to anything but what it holds.
 
-        Raises:
-            CacheMismatchError: it would write, and the pages would not know.
-        """
-        if func._schema.is_mutable:
-            raise CacheMismatchError(f"{func} would write into packed keys or values; write into a clone() of them.")
+    Args:
+        store: the layer's store, or None.
+        side: which of the two is set.
+        value: what to.
 
-        def unwrap(value: Any) -> Any:
-            return value.dense(f"read by {func}") if isinstance(value, KVTensor) else value
-
-        return func(*tree_map(unwrap, args), **tree_map(unwrap, dict(kwargs or {})))
-
-
-def is_packed(tensor: torch.Tensor) -> TypeGuard[KVTensor]:
-    """Whether ``tensor`` is a ``KVTensor``; by what it can do, so that one made before a module was reloaded counts."""
-    return hasattr(tensor, "view_pages")
-
-
-def dense(tensor: torch.Tensor, reason: str) -> torch.Tensor:
-    """``tensor`` itself, or its pages multiplied out."""
-    return tensor.dense(reason) if is_packed(tensor) else tensor
+    Raises:
+        CacheMismatchError: it is something else.
+        StaleCarrierError: it is what was held before the cache changed.
+    """
+    if value is None and store is None:
+        return
+    if is_packed(value) and (value.store, value.side) == (store, side):
+        value.view_pages()
+        return
+    raise CacheMismatchError(
+        f"a layer's {side} are packed pages and cannot be set; to drop the last tokens call cache.crop(), to choose "
+        "sequences cache.batch_select_indices(), to keep pages in the CPU's memory make the cache with offload=True, "
+        "and for other contents fill a new cache through its update()."
+    )

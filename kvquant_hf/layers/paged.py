@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..policies.table import KVPolicy
 from ..reports.calls import CallLog
 from ..triton_kernels.codecs import CODECS
 from ..triton_kernels.ops import Implementation
-from .carrier import KVTensor
+from .carrier import KVTensor, Side, check_assigned
 
 
 def plain_tensors() -> contextlib.AbstractContextManager[None]:
@@ -151,14 +152,30 @@ class PagedLayer:
         return 0 if self.store is None else self.store.dense_bytes()
 
     @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys, packed; for models that read a layer directly."""
-        return None if self.store is None else KVTensor(self.store, "keys", self.log)
+    def keys(self) -> Any:
+        """All keys, packed, for models that read a layer directly; None before the first.
+
+        Setting them is refused (``CacheMismatchError``), except to themselves, as in ``layer.keys =
+        layer.keys.to(device)`` where they are there already.
+        """
+        return self._carrier("keys")
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        check_assigned(self.store, "keys", value)
 
     @property
-    def values(self) -> torch.Tensor | None:
-        """All values, packed."""
-        return None if self.store is None else KVTensor(self.store, "values", self.log)
+    def values(self) -> Any:
+        """All values, packed; as ``keys``."""
+        return self._carrier("values")
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        check_assigned(self.store, "values", value)
+
+    def _carrier(self, side: Side, dtype: torch.dtype | None = None) -> Any:
+        """What is handed out for the ``"keys"`` or ``"values"`` that are held."""
+        return None if self.store is None else KVTensor(self.store, side, self.log, dtype)
 
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""
@@ -169,8 +186,11 @@ class PagedLayer:
         """Store new tokens and return what attention is to read.
 
         Args:
-            keys: ``[batch, heads, tokens, key_dim]``.
+            keys: ``[batch, heads, tokens, key_dim]``, any floating dtype: the first ones decide in which all are held.
             values: ``[batch, heads, tokens, value_dim]``.
+
+        Returns:
+            Keys and values, in the dtypes that ``torch.cat`` of those held and the new ones would have.
 
         Raises:
             GradientError: they carry a gradient.
@@ -179,8 +199,8 @@ class PagedLayer:
             OutOfPages: the budget has no more pages.
         """
         refuse_gradient(keys, values)
-        if self.store is not None and self.length == 0 and self.store.batch_size != keys.shape[0]:
-            self.store = None  # emptied by reset(): the next batch may have another size
+        if self.store is not None and self.length == 0 and not self.store.is_like(keys, values):
+            self.store = None  # emptied: the next batch may have another size, and another dtype
         if self.store is not None:
             self.store.check(keys, values)
         self.guard.enter(self, keys.shape[2])
@@ -189,15 +209,19 @@ class PagedLayer:
             self.initialize(keys, values)
         assert self.store is not None
         self.store.claim = self.guard.claim
+        sealed = self.store.pages_for(keys.shape[2]) // keys.shape[0]  # by each sequence
         try:
             with plain_tensors():
                 self._write(keys, values, exact)
+            if sealed and not self.log.out_of_range and keys.device.type == "cpu":  # a GPU would have to be waited for
+                self.log.saturated(self.store.saturated_pages(min(sealed, self.store.sealed_pages)))
         finally:
             self.store.claim = None
         if exact:
             self.log.prefill += 1
             return keys, values
-        return KVTensor(self.store, "keys", self.log), KVTensor(self.store, "values", self.log)
+        dtypes = self.store.promoted(keys, values)
+        return self._carrier("keys", dtypes[0]), self._carrier("values", dtypes[1])
 
     def _padding_of(self, keys: torch.Tensor) -> np.ndarray | None:
         """``padding`` of the open page and the new ``keys``, which are not stored yet.

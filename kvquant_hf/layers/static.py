@@ -17,6 +17,7 @@ from ..pages.budget import Pool
 from ..pages.padding import replace_padding
 from ..pages.static_ops import full_message
 from ..pages.static_store import StaticStore
+from .carrier import Side
 from .paged import PagedLayer, plain_tensors, refuse_gradient
 from .static_carrier import StaticKV
 
@@ -42,18 +43,10 @@ class StaticPagedLayer(PagedLayer):
         self.leads = False  # whether this layer sees to it that a step fits; the first of a cache does
         self.filled = False  # whether there are tokens
 
-    @property
-    def keys(self) -> Any:
-        """All keys, packed; for models that read a layer directly."""
-        return self._carrier("keys")
-
-    @property
-    def values(self) -> Any:
-        """All values, packed."""
-        return self._carrier("values")
-
-    def _carrier(self, side: Any, exact: torch.Tensor | None = None) -> StaticKV | None:
-        return None if self.store is None else StaticKV(self.store, side, self.log, self.window, exact)
+    def _carrier(
+        self, side: Side, dtype: torch.dtype | None = None, exact: torch.Tensor | None = None
+    ) -> StaticKV | None:
+        return None if self.store is None else StaticKV(self.store, side, self.log, self.window, exact, dtype)
 
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Reserve the memory for tensors like these."""
@@ -71,22 +64,23 @@ class StaticPagedLayer(PagedLayer):
             CacheFullError: there is no room for the new tokens; nothing has changed.
         """
         refuse_gradient(keys, values)
-        if self.store is not None and not self.filled and self.store.batch_size != keys.shape[0]:
-            self.store = None  # emptied by reset(): the next batch may have another size
+        if self.store is not None and not self.filled and not self.store.is_like(keys, values):
+            self.store = None  # emptied: the next batch may have another size, and another dtype
         if self.store is None:
             self.initialize(keys, values)
         assert self.store is not None
-        self.store.check(keys, values)
+        new = self.store.fitted(keys, values)
         exact = self.exact_prefill and not self.filled and keys.shape[2] > 1  # attended to as it came
         if torch.compiler.is_compiling():
-            self.store.append(keys, values, self.leads)
+            self.store.append(*new, self.leads)
         else:
             with plain_tensors():
-                self.store.append(*self._without_padding(keys, values), self.leads)
+                self.store.append(*self._without_padding(*new), self.leads)
             self.log.prefill += exact
         self.filled = True
         held = (keys, values) if exact else (None, None)
-        return self._carrier("keys", held[0]), self._carrier("values", held[1])
+        dtypes = self.store.promoted(keys, values)
+        return self._carrier("keys", dtypes[0], held[0]), self._carrier("values", dtypes[1], held[1])
 
     def _without_padding(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens with padding replaced, so that it takes no part in the scales of the pages that they will be in.

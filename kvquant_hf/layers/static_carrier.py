@@ -1,7 +1,8 @@
 """What an attention module gets from a static cache instead of dense keys or values.
 
 A plain object and no tensor subclass, because ``torch.compile`` follows plain Python: our attention function finds the
-pages in it, and whatever else is done to it is done to the pages multiplied out.  It stands for ``max_length`` tokens,
+pages in it, and whatever else is done to it is done to the pages multiplied out, which outside of graphs nobody can
+write (``readonly.py``).  It stands for ``max_length`` tokens,
 as the buffers of transformers' ``StaticCache`` do, so that every mask fits.
 """
 
@@ -13,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch.utils._pytree import tree_map
 
-from ..errors import CacheMismatchError
 from ..pages.static_ops import multiply_out
 from ..pages.static_store import StaticStore, StaticView
 from ..reports.calls import CallLog
+from .attention import scaled_dot_product_attention
+from .readonly import DenseView, refuse_write
 
 
 class StaticKV:
@@ -28,6 +30,7 @@ class StaticKV:
         log: where a detour is counted; detours inside of a compiled graph are not.
         window: tokens that the last query sees, itself included; 0 for all.
         exact: the same tokens as they came, ``[batch, heads, tokens, head_dim]``, if attention is to read these.
+        dtype: what readers get; by default as stored.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class StaticKV:
         log: CallLog,
         window: int = 0,
         exact: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.store, self.side, self.window, self.exact = store, side, window, exact
         self._log = log
@@ -44,7 +48,8 @@ class StaticKV:
         self._pages = pages = view.keys if side == "keys" else view.values
         batch, heads, _, head_dim = pages.tail.shape
         self.shape = torch.Size((batch, heads, store.max_length, head_dim))
-        self.dtype, self.device, self.ndim = pages.tail.dtype, pages.tail.device, 4
+        self.dtype = pages.tail.dtype if dtype is None else dtype
+        self.device, self.ndim = pages.tail.device, 4
 
     def view_pages(self) -> StaticView:
         """The pages."""
@@ -59,7 +64,12 @@ class StaticKV:
         view, pages = self.store.view(), self._pages
         return multiply_out(
             pages.codec.name, list(pages.planes), pages.tail, view.page_table, view.lengths, self.shape[2]
-        )
+        ).to(self.dtype)
+
+    def _read(self, reason: str) -> torch.Tensor:
+        """All tokens for a reader who may go on to write: read only, except in graphs, which cannot follow that."""
+        dense = self.dense(reason)
+        return dense if torch.compiler.is_compiling() else DenseView(dense)
 
     @classmethod
     def __torch_function__(
@@ -74,14 +84,15 @@ class StaticKV:
         Raises:
             CacheMismatchError: it would write, and the pages would not know.
         """
-        if torch.compiler.is_compiling():  # which cannot follow the name of a function, nor needs it
-            return function(*tree_map(_unwrap, list(args)), **tree_map(_unwrap, dict(kwargs or {})))
-        name = getattr(function, "__name__", str(function))
-        if name.endswith("_") and not name.endswith("__"):
-            raise CacheMismatchError(f"{name} would write into packed keys or values; write into a clone() of them.")
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            result = _attention(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        # A graph cannot follow the name of a function, nor needs it.
+        name = "" if torch.compiler.is_compiling() else getattr(function, "__name__", str(function))
 
         def unwrap(value: Any) -> Any:
-            return value.dense(f"read by {name}") if isinstance(value, StaticKV) else value
+            return value._read(f"read by {name}") if isinstance(value, StaticKV) else value
 
         return function(*tree_map(unwrap, list(args)), **tree_map(unwrap, dict(kwargs or {})))
 
@@ -89,16 +100,25 @@ class StaticKV:
         """Any method or attribute of a tensor: of the dense tensor."""
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.dense(f"read by {name}"), name)
+        return getattr(self._read(f"read by {name}"), name)
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.dense("read by getitem")[index]
+    @property
+    def data(self) -> torch.Tensor:
+        """As of a tensor, read only."""
+        return self._read("read by data").data
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        refuse_write("setting .data")
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def to(self, *args: Any, **options: Any) -> Any:
         """As of a tensor: itself where it is there already, which layers that share keys ask for."""
-        if args == (self.device,) and not options:
+        if len(args) == 1 and not options and args[0] in (self.device, str(self.device), self.dtype):
             return self
-        return self.dense("read by to").to(*args, **options)
+        return self._read("read by to").to(*args, **options)
 
     def size(self, dim: int | None = None) -> Any:
         """As of a tensor."""
@@ -112,18 +132,41 @@ class StaticKV:
         return f"StaticKV({self.side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-def _unwrap(value: Any) -> Any:
-    return value.dense("read in a graph") if isinstance(value, StaticKV) else value
+def _operator(name: str) -> Callable[..., Any]:
+    """What Python looks up on the type and not by ``__getattr__``: of the dense tensor."""
+
+    def operate(self: StaticKV, *args: Any, **options: Any) -> Any:
+        return getattr(self._read(f"read by {name}"), name)(*args, **options)
+
+    return operate
+
+
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_UNARY = ("neg", "pos", "abs", "invert", "bool", "int", "float", "complex", "index", "iter", "format")
+_OTHERS = ("lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "contains")
+_COPIES = ("array", "dlpack", "dlpack_device", "deepcopy", "reduce_ex")
+for _name in (*(kind + name for name in _BINARY for kind in ("", "r", "i")), *_UNARY, *_OTHERS, *_COPIES):
+    if hasattr(torch.Tensor, f"__{_name}__"):
+        setattr(StaticKV, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _attention(query: Any, key: Any, value: Any, attn_mask: torch.Tensor | None = None, **options: Any) -> Any:
+    """torch's own attention on what is held exactly, or over pages; NotImplemented where pages cannot give it."""
+    key, value, attn_mask, _ = exact_prompt(key, value, attn_mask, None)
+    if not isinstance(key, StaticKV) and not isinstance(value, StaticKV):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    return scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
 def exact_prompt(
-    keys: Any, values: Any, mask: torch.Tensor | None, bias: torch.Tensor | None
-) -> tuple[Any, Any, torch.Tensor | None, torch.Tensor | None]:
+    keys: Any, values: Any, mask: Any, bias: torch.Tensor | None
+) -> tuple[Any, Any, Any, torch.Tensor | None]:
     """Plain tensors for what a static cache holds exactly, with mask and position bias cut to their tokens.
 
     Args:
         keys, values: arguments of an attention call.
-        mask: ``[batch or 1, heads or 1, queries, max_length]`` or None.
+        mask: ``[batch or 1, heads or 1, queries, max_length]``, None, or what is no tensor (a ``BlockMask`` of as many
+            tokens: keys and values are then filled up to it with zeros, which it hides).
         bias: the same, added to the scores.
 
     Returns:
@@ -132,5 +175,9 @@ def exact_prompt(
     if not isinstance(keys, StaticKV) or keys.exact is None or not isinstance(values, StaticKV):
         return keys, values, mask, bias
     count = keys.exact.shape[2]
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        missing = (0, 0, 0, keys.shape[2] - count)
+        filled: Any = (keys.exact, values.exact)
+        return *(torch.nn.functional.pad(x, missing) for x in filled), mask, bias
     mask, bias = (x if x is None or x.dim() != 4 else x[..., :count] for x in (mask, bias))
     return keys.exact, values.exact, mask, bias

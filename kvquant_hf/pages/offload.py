@@ -101,6 +101,12 @@ class HostCopy:
             self._saved, self._brought = current.record_event(), None
         self._unsaved, self._writers, self.away = [], set(), True
 
+    def complete(self) -> list[torch.Tensor]:
+        """The CPU's copy of planes that are away, once it is there."""
+        if self._saved is not None:
+            self._saved.synchronize()
+        return self.planes
+
     def begin(self, planes: list[torch.Tensor]) -> list[torch.Tensor]:
         """Start to bring the pages to the device and return the planes, to be read after :meth:`arrived`."""
         if not self.away:

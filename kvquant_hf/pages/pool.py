@@ -85,6 +85,13 @@ class PagePool:
         return self._planes
 
     @property
+    def lying(self) -> list[torch.Tensor]:
+        """The planes where they lie, for a look at them that brings nothing to the device."""
+        if self._host is None or not self._host.away:
+            return self.planes
+        return self._host.complete()
+
+    @property
     def capacity(self) -> int:
         """Pages that exist, used or not."""
         return len(self._references)

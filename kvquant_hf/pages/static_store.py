@@ -168,7 +168,11 @@ class StaticStore(StoreLayout):
 
     def dense_bytes(self) -> int:
         """Bytes that the same tokens take in the model's dtype."""
-        return self.batch_size * self.length * self.elements_per_token() * self.dtype.itemsize
+        return self.batch_size * self.length * self.dense_bytes_per_token()
+
+    def saturated_pages(self) -> int:
+        """As of ``PagedStore``."""
+        return self._saturated(self._planes, self.page_table[:, : self.sealed_pages].unique().long())
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors; what is reserved for tokens to come is unused."""

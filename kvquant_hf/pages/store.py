@@ -101,6 +101,12 @@ class PagedStore(StoreLayout):
         """Keys and values with ``tails`` for open pages."""
         return self.sides(tuple(self.pool.planes), tails)  # a snapshot: another fork may make the pool grow
 
+    def saturated_pages(self, last: int | None = None) -> int:
+        """Pages held, each once, or of the ``last`` of each sequence, whose scales are at the end of their range."""
+        ids = np.unique(self.table.ids if last is None else self.table.ids[:, self.sealed_pages - last :])
+        planes = self.pool.lying
+        return self._saturated(planes, torch.from_numpy(ids).to(planes[0].device, torch.long))
+
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
         pages = np.unique(self.table.ids)
@@ -120,7 +126,7 @@ class PagedStore(StoreLayout):
 
     def dense_bytes(self) -> int:
         """Bytes that the same tokens take in the model's dtype."""
-        return self.batch_size * self.length * self.elements_per_token() * self.dtype.itemsize
+        return self.batch_size * self.length * self.dense_bytes_per_token()
 
     # -- appending -----------------------------------------------------------------------------------------------------
 
@@ -141,7 +147,7 @@ class PagedStore(StoreLayout):
             CacheMismatchError: see :meth:`check`.
             OutOfPages: the pool's budget has no more.
         """
-        self.check(keys, values)
+        keys, values = self.fitted(keys, values)
         if self.tail_length + keys.shape[2] <= self.page_size and not self._tail_shared:
             lengths = torch.empty_like(self.lengths)
             append_pages(keys, values, *self._sides(self._tail), self.page_table, self.lengths, lengths, impl=self.impl)

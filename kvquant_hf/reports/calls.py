@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ..errors import KVQuantFallbackWarning
+from ..errors import KVQuantFallbackWarning, KVQuantRangeWarning
 
 
 @dataclass
@@ -15,6 +15,7 @@ class CallLog:
     ``fallbacks``: multiplied out first, by reason.  ``reason``: why the kernels did not run, where they did not.
     ``restarts``: how often a model dropped what was held and began again, by its method.  ``dropped``: which method of
     a model was given the cache and did not use it.
+    ``out_of_range``: whether it has been said that keys or values were beyond what scales hold.
     """
 
     paged: Counter[str] = field(default_factory=Counter)
@@ -23,6 +24,7 @@ class CallLog:
     fallbacks: Counter[str] = field(default_factory=Counter)
     restarts: Counter[str] = field(default_factory=Counter)
     dropped: str = ""
+    out_of_range: bool = False
 
     def attended(self, implementation: str, reason: str) -> None:
         """Count one call that read the pages with ``implementation``."""
@@ -40,3 +42,15 @@ class CallLog:
                 stacklevel=2,
             )
         self.fallbacks[reason] += 1
+
+    def saturated(self, pages: int) -> None:
+        """``pages`` pages have keys or values beyond what their scales hold; said aloud once."""
+        if pages and not self.out_of_range:
+            self.out_of_range = True
+            warnings.warn(
+                "keys or values are beyond the range of fp16 (65504), in which the scales of quantized pages are "
+                "stored, and were cut off at its ends; cache.report() counts such pages; use policy='exact', or a "
+                "policy by layer that keeps these layers exact.",
+                KVQuantRangeWarning,
+                stacklevel=2,
+            )

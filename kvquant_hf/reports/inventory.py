@@ -46,6 +46,8 @@ def take_inventory(
         pools_shared: whether other caches draw from the same pools; what nobody holds is then not this cache's.
         latent_rank: width of the latents of an MLA model.
     """
+    saturated = sum(layer.store.saturated_pages() for layer in paged if layer.store is not None)
+    log.saturated(saturated)
     stores = [layer.store for layer in paged if layer.store is not None]
     prints = [store.footprint() for store in stores]
     windows = [str(layer.held_window) for layer in paged if layer.held_window]
@@ -73,6 +75,7 @@ def take_inventory(
         elements=sum(n * store.length for n, store in zip(per_page, stores, strict=True)),
         sealed_elements=sum(n * store.sealed_pages * page_size for n, store in zip(per_page, stores, strict=True)),
         reopened_pages=sum(store.reopened_pages for store in stores),
+        saturated_pages=saturated,
         implementation=" and ".join(sorted(log.paged)),
         implementation_reason=log.reason,
         paged_calls=log.paged.total(),

@@ -35,6 +35,10 @@ class CacheReport:
         elements: key and value elements held by the paged layers.
         sealed_elements: those of them that lie in sealed pages, counted for every sequence.
         reopened_pages: sealed pages that a crop had to decode into the open page.
+        saturated_pages: pages with keys or values beyond what their scales, mostly fp16, can hold, and so cut off;
+            found when the report is made, by the scales that are at the end of their range.  A ``KVQuantRangeWarning``
+            says so once: on a CPU when such a page is sealed; of static caches and on a GPU, which is not waited for,
+            with the report.  ``exact`` has no scales; those of ``int8-static`` are measured beforehand.
         implementation: what computed attention over pages: ``"triton"``, ``"cpu"``, ``"reference"`` (plain torch),
             several of them, or ``""`` before the first call.
         implementation_reason: why the kernels did not run, if they might have.
@@ -67,6 +71,7 @@ class CacheReport:
     elements: int
     sealed_elements: int
     reopened_pages: int
+    saturated_pages: int
     implementation: str
     implementation_reason: str
     paged_calls: int
@@ -133,6 +138,11 @@ class CacheReport:
                 else []
             ),
             ("bits per element", bits),
+            *(
+                [("out of range", f"{self.saturated_pages} pages with keys or values beyond what their scales hold")]
+                if self.saturated_pages
+                else []
+            ),
             (
                 "attention calls",
                 f"{self.paged_calls} in pages{ran}, {self.prefill_calls} exact prefill, "

@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from ..layers.attention import attend
-from ..layers.carrier import dense, is_packed
+from ..layers.attention import attend, is_packed
+from ..layers.readonly import dense
 from ..layers.static_carrier import exact_prompt
 from .eager import disagreement, weights_are_recorded
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """``name``, dotted, in ``module``; a function has at least these ``parameters``, a table these keys (``a|b``: one of
-    the two)."""
+    """``name``, dotted, in ``module``; a function has at least these ``parameters``, a table these keys (``a|b``: one
+    of the two)."""
 
     module: str
     name: str

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import prompt, tiny_gemma2, tiny_llama, tiny_windowed
+from models import prompt, tiny_falcon, tiny_gemma2, tiny_llama, tiny_windowed
 from torch.nn.attention import flex_attention
 from transformers import DynamicCache, masking_utils
 from transformers.modeling_utils import AttentionInterface
@@ -263,3 +263,46 @@ def test_the_real_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = QuantizedPagedCache(model.config, "exact", page_size=8)
     assert torch.equal(model.generate(**padded(), **with_cache(cache), **NEW), wanted)
     assert cache.report().fallback_calls == 0
+
+
+# -- torch's own attention, called by a model itself -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_falcon_reads_pages(static: bool) -> None:
+    """Its attention knows no interface, and calls torch's; one key/value head for all query heads."""
+    model = tiny_falcon()
+    wanted = model.generate(**padded(), **NEW)
+    options = {"static": True, "max_length": 64} if static else {}
+    cache = QuantizedPagedCache(model.config, "exact", page_size=8, **options)
+    assert torch.equal(model.generate(**padded(), **with_cache(cache), disable_compile=True, **NEW), wanted)
+    report = cache.report()
+    assert report.paged_calls == 3 * (NEW["max_new_tokens"] - 1)
+    assert report.fallback_calls == 0
+
+
+CALLS: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "one query": (1, {}, True),
+    "no mask": (5, {}, True),
+    "scale": (5, {"scale": 0.3}, True),
+    "mask": (5, {"attn_mask": (torch.arange(40) > 3).expand(1, 1, 5, 40)}, True),
+    "the same number of queries": (40, {"is_causal": True}, True),
+    "causal from the first key": (5, {"is_causal": True}, False),
+    "a mask of two dimensions": (5, {"attn_mask": torch.arange(40).expand(5, 40) > 3}, False),
+    "dropout": (5, {"dropout_p": 1e-9}, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::kvquant_hf.errors.KVQuantFallbackWarning")
+@pytest.mark.parametrize("call", CALLS)
+def test_torchs_own_attention(call: str) -> None:
+    """Fused where pages can give it, dense where they cannot, and the same either way."""
+    queries, options, fused = CALLS[call]
+    cache = QuantizedPagedCache(tiny_llama().config, "exact", page_size=8, prefill="quantized")
+    keys, values = torch.randn(2, 1, 2, 40, 32)
+    packed = cache.update(keys, values, 0)
+    query = torch.randn(1, 4, queries, 32)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    got = sdpa(query, *packed, enable_gqa=True, **options)
+    torch.testing.assert_close(got, sdpa(query, keys, values, enable_gqa=True, **options), rtol=0, atol=1e-5)
+    assert (cache.report().paged_calls, cache.report().fallback_calls) == ((1, 0) if fused else (0, 1))

@@ -168,13 +168,6 @@ def test_forward_with_tensors_that_do_not_fit(changes: dict[str, int], model: Pr
         forward(tiny_llama(**changes), cache, prompt(2, 1))
 
 
-def test_forward_in_another_dtype(model: PreTrainedModel) -> None:
-    cache = QuantizedPagedCache(model.config, "int4")
-    forward(model, cache, prompt(2, 100))
-    with refused(cache, errors.CacheMismatchError, "torch.float32 on cpu", "torch.bfloat16", "cache.reset()"):
-        forward(tiny_llama().bfloat16(), cache, prompt(2, 1))
-
-
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 

@@ -189,7 +189,7 @@ def test_other_dtypes_in_pages(dtype: torch.dtype) -> None:
         ("gemma2", "kvquant", "paged"),
         ("gpt2", "sdpa", "paged"),
         ("gpt2", "eager", "paged"),
-        ("falcon", None, "fallback"),
+        ("falcon", None, "paged"),
     ],
 )
 def test_models(name: str, attention: str | None, path: str) -> None:
