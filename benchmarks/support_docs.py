@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from stand_ins import NAMES
 from support.architectures import ARCHITECTURES
 from support.outcomes import COLUMNS, evaluate
 from support.table import DOCUMENT, HERE, document
@@ -29,7 +30,7 @@ def measure(folder: Path) -> None:
     warnings.simplefilter("ignore")
     cells = {}
     for name in ARCHITECTURES:
-        outcomes = {column: evaluate(name, column) for column in COLUMNS}
+        outcomes = {column: evaluate(name, column) for column in [*COLUMNS, *NAMES]}
         cells[name] = {column: (outcome.text, outcome.reason) for column, outcome in outcomes.items()}
         print(f"{HERE} {name}: {' '.join(outcome.text for outcome in outcomes.values())}", flush=True)
         for column, outcome in outcomes.items():

@@ -1,19 +1,15 @@
-"""A model loaded with any attention implementation reads pages, and is right; what is not ours passes through.
+"""A model loaded with any attention implementation reads pages, and is right; what is not ours passes through."""
 
-FlashAttention needs a GPU and flex attention a compiler: functions registered under their names stand in, do the
-arithmetic on plain tensors, and check that a plain tensor and the masks of their kind are all that they are given.
-"""
-
-import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import stand_ins
 import torch
 from models import prompt, tiny_falcon, tiny_gemma2, tiny_llama, tiny_windowed
-from torch.nn.attention import flex_attention
+from stand_ins import NAMES, with_attention
 from transformers import DynamicCache, masking_utils
 from transformers.modeling_utils import AttentionInterface
 
@@ -24,95 +20,7 @@ from kvquant_hf.transformers_api import eager
 from kvquant_hf.transformers_api.attention import ROUTED
 from kvquant_hf.transformers_api.names import cache_in, with_cache
 
-NAMES = ("eager", *ROUTED)
 NEW = {"max_new_tokens": 20, "do_sample": False}
-
-
-def visible(query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None) -> torch.Tensor:
-    """bool ``[queries, tokens]``: the causal rule and the window of FlashAttention, aligned at the end."""
-    last = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2]
-    position = torch.arange(key.shape[2])
-    seen = position <= last if causal else torch.ones_like(position <= last)
-    return seen & (position > last - window) if window else seen
-
-
-def flash(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """What FlashAttention computes, from what it accepts."""
-    assert all(type(x) is torch.Tensor and x.dim() == 4 for x in (query, key, value))
-    assert attention_mask is None or (attention_mask.dim() == 2 and attention_mask.shape[1] == key.shape[2])
-    seen = visible(query, key, module.is_causal if is_causal is None else is_causal, sliding_window)[None, None]
-    if attention_mask is not None:
-        seen = seen & attention_mask.bool()[:, None, None]
-    return attention(query, key, value, scaling, seen, softcap, s_aux), None
-
-
-def flex(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """What flex attention computes, from what it accepts."""
-    assert all(type(x) is torch.Tensor and x.dim() == 4 for x in (query, key, value))
-    assert isinstance(attention_mask, flex_attention.BlockMask)
-    size = (query.shape[0], 1, query.shape[2], key.shape[2])
-    seen = flex_attention.create_mask(attention_mask.mask_mod, *size, query.device)
-    return attention(query, key, value, scaling, seen, softcap, s_aux), None
-
-
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float | None,
-    seen: torch.Tensor,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Softmax attention, ``[batch, queries, heads, dim]``."""
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], 3)
-    weights = scores.softmax(3)[..., : key.shape[2]].nan_to_num(0)  # a padded query may see nothing
-    return (weights @ value).transpose(1, 2)
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Functions for names that do not run on every machine, known to transformers before the package is enabled."""
-    kvquant_hf.disable()
-    for name in ROUTED[1:]:
-        monkeypatch.setitem(AttentionInterface._global_mapping, name, flex if name == "flex_attention" else flash)
-    uncompiled = functools.partial(flex_attention.create_block_mask, _compile=False)
-    monkeypatch.setattr(
-        masking_utils, "create_block_mask", lambda *a, _compile=True, **kwargs: uncompiled(*a, **kwargs)
-    )
-    kvquant_hf.enable()
-    yield
-    kvquant_hf.disable()
-    monkeypatch.undo()
-    kvquant_hf.enable()
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -132,12 +40,6 @@ def padded(length: int = 40) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, :15] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-
-
-def with_attention(model: Any, name: str) -> Any:
-    """``model`` as if it had been loaded with ``attn_implementation=name``."""
-    model.config._attn_implementation = name
-    return model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -252,17 +154,17 @@ def test_int8_under_eager_is_what_it_is_under_sdpa() -> None:
 @pytest.mark.full
 def test_the_real_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled by Inductor: minutes."""
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    kvquant_hf.disable()
-    monkeypatch.undo()
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", flex_attention_forward)
-    kvquant_hf.enable()
-    model = with_attention(tiny_llama(), "flex_attention")
-    wanted = model.generate(**padded(), **NEW)
-    cache = QuantizedPagedCache(model.config, "exact", page_size=8)
-    assert torch.equal(model.generate(**padded(), **with_cache(cache), **NEW), wanted)
-    assert cache.report().fallback_calls == 0
+    make_mask, function = stand_ins.REAL_FLEX
+    monkeypatch.setattr(masking_utils, "create_block_mask", make_mask)
+    stand_ins.register(flex_attention=function)
+    try:
+        model = with_attention(tiny_llama(), "flex_attention")
+        wanted = model.generate(**padded(), **NEW)
+        cache = QuantizedPagedCache(model.config, "exact", page_size=8)
+        assert torch.equal(model.generate(**padded(), **with_cache(cache), **NEW), wanted)
+        assert cache.report().fallback_calls == 0
+    finally:
+        stand_ins.register(flex_attention=stand_ins.flex)
 
 
 # -- torch's own attention, called by a model itself -------------------------------------------------------------------

@@ -156,10 +156,21 @@ def _llava() -> Mapping[str, Any]:
     return {"text_config": text, "vision_config": vision, "image_token_index": IMAGE_TOKEN} | _TOKENS
 
 
-_EAGER = "transformers picks eager, because its sdpa has no {}"
-_OWN = "its attention is its own and calls no attention function that could be replaced"
+_OWN = "its attention is arithmetic of its own: it calls no attention function, neither transformers' nor torch's"
 _EXPANDED = "what is cached are latents, which the model expands to keys and values before attention"
 _SMALL = {"vocab_size": VOCAB, "initializer_range": INIT_RANGE, "tie_word_embeddings": False} | _TOKENS
+# The embedding changes at 24 tokens, which every way of generating crosses: nothing cached before holds beyond it.
+_LONG_ROPE = {
+    "original_max_position_embeddings": PROMPT + 3,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "factor": 4.0,
+        "original_max_position_embeddings": PROMPT + 3,
+    },
+}
 _GEMMA = {"query_pre_attn_scalar": 16}
 _LATENT = {
     "n_routed_experts": 4,
@@ -215,13 +226,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         _decoder("Mistral", title="Mistral, every layer with a window", sliding_window=WINDOW),
         _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=4, sliding_window=None),
         _decoder("Phi3", takes_head_dim=False),
-        _decoder("Gemma2", note=_EAGER.format("softcap"), attn_logit_softcapping=5.0, **_SLIDING, **_GEMMA),
+        _decoder("Phi3", title="Phi3, beyond its original length", takes_head_dim=False, **_LONG_ROPE),
+        _decoder("Gemma2", attn_logit_softcapping=5.0, **_SLIDING, **_GEMMA),
         _decoder("Gemma3", title="Gemma3, text", config="Gemma3TextConfig", **_SLIDING, **_GEMMA),
         _decoder("Gemma4", title="Gemma4, text", config="Gemma4TextConfig", **_SHARED),
         _decoder(
             "GptOss",
             title="gpt-oss",
-            note=_EAGER.format("sinks"),
             num_local_experts=4,
             num_experts_per_tok=4,
             **_SLIDING,
@@ -237,7 +248,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         _decoder("GPTNeoX", title="GPT-NeoX", takes_head_dim=False),
         _decoder("OPT", takes_head_dim=False, ffn_dim=64, word_embed_proj_dim=64, init_std=INIT_RANGE),
-        _decoder("Falcon", takes_head_dim=False, note=_OWN),
+        _decoder("Falcon", takes_head_dim=False),
         Architecture(
             "BLOOM",
             "BloomForCausalLM",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stand_ins import with_attention
 from support.architectures import ARCHITECTURES, IMAGE_TOKEN, Architecture
 from transformers import (
     Cache,
@@ -92,7 +93,7 @@ class Runner:
         self.model, default = model_of(self.architecture.name), model_of(self.architecture.name, assistant=True)
         self.implementation = self.implementation or default.config._attn_implementation
         if self.implementation != self.model.config._attn_implementation:
-            self.model.set_attn_implementation(self.implementation)
+            with_attention(self.model, self.implementation)
 
     def cache(self) -> Cache:
         """An empty cache; of an encoder-decoder, the self-attention's is paged."""

@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from stand_ins import NAMES
 from support.architectures import ARCHITECTURES
 from support.features import FEATURES, PAGE, Runner, Turn, greedy, model_of
 from transformers import Cache, DynamicCache
@@ -179,7 +180,8 @@ def evaluate(name: str, column: str) -> Outcome:
         return judge(lambda: layers(name))
     if column == ATTENTION:
         return judge(lambda: attention(name))
-    run, reference = FEATURES[column].run, Runner(row, None)
+    named = column if column in NAMES else None
+    run, reference = FEATURES["left-padded" if named else column].run, Runner(row, None, named)
     try:
         expected = run(reference)
     except Exception as error:
@@ -188,14 +190,14 @@ def evaluate(name: str, column: str) -> Outcome:
         return Outcome(NONE, "transformers with DynamicCache: not what one call from the start gives")
 
     def check() -> Outcome:
-        setting = implementation(name)[0]
+        setting = named or implementation(name)[0]
         exact, int8 = Runner(row, "exact", setting), Runner(row, "int8", setting)
         check_exact(expected, run(exact))
         turns = run(int8)
         if column == "compile" and not exact.operators["graphs"] == int8.operators["graphs"] == 1:
             raise Mismatch("compiled anew", f"{exact.operators} {int8.operators}")
         check_small(reports(int8))
-        share = distance(Runner(row, None), turns)
+        share = distance(Runner(row, None, named), turns)
         if not 0 < share <= 1:
             raise Mismatch("int8: too far from DynamicCache", f"{share:.2f} times what is allowed")
         return Outcome(path(exact)[0], detail=f"int8 takes {share:.3f} of what is allowed")

@@ -1,9 +1,11 @@
 """docs/support.md: written from the outcomes of two versions of transformers, and read back by the tests."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
+from stand_ins import NAMES
 from support.architectures import ARCHITECTURES
 from support.features import FEATURES
 from support.outcomes import COLUMNS, MAX_KL, MAX_SCORE, STATUSES
@@ -17,9 +19,10 @@ Cells = dict[str, dict[str, Cell]]  # architecture, column
 _BETWEEN = "; "
 
 
-def render(versions: dict[str, Cells]) -> str:
+def render(versions: dict[str, Cells], columns: Sequence[str] = COLUMNS, notes: dict[str, int] | None = None) -> str:
     """The table and its footnotes; where versions differ, a cell says which says what."""
-    notes: dict[str, int] = {}
+    notes = {} if notes is None else notes  # reasons that have a number
+    known = len(notes)
 
     def show(cell: Cell) -> str:
         text, reason = cell
@@ -27,27 +30,25 @@ def render(versions: dict[str, Cells]) -> str:
             return text
         return f"{text}[^{notes.setdefault(reason.replace('|', '/'), len(notes) + 1)}]"
 
-    lines = ["| " + " | ".join(["architecture", *COLUMNS]) + " |", "|---" * 2 + "|:-:" * (len(COLUMNS) - 1) + "|"]
+    lines = ["| " + " | ".join(["architecture", *columns]) + " |", "|---" * 2 + "|:-:" * (len(columns) - 1) + "|"]
     first = next(iter(versions.values()))
     for architecture in first:
         row = [architecture]
-        for column in COLUMNS:
+        for column in columns:
             cells = {version: table[architecture][column] for version, table in versions.items()}
             if len(set(cells.values())) == 1:
                 row.append(show(next(iter(cells.values()))))
             else:
                 row.append(_BETWEEN.join(f"{version}: {show(cell)}" for version, cell in cells.items()))
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join([*lines, "", *(f"[^{number}]: {reason}" for reason, number in notes.items()), ""])
+    return "\n".join([*lines, "", *(f"[^{number}]: {reason}" for reason, number in list(notes.items())[known:]), ""])
 
 
 def parse(text: str, version: str) -> Cells:
-    """What :func:`render` was given for ``version``."""
+    """What :func:`render` was given for ``version``, of all tables in ``text``."""
     notes = dict(re.findall(r"^\[\^(\d+)\]: (.*)$", text, re.MULTILINE))
-    rows = [
-        [cell.strip() for cell in line.strip("| \n").split(" | ")] for line in text.split("\n") if line.startswith("| ")
-    ]
-    header, *body = rows
+    cells: Cells = {}
+    header: list[str] = []
 
     def read(cell: str) -> Cell:
         for part in cell.split(_BETWEEN):
@@ -57,18 +58,26 @@ def parse(text: str, version: str) -> Cells:
         assert found is not None
         return found[1], notes[found[2]] if found[2] else ""
 
-    return {row[0]: dict(zip(header[1:], map(read, row[1:]), strict=True)) for row in body}
+    for line in text.split("\n"):
+        if line.startswith("| "):
+            name, *rest = (cell.strip() for cell in line.strip("| \n").split(" | "))
+            if name == "architecture":
+                header = rest
+            else:
+                cells.setdefault(name, {}).update(zip(header, map(read, rest), strict=True))
+    return cells
 
 
 def document(versions: dict[str, Cells]) -> str:
     """The whole of docs/support.md."""
-    low, high = (list(versions)[i] for i in (0, -1))
+    *older, newest = versions
+    notes: dict[str, int] = {}
     statuses = "\n".join(f"| {status} | {meaning} |" for status, meaning in STATUSES.items())
     features = "\n".join(f"| {feature.name} | {feature.summary} |" for feature in FEATURES.values())
     return f"""# What works
 
-{len(ARCHITECTURES)} architectures, {len(FEATURES)} ways of generating, transformers {low} and {high}.  Every cell is a
-test: `tests/support/` runs it with the installed version and fails where this page says something else.
+{len(ARCHITECTURES)} architectures, {len(FEATURES)} ways of generating, transformers {", ".join(older)} and {newest}.
+Every cell is a test: `tests/support/` runs it with the installed version and fails where this page says something else.
 `make docs-support` writes it anew.
 
 Each model is tiny and has random weights (2 to 4 layers, head_dim 16), with pages of 8 tokens, prompts of 21 and
@@ -91,7 +100,14 @@ Layers that are not paged keep transformers' own cache, which is named in the co
 says how the paged layers are read: in pages with the implementation that transformers picks by default, in pages once
 `model.set_attn_implementation("kvquant")` was called (the row was run like that), or multiplied out.
 
-{render(versions)}
+{render(versions, COLUMNS, notes)}
+## Loaded with another attention implementation
+
+The same, with the model loaded with each name that `attn_implementation=` takes, prompts of 21, 13 and 2 tokens in one
+batch.  FlashAttention and flex attention are functions that stand in for them: they do the same arithmetic on a CPU and
+check that they are given plain tensors, and masks of their kind.
+
+{render(versions, NAMES, notes)}
 ## The ways of generating
 
 | column | what is run |
