@@ -7,8 +7,10 @@ import torch
 from support.architectures import ARCHITECTURES
 from support.features import FEATURES, Runner, Turn, model_of
 from support.outcomes import (
+    ATTENTION,
     COLUMNS,
     FALLBACK,
+    LAYERS,
     NONE,
     PAGES,
     REFUSED,
@@ -25,8 +27,30 @@ MEASURED = re.search(r"transformers ([\d.]+) and ([\d.]+)\.", TEXT).groups()
 STATED = parse(TEXT[TEXT.index("| architecture |") :].partition("\n## ")[0], HERE)
 
 
-# Compiling takes seconds: a model that makes a detour; the others are run with the marker "full".
+# All ways of generating with one architecture of each kind of cache and attention: plain, windows in every layer,
+# softcap, sinks, shared keys, attention of its own, latents, linear attention, encoders of three kinds.
+KINDS = (
+    "Llama",
+    "Mistral, every layer with a window",
+    "Gemma2",
+    "gpt-oss",
+    "Gemma4, text",
+    "Falcon",
+    "DeepSeek-V3",
+    "Qwen3-Next",
+    "T5",
+    "Whisper",
+    "LLaVA",
+)
+# What the others run, too; the rest of their cells is run with the marker "full".
+ALWAYS = (LAYERS, ATTENTION, "greedy", "left-padded")
+# Compiling takes seconds: a model that makes a detour.
 COMPILED = ("Falcon",)
+
+
+def is_full(name: str, column: str) -> bool:
+    """Whether the usual run leaves a cell out."""
+    return name not in COMPILED if column == "compile" else name not in KINDS and column not in ALWAYS
 
 
 @pytest.mark.skipif(HERE not in MEASURED, reason=f"docs/support.md speaks of transformers {', '.join(MEASURED)}")
@@ -34,7 +58,7 @@ COMPILED = ("Falcon",)
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        pytest.param(name, column, marks=[pytest.mark.full] if column == "compile" and name not in COMPILED else [])
+        pytest.param(name, column, marks=[pytest.mark.full] * is_full(name, column))
         for name in ARCHITECTURES
         for column in COLUMNS
     ],
@@ -48,7 +72,14 @@ def test_cell(name: str, column: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.exists])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full] * (name not in KINDS))
+        for name, row in ARCHITECTURES.items()
+        if row.exists
+    ],
+)
 def test_a_lost_page_would_show(name: str) -> None:
     """The bound on int8 means something: reading zeros for one page of 8 tokens is ten times beyond it."""
     assert cost_of_a_lost_page(name) > 10
@@ -70,6 +101,7 @@ def test_a_luckily_right_token_is_refused() -> None:
 
 
 def test_every_row_and_column_is_there() -> None:
+    assert set(KINDS) <= set(ARCHITECTURES) and set(ALWAYS) <= set(COLUMNS)
     assert list(STATED) == list(ARCHITECTURES) and len(STATED) >= 24
     assert all(list(row) == COLUMNS for row in STATED.values())
     texts = {row[column][0] for row in STATED.values() for column in FEATURES}
