@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import prompt, ragged_prompts, tiny_llama, tiny_windowed
+from ties import Margins
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
@@ -69,13 +70,14 @@ def compile_config(backend: Any) -> CompileConfig:
 
 def decode(model: PreTrainedModel, step: Any, cache: Any, ids: torch.Tensor, steps: int) -> torch.Tensor:
     """The tokens that follow ``ids``: the prompt through the model, then one by one through ``step``."""
+    margins = Margins()
     with torch.no_grad():
-        token = model(ids, **with_cache(cache)).logits[:, -1:].argmax(-1)
-        tokens = [token]
+        logits = [model(ids, **with_cache(cache)).logits[:, -1:]]
         for _ in range(steps):
-            token = step(token, **with_cache(cache)).logits[:, -1:].argmax(-1)
-            tokens.append(token)
-    return torch.cat(tokens, 1)
+            logits.append(step(logits[-1].argmax(-1), **with_cache(cache)).logits[:, -1:])
+    margins.see(torch.cat(logits, 1))
+    margins.check()
+    return torch.cat(logits, 1).argmax(-1)
 
 
 def graphs() -> tuple[int, int]:
@@ -129,6 +131,7 @@ def test_a_forward_that_is_compiled_as_a_whole() -> None:
     assert graphs() == (2, 0)  # the prompt, and a token
 
 
+@pytest.mark.slow
 def test_inductor_changes_pages_in_place() -> None:
     """The default backend: equal tokens, and no plane is copied to be written to."""
     model = tiny_llama(num_hidden_layers=1, hidden_size=64, intermediate_size=64, head_dim=16)

@@ -7,6 +7,7 @@ CPU.
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ PAIRS = (
     ("int8-channel", "int8-affine"),
     ("int4-channel", "int4-hadamard"),
     ("lloyd4-centred", "lloyd2"),
-    pytest.param(("lloyd3-channel", "lloyd3"), marks=pytest.mark.full),
+    ("lloyd3-channel", "lloyd3"),
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
@@ -48,14 +49,36 @@ CALLS = (
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Every head_dim on both sides, and every dtype with a head_dim that needs padding.
 SHAPES = (
-    *(((80, 96), dtype) for dtype in DTYPES.values()),
-    *((dims, torch.float16) for dims in ((96, 80), (128, 64))),
+    *(((80, 96), dtype) for dtype in (torch.float32, torch.bfloat16)),
+    ((128, 64), torch.float16),
     ((64, 128), torch.bfloat16),
+    ((80, 96), torch.float16),
     ((256, 256), torch.float32),
+    ((96, 80), torch.float16),
 )
 
-pairs = pytest.mark.parametrize("pair", PAIRS, ids="/".join)
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+THREE_BITS = ("lloyd3-channel", "lloyd3")  # in the full run; `test_hard_pages` has its codecs always
+MAIN = ("int4-channel", "int4-hadamard")  # rotation, and ranges of pages and of tokens
+
+
+def marks(pair: tuple[str, str], repeats: bool = False) -> list[pytest.MarkDecorator]:
+    """``repeats``: a case that other pairs have, of what no codec's arithmetic takes part in."""
+    return [pytest.mark.full] * (pair == THREE_BITS or (repeats and pair != MAIN))
+
+
+def crossed(cases: dict[str, Any], always: int) -> pytest.MarkDecorator:
+    """Every pair with every case; in the usual run ``MAIN`` has them all, other pairs the last ``always`` of them."""
+    return pytest.mark.parametrize(
+        ("pair", "case"),
+        [
+            pytest.param(pair, case, id=f"{name}-{'/'.join(pair)}", marks=marks(pair, i < len(cases) - always))
+            for i, (name, case) in enumerate(cases.items())
+            for pair in PAIRS
+        ],
+    )
+
+
+pairs = pytest.mark.parametrize("pair", [pytest.param(pair, id="/".join(pair), marks=marks(pair)) for pair in PAIRS])
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -187,17 +210,17 @@ def named(pair: tuple[str, str]) -> tuple[Codec, Codec]:
     return CODECS[pair[0]], CODECS[pair[1]]
 
 
-@pairs
-@pytest.mark.parametrize(("tokens", "held"), CALLS, ids=[f"T{t}-H{'.'.join(map(str, h))}" for t, h in CALLS])
-def test_lengths(pair: tuple[str, str], tokens: int, held: tuple[int, ...], device: torch.device) -> None:
+@crossed({f"T{t}-H{'.'.join(map(str, h))}": (t, h) for t, h in CALLS}, always=2)
+def test_lengths(pair: tuple[str, str], case: tuple[int, tuple[int, ...]], device: torch.device) -> None:
+    tokens, held = case
     state = cache(named(pair), held, pages=len(held) + 3)
     keys, values = (gaussian(len(held), 2, tokens, 64, torch.float16) for _ in range(2))
     compare(state, keys, values, device)
 
 
-@pairs
-@pytest.mark.parametrize(("dims", "dtype"), SHAPES, ids=[f"D{d[0]}.{d[1]}-{str(t)[6:]}" for d, t in SHAPES])
-def test_head_dims(pair: tuple[str, str], dims: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+@crossed({f"D{d[0]}.{d[1]}-{str(t)[6:]}": (d, t) for d, t in SHAPES}, always=3)
+def test_head_dims(pair: tuple[str, str], case: tuple[tuple[int, int], torch.dtype], device: torch.device) -> None:
+    dims, dtype = case
     state = cache(named(pair), (3, PAGE - 1), dims, dtype, heads=1)
     compare(state, *(gaussian(2, 1, PAGE - 1, dim, dtype) for dim in dims), device)
 
@@ -256,8 +279,20 @@ def hard_pages(dim: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return few
 
 
-@dtypes
-@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+# In float32 for every codec, where there are more hard pages; in the others for one of each way of rounding.
+ALL_DTYPES = ("exact", "int8-affine", "int4-token", "lloyd4-centred")
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype"),
+    [
+        pytest.param(
+            codec, dtype, id=f"{name}-{kind}", marks=[pytest.mark.full] * (kind != "fp32" and name not in ALL_DTYPES)
+        )
+        for name, codec in CODECS.items()
+        for kind, dtype in DTYPES.items()
+    ],
+)
 def test_hard_pages(codec: Codec, dtype: torch.dtype, device: torch.device) -> None:
     pages = torch.stack(list(hard_pages(80, dtype).values()))[None].to(dtype)  # one head per page
     new = torch.cat([pages, pages[:, :, :1]], dim=2)

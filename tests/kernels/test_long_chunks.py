@@ -11,15 +11,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels.test_decode import FLOAT32, PAGE, PAIRS, Case, check
+from kernels.test_decode import FLOAT32, PAGE, Case, check, pairs
 
 from kvquant_hf.triton_kernels.decode import _seen_pages
 from kvquant_hf.triton_kernels.target import tl, triton
 
 CASES = (
-    Case((450, 257), 96, 96, 7, 257, FLOAT32, heads=1, rows=256, splits=1),
-    Case((331, 130), 128, 128, 7, 130, mask="causal", heads=1, rows=128),
-    Case((600, 260), 96, 128, 7, 130, window=100, heads=1, rows=128, splits=1),
+    Case((450, 257), 96, 96, 3, 257, FLOAT32, heads=1, rows=256, splits=1),
+    Case((331, 130), 128, 128, 3, 130, mask="causal", heads=1, rows=128),
+    Case((600, 260), 96, 128, 3, 130, window=100, heads=1, rows=128, splits=1),
     Case((600, 320), 64, 64, 1, 257, FLOAT32, window=128, mask="causal", heads=1, rows=64),
     Case((193, 140), 64, 64, 1, 130, heads=1, splits=1),  # the launch table's own rows
 )
@@ -38,7 +38,7 @@ MATRIX = tuple(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+@pairs
 def test_every_pair(pair: tuple[str, str], device: torch.device) -> None:
     case = Case((331, 130), 128, 128, 1, 130, heads=1, rows=64)
     check(pair, case, device)
@@ -51,7 +51,7 @@ def test_every_kind(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+@pairs
 @pytest.mark.parametrize("case", MATRIX, ids=str)
 def test_in_full(pair: tuple[str, str], case: Case, device: torch.device) -> None:
     check(pair, case, device)

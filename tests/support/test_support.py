@@ -8,8 +8,10 @@ from stand_ins import FLASH, NAMES
 from support.architectures import ARCHITECTURES
 from support.features import FEATURES, Runner, Turn, model_of
 from support.outcomes import (
+    ATTENTION,
     COLUMNS,
     FALLBACK,
+    LAYERS,
     NONE,
     PAGES,
     REFUSED,
@@ -26,10 +28,34 @@ MEASURED = re.findall(r"\d+\.\d+", re.search(r"transformers ([\d., and]+)\.\n", 
 STATED = parse(TEXT[TEXT.index("| architecture |") :].partition("\n## The ways")[0], HERE)
 
 
-def left_out(name: str, column: str) -> bool:
-    """Whether a cell is run with the marker "full" only: compiling takes seconds, and the FlashAttention names stand
-    for one function."""
-    return (column == "compile" and name != "BLOOM") or column in FLASH[1:]
+# All ways of generating with one architecture of each kind of cache and attention: plain, windows in every layer,
+# softcap, sinks, shared keys, a cache that begins again, attention of its own, latents, linear attention, encoders of
+# three kinds.
+KINDS = (
+    "Llama",
+    "Mistral, every layer with a window",
+    "Gemma2",
+    "gpt-oss",
+    "Gemma4, text",
+    "Phi3, beyond its original length",
+    "Falcon",
+    "DeepSeek-V3",
+    "Qwen3-Next",
+    "T5",
+    "Whisper",
+    "LLaVA",
+)
+# What the others run, too; the rest of their cells is run with the marker "full".
+ALWAYS = (LAYERS, ATTENTION, "greedy", "left-padded")
+# Compiling takes seconds: a model that makes a detour.
+COMPILED = ("BLOOM",)
+
+
+def is_full(name: str, column: str) -> bool:
+    """Whether the usual run leaves a cell out; the FlashAttention names stand for one function."""
+    if column == "compile":
+        return name not in COMPILED
+    return column in FLASH[1:] or (name not in KINDS and column not in ALWAYS)
 
 
 @pytest.mark.skipif(HERE not in MEASURED, reason=f"docs/support.md speaks of transformers {', '.join(MEASURED)}")
@@ -37,7 +63,7 @@ def left_out(name: str, column: str) -> bool:
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        pytest.param(name, column, marks=[pytest.mark.full] if left_out(name, column) else [])
+        pytest.param(name, column, marks=[pytest.mark.full] * is_full(name, column))
         for name in ARCHITECTURES
         for column in [*COLUMNS, *NAMES]
     ],
@@ -51,7 +77,14 @@ def test_cell(name: str, column: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.exists])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full] * (name not in KINDS))
+        for name, row in ARCHITECTURES.items()
+        if row.exists
+    ],
+)
 def test_a_lost_page_would_show(name: str) -> None:
     """The bound on int8 means something: reading zeros for one page of 8 tokens is ten times beyond it."""
     assert cost_of_a_lost_page(name) > 10
@@ -73,6 +106,7 @@ def test_a_luckily_right_token_is_refused() -> None:
 
 
 def test_every_row_and_column_is_there() -> None:
+    assert set(KINDS) <= set(ARCHITECTURES) and set(ALWAYS) <= set(COLUMNS)
     assert list(STATED) == list(ARCHITECTURES) and len(STATED) >= 24
     assert all(list(row) == [*COLUMNS, *NAMES] for row in STATED.values())
     texts = {row[column][0] for row in STATED.values() for column in [*FEATURES, *NAMES]}
