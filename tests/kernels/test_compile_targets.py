@@ -73,8 +73,12 @@ def trimmed(target: str) -> list[Case]:
     half = "float16" if target.startswith(UNTUNED) else "bfloat16"
     names = {
         "sm_70": ("int4",),
+        "sm_75": ("turboquant",),
         "sm_80": ("int8", "int4", "turboquant", "turboquant-qjl"),
+        "sm_86": ("int4",),
+        "sm_89": ("turboquant",),
         "sm_90": ("int8-token", "int4-token", "lloyd3"),
+        "sm_120": ("int4",),
     }
     cases = [Case(target, *PAIRS[name], dtype=half) for name in names.get(target, ("int4", "turboquant"))]
     mixed = {"sm_80": MIXED[3:4], "sm_90": MIXED[:1], "sm_120": MIXED[:1]}
@@ -83,7 +87,7 @@ def trimmed(target: str) -> list[Case]:
         cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
     if target == "sm_90":
         cases.append(Case(target, *PAIRS["turboquant-qjl"]))
-        cases += [Case(target, *PAIRS[name], head_dim=dim) for name in ("exact", "lloyd4") for dim in (64, 256)]
+        cases += [Case(target, *PAIRS["lloyd4"], head_dim=64), Case(target, *PAIRS["exact"], head_dim=256)]
         cases += [Case(target, *PAIRS["int4"], queries=16), Case(target, *PAIRS["int8"], dtype="float32", head_dim=64)]
         cases += [Case(target, *PAIRS["int4"], mask="bool"), Case(target, *PAIRS["int8"], mask="bool", queries=4)]
         cases += [Case(target, *PAIRS["int4"], dtype="float16", softcap=30.0, window=512, head_dim=80)]
