@@ -16,9 +16,15 @@ PAD = 0
 # Weights ten times larger than usual: attention is then sharp enough for a wrong key to change the next token.
 INIT_RANGE = 0.2
 
-# An attention function that knows nothing of pages, as a user may register one: keys and values are multiplied out.
 OWN = "own"
-AttentionInterface.register(OWN, eager_attention_forward)
+
+
+def own_attention(*args: Any, **kwargs: Any) -> Any:
+    """An attention function that knows nothing of pages, as a user may register one: they are multiplied out for it."""
+    return eager_attention_forward(*args, **kwargs)
+
+
+AttentionInterface.register(OWN, own_attention)
 AttentionMaskInterface.register(OWN, eager_mask)
 
 _DECODER = {
