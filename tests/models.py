@@ -9,7 +9,8 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
 VOCAB = 97
 PAD = 0
@@ -21,7 +22,8 @@ OWN = "own"
 
 def own_attention(*args: Any, **kwargs: Any) -> Any:
     """An attention function that knows nothing of pages, as a user may register one: they are multiplied out for it."""
-    return eager_attention_forward(*args, **kwargs)
+    groups = hasattr(args[0], "num_key_value_groups")
+    return (gemma2 if groups else gpt2).eager_attention_forward(*args, **kwargs)
 
 
 AttentionInterface.register(OWN, own_attention)

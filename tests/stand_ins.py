@@ -58,14 +58,17 @@ def flex(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What flex attention computes, from what it accepts."""
     assert all(type(x) is torch.Tensor and x.dim() == 4 for x in (query, key, value))
-    assert isinstance(attention_mask, flex_attention.BlockMask)
-    size = (query.shape[0], 1, query.shape[2], key.shape[2])
-    seen = flex_attention.create_mask(attention_mask.mask_mod, *size, query.device)
-    return attention(query, key, value, scaling, seen, softcap, s_aux), None
+    assert attention_mask is None or isinstance(attention_mask, flex_attention.BlockMask)
+    seen = torch.ones((), dtype=torch.bool)
+    if attention_mask is not None:
+        size = (query.shape[0], 1, query.shape[2], key.shape[2])
+        seen = flex_attention.create_mask(attention_mask.mask_mod, *size, query.device)
+    return attention(query, key, value, scaling, seen, softcap, s_aux, position_bias), None
 
 
 def attention(
@@ -76,11 +79,13 @@ def attention(
     seen: torch.Tensor,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention, ``[batch, queries, heads, dim]``."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], 3)

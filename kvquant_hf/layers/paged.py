@@ -201,15 +201,21 @@ class PagedLayer:
         refuse_gradient(keys, values)
         if self.store is not None and self.length == 0 and not self.store.is_like(keys, values):
             self.store = None  # emptied: the next batch may have another size, and another dtype
-        if self.store is not None:
+        count = keys.shape[2]
+        exact = self.exact_prefill and count > 1 and self.length == 0  # attended to as it came
+        # Nothing is packed yet: the open page is what any attention function reads, and needs no kernel.
+        simple = self.exact_prefill and not exact and self.impl == "auto"
+        if self.store is not None and not simple:
             self.store.check(keys, values)
-        self.guard.enter(self, keys.shape[2])
-        exact = self.exact_prefill and self.length == 0 and keys.shape[2] > 1  # attended to as it came
+        self.guard.enter(self, count)
+        if simple and self.store is not None and (opened := self.store.append_open(keys, values)) is not None:
+            self.log.open += 1
+            return opened
         if self.store is None:
             self.initialize(keys, values)
         assert self.store is not None
         self.store.claim = self.guard.claim
-        sealed = self.store.pages_for(keys.shape[2]) // keys.shape[0]  # by each sequence
+        sealed = self.store.pages_for(count) // keys.shape[0]  # by each sequence
         try:
             with plain_tensors():
                 self._write(keys, values, exact)

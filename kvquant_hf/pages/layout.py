@@ -62,29 +62,29 @@ class StoreLayout:
         self._scale_planes = [
             i for i, scale in enumerate(scales) if scale and self.plane_shapes[i][0].is_floating_point
         ]
-        self._tail = tuple(
+        self._open = tuple(  # the open pages, whose shape, dtype and device are the store's
             like.new_empty(*like.shape[:2], page_size, like.shape[3]) for like in (like_keys, like_values)
         )
 
     @property
     def batch_size(self) -> int:
         """Number of sequences."""
-        return self._tail[0].shape[0]
+        return self._open[0].shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where the pages live."""
-        return self._tail[0].device
+        return self._open[0].device
 
     @property
     def dtype(self) -> torch.dtype:
         """The model's dtype, as the first keys arrived."""
-        return self._tail[0].dtype
+        return self._open[0].dtype
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Of keys and values as they are held; see ``held_dtypes``."""
-        return self._tail[0].dtype, self._tail[1].dtype
+        return self._open[0].dtype, self._open[1].dtype
 
     def elements_per_token(self) -> int:
         """Key and value elements of one token of one sequence."""
@@ -152,7 +152,7 @@ class StoreLayout:
                 f"this cache holds a batch of {self.batch_size}, the call has {keys.shape[0]}; "
                 "call cache.reset() or make a new cache."
             )
-        for name, new, tail in zip(("keys", "values"), (keys, values), self._tail, strict=True):
+        for name, new, tail in zip(("keys", "values"), (keys, values), self._open, strict=True):
             held = (tail.shape[0], tail.shape[1], keys.shape[2], tail.shape[3])
             if tuple(new.shape) != held or not new.is_floating_point() or new.device != tail.device:
                 raise CacheMismatchError(

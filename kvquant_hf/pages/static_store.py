@@ -65,9 +65,9 @@ class StaticStore(StoreLayout):
         self._before = torch.zeros(batch, 2, dtype=torch.int32, device=device)  # lengths when the step began
         self.reopened_pages = 0
         self._planes = planes
-        self._keys, self._values = self.sides(planes, self._tail)
+        self._keys, self._values = self.sides(planes, self._open)
         if not torch.compiler.is_compiling():  # marking cannot be traced; a first prompt is seldom compiled
-            for tensor in (*planes, *self._tail, self.page_table, self.lengths, self._before):
+            for tensor in (*planes, *self._open, self.page_table, self.lengths, self._before):
                 torch._dynamo.mark_static_address(tensor)
             choose(impl, self.dtype, self._keys, self._values)
 
@@ -156,7 +156,7 @@ class StaticStore(StoreLayout):
             )
         sealed = torch.arange(self.page_table.shape[1], device=self.device) < self.lengths[:, :1]
         self.page_table.copy_(torch.where(sealed, self.page_table[rows], self.page_table))
-        for tensor in (*self._tail, self.lengths):
+        for tensor in (*self._open, self.lengths):
             tensor.copy_(tensor[rows])
 
     def clear(self) -> None:
@@ -180,14 +180,14 @@ class StaticStore(StoreLayout):
         page_bytes = planes // max(1, self._pages.numel())
         pages, holders = self.page_table[:, : self.sealed_pages].unique(return_counts=True)
         packed, shared = (int(n) * page_bytes for n in (pages.numel(), (holders > 1).sum()))
-        open_page = sum(tail.nbytes for tail in self._tail)
+        open_page = sum(tail.nbytes for tail in self._open)
         tables = sum(x.nbytes for x in (self._pages, self.page_table, self.lengths, self._before))
         most = int(holders.max()) if holders.numel() else 0
         return Footprint(packed, open_page, planes - packed, tables, shared, most)
 
     def devices(self) -> Counter[str]:
         """Bytes of the pages and the open page by the device on which they lie."""
-        return Counter({str(self.device): sum(x.nbytes for x in (*self._planes, *self._tail))})
+        return Counter({str(self.device): sum(x.nbytes for x in (*self._planes, *self._open))})
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

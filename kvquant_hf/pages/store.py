@@ -56,6 +56,7 @@ class PagedStore(StoreLayout):
         impl: Implementation = "auto",
         make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
     ) -> None:
+        self._loose: tuple[torch.Tensor, torch.Tensor] | None = None  # what the open page is to hold, see append_open
         super().__init__(keys, values, page_size, like_keys, like_values, impl)
         self.pool = make_pool(self.plane_shapes, like_keys.device)
         self.claim: Claim | None = None  # where the pages of the current step were promised
@@ -68,6 +69,19 @@ class PagedStore(StoreLayout):
         choose(impl, self.dtype, *self.view()[:2])
 
     # -- what it holds -------------------------------------------------------------------------------------------------
+
+    @property
+    def _tail(self) -> tuple[torch.Tensor, ...]:
+        """The open pages of keys and values, ``[batch, heads, page_size, dim]``; what is held beside them goes in."""
+        if self._loose is not None:
+            for tail, loose in zip(self._open, self._loose, strict=True):
+                tail[:, :, : self.tail_length] = loose
+            self._loose = None
+        return self._open
+
+    @_tail.setter
+    def _tail(self, tails: tuple[torch.Tensor, ...]) -> None:
+        self._open, self._loose = tails, None
 
     @property
     def sealed_pages(self) -> int:
@@ -134,6 +148,30 @@ class PagedStore(StoreLayout):
         """Pages that storing ``tokens`` more tokens of every sequence takes from the pool, at most."""
         return self.batch_size * max(0, (self.tail_length + tokens - 1) // self.page_size)
 
+    def append_open(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Store new tokens where no page is sealed yet and they fit into the open one, as quickly as that can be done:
+        beside it, in one tensor each, until somebody asks for the open page.
+
+        Args:
+            keys: ``[batch, heads, tokens, key_dim]``.
+            values: ``[batch, heads, tokens, value_dim]``.
+
+        Returns:
+            All keys and values that are held, ``[batch, heads, length, dim]``, not to be written.  None if this is not
+            the place for them; nothing is stored then.
+        """
+        count = keys.shape[2]
+        fits = self.tail_length + count <= self.page_size and self.dtypes == (keys.dtype, values.dtype)
+        if not fits or self.sealed_pages or self._tail_shared or values.shape[2] != count or not self.tail_length:
+            return None
+        held = self._loose or tuple(tail[:, :, : self.tail_length] for tail in self._open)
+        try:
+            self._loose = torch.cat((held[0], keys), 2), torch.cat((held[1], values), 2)
+        except RuntimeError:  # of another shape or device, which append() says in words
+            return None
+        self._lengths, self.tail_length, self.version = None, self.tail_length + count, self.version + 1
+        return self._loose
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: np.ndarray | None = None) -> None:
         """Store new tokens after those held; on an error the store is as before.
 
@@ -190,12 +228,13 @@ class PagedStore(StoreLayout):
     def crop(self, count: int) -> None:
         """Drop the last ``count`` tokens.  Within the open page this is exact; a sealed page that must be cut is
         decoded once into the open page (``reopened_pages`` counts them)."""
+        tails = self._tail
         pages, rest = divmod(max(0, self.length - count), self.page_size)
         if count > self.tail_length:
             if rest:
                 view = self.view()
                 page = view.page_table[:, pages : pages + 1]
-                tails = tuple(tail.new_empty(tail.shape) for tail in self._tail)
+                tails = tuple(tail.new_empty(tail.shape) for tail in tails)
                 for tail, side in zip(tails, view[:2], strict=True):
                     tail[:, :, :rest] = gather_dense(side._replace(tail=side.tail[:, :, :0]), page)[:, :, :rest]
                 self._tail, self._tail_shared = tails, False
@@ -219,6 +258,7 @@ class PagedStore(StoreLayout):
     def fork(self) -> "PagedStore":
         """A second store with the same tokens.  Pages are shared; the open page is copied by whoever writes first."""
         twin = object.__new__(type(self))
+        self._tail = self._tail  # what is held beside it goes in, once
         twin.__dict__.update(self.__dict__)
         twin.table, twin.claim = self.table.fork(), None
         self._tail_shared = twin._tail_shared = True
@@ -226,7 +266,7 @@ class PagedStore(StoreLayout):
 
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""
-        self.tail_length, self._lengths = 0, None
+        self.tail_length, self._lengths, self._loose = 0, None, None
         self.table.keep(0, 0)
         self.version += 1
 

@@ -12,6 +12,7 @@ class CallLog:
     """Counts attention calls of one cache by the path they took.
 
     ``paged``: read the pages as they are stored, by what ran.  ``prefill``: first prompt, on the exact keys and values.
+    ``open``: read an open page beside which nothing was packed yet, exactly, by the model's own attention function.
     ``fallbacks``: multiplied out first, by reason.  ``reason``: why the kernels did not run, where they did not.
     ``restarts``: how often a model dropped what was held and began again, by its method.  ``dropped``: which method of
     a model was given the cache and did not use it.
@@ -21,6 +22,7 @@ class CallLog:
     paged: Counter[str] = field(default_factory=Counter)
     reason: str = ""
     prefill: int = 0
+    open: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     restarts: Counter[str] = field(default_factory=Counter)
     dropped: str = ""

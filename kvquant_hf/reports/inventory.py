@@ -80,6 +80,7 @@ def take_inventory(
         implementation_reason=log.reason,
         paged_calls=log.paged.total(),
         prefill_calls=log.prefill,
+        open_calls=log.open,
         fallback_calls=sum(log.fallbacks.values()),
         fallback_reasons=dict(log.fallbacks),
         restarts=dict(log.restarts),

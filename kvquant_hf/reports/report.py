@@ -42,8 +42,9 @@ class CacheReport:
         implementation: what computed attention over pages: ``"triton"``, ``"cpu"``, ``"reference"`` (plain torch),
             several of them, or ``""`` before the first call.
         implementation_reason: why the kernels did not run, if they might have.
-        paged_calls, prefill_calls, fallback_calls: attention calls by path; those inside of compiled graphs are not
-            counted.
+        paged_calls, prefill_calls, open_calls, fallback_calls: attention calls by path: on pages; on the exact keys and
+            values of a first prompt; on an open page beside which nothing is packed yet, which is exact too; on pages
+            multiplied out.  Those inside of compiled graphs are not counted.
         fallback_reasons: fallback calls by reason.
         restarts: how often a model dropped what was held in the middle of ``generate`` and read all tokens again, by
             its method.
@@ -76,6 +77,7 @@ class CacheReport:
     implementation_reason: str
     paged_calls: int
     prefill_calls: int
+    open_calls: int
     fallback_calls: int
     fallback_reasons: dict[str, int]
     restarts: dict[str, int]
@@ -146,7 +148,7 @@ class CacheReport:
             (
                 "attention calls",
                 f"{self.paged_calls} in pages{ran}, {self.prefill_calls} exact prefill, "
-                f"{self.fallback_calls} multiplied out{reasons}",
+                f"{self.open_calls} before a page was full, {self.fallback_calls} multiplied out{reasons}",
             ),
             *((("begun again", f"{n} x by {method}") for method, n in self.restarts.items())),
             *([("not used", self.dropped)] if self.dropped else []),

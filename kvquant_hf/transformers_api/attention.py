@@ -153,7 +153,8 @@ def _sdpa_drops_softcap() -> bool:
     return True
 
 
-_DROPS_SOFTCAP = _sdpa_drops_softcap()
+# Sinks it knows in no version; models that have them are not loaded with it.
+_DROPPED_BY_SDPA = ("s_aux", "softcap") if _sdpa_drops_softcap() else ("s_aux",)
 
 
 def _routed(
@@ -168,13 +169,13 @@ def _routed(
 ) -> Any:
     """``original``, except that packed keys and values are read by us.
 
-    A name stands for the same arithmetic either way: where transformers' "sdpa" leaves out a softcap, so does this.
+    A name stands for the same arithmetic either way: what transformers' "sdpa" leaves out, this does too.
     """
     if not (is_packed(key) or is_packed(value)):
         return original(module, query, key, value, attention_mask, *args, **kwargs)
     kwargs = _by_name(original, args, kwargs)
-    if _DROPS_SOFTCAP and original is sdpa_attention_forward:
-        kwargs.pop("softcap", None)
+    if original is sdpa_attention_forward:
+        kwargs = {name: x for name, x in kwargs.items() if name not in _DROPPED_BY_SDPA}
     return _attend_or(original, _attend, module, query, key, value, attention_mask, **kwargs)
 
 

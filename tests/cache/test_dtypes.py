@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import prompt, tiny_falcon, tiny_gemma2, tiny_gpt2, tiny_llama
+from models import OWN, prompt, tiny_falcon, tiny_gemma2, tiny_gpt2, tiny_llama
 from stores import CPU_POLICIES, fill, make_store, vectors
 from transformers import DynamicCache, PreTrainedModel
 
@@ -18,15 +18,14 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False}
 LAYOUTS: dict[str, dict[str, Any]] = {"paged": {}, "static": {"static": True, "max_length": 120}}
 BUILDERS = {
     "llama": tiny_llama,
-    "llama-eager": lambda: tiny_llama(attention="eager"),
-    "gemma2-eager": lambda: tiny_gemma2(attention="eager"),
-    "falcon": tiny_falcon,
+    "llama-own": lambda: tiny_llama(attention=OWN),
+    "gemma2-own": lambda: tiny_gemma2(attention=OWN),
+    "falcon-eager": lambda: tiny_falcon(attention="eager"),
     "gpt2": tiny_gpt2,
-    "gpt2-eager": lambda: tiny_gpt2(attention="eager"),
+    "gpt2-own": lambda: tiny_gpt2(attention=OWN),
 }
-OWN_ATTENTION = [
-    name for name in BUILDERS if name not in ("llama", "gpt2")
-]  # which rounds as it does with transformers
+# Whose attention is multiplied out for, and rounds as it does with transformers.
+OWN_ATTENTION = [name for name in BUILDERS if name not in ("llama", "gpt2")]
 
 
 class RoundedCache(DynamicCache):
@@ -66,7 +65,7 @@ def test_exact_is_the_dynamic_cache_that_is_documented(first: bool, name: str, l
     calls = (first, not first, not first, first, not first)
     cache = QuantizedPagedCache(model.config, "exact", page_size=16, **LAYOUTS[layout])
     # GPT-2 has no rotary keys: under autocast the first ones are bfloat16.
-    theirs = (RoundedCache if first and name == "gpt2-eager" else DynamicCache)(config=model.config)
+    theirs = (RoundedCache if first and name == "gpt2-own" else DynamicCache)(config=model.config)
     # Sums over as many tokens are equal; static caches read to max_length, and windows end at a page.
     tolerance = {"rtol": 0, "atol": 0} if layout == "paged" and "gemma" not in name else {}
     torch.testing.assert_close(run(model, cache, calls), run(model, theirs, calls), **tolerance)

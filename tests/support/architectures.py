@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 from models import INIT_RANGE, PAD, VOCAB
+from packaging.version import Version
+from stand_ins import FLASH
 from transformers import PreTrainedModel
 
 WINDOW = 12
@@ -55,6 +57,8 @@ class Architecture:
         kind: ``"decoder"``, ``"encoder-decoder"``, ``"speech"`` (an encoder of features) or ``"vision"`` (a decoder
             with an image in its prompt).
         note: why its attention does not read the pages by default.
+        since: what transformers itself does only since a version, by column ("" for all): the version, and why.
+        begins_again: whether it reads all tokens again in the middle of generating, which is another graph.
     """
 
     name: str
@@ -63,6 +67,20 @@ class Architecture:
     options: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = field(repr=False)
     kind: str = "decoder"
     note: str = ""
+    since: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    begins_again: bool = False
+
+    def missing(self, column: str) -> str:
+        """Why the installed transformers itself does not do ``column``; empty if it does."""
+        for key in ("", column):
+            version, reason = self.since.get(key, ("0", ""))
+            if Version(transformers.__version__) < Version(version):
+                return reason
+        flag = "_supports_sdpa" if column == "sdpa" else "_supports_flex_attn" if "flex" in column else ""
+        flag = "_supports_flash_attn" if column in FLASH else flag
+        if flag and not getattr(getattr(transformers, self.model), flag, False):
+            return f"transformers refuses to load {self.model} so"
+        return ""
 
     @property
     def exists(self) -> bool:
@@ -139,7 +157,8 @@ def _decoder(name: str, **changes: Any) -> Architecture:
     base = _BASE if changes.pop("takes_head_dim", True) else _NO_HEAD_DIM
     config = changes.pop("config", f"{name}Config")
     title, note = changes.pop("title", name), changes.pop("note", "")
-    return Architecture(title, f"{name}ForCausalLM", config, base | changes, note=note)
+    more = {name: changes.pop(name) for name in ("since", "begins_again") if name in changes}
+    return Architecture(title, f"{name}ForCausalLM", config, base | changes, note=note, **more)
 
 
 def _llava() -> Mapping[str, Any]:
@@ -226,7 +245,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         _decoder("Mistral", title="Mistral, every layer with a window", sliding_window=WINDOW),
         _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=4, sliding_window=None),
         _decoder("Phi3", takes_head_dim=False),
-        _decoder("Phi3", title="Phi3, beyond its original length", takes_head_dim=False, **_LONG_ROPE),
+        _decoder(
+            "Phi3",
+            title="Phi3, beyond its original length",
+            since={
+                "": ("5.20", "where the embedding changes, transformers before 5.20 goes on with the last token alone"),
+                "compile": ("5.24", "transformers before 5.24 does not compile this rotary embedding with StaticCache"),
+            },
+            begins_again=True,
+            takes_head_dim=False,
+            **_LONG_ROPE,
+        ),
         _decoder("Gemma2", attn_logit_softcapping=5.0, **_SLIDING, **_GEMMA),
         _decoder("Gemma3", title="Gemma3, text", config="Gemma3TextConfig", **_SLIDING, **_GEMMA),
         _decoder("Gemma4", title="Gemma4, text", config="Gemma4TextConfig", **_SHARED),
