@@ -8,6 +8,7 @@ nothing else does.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -36,10 +37,10 @@ def compare(dtype: str, policies: list[str], prompt: int, new: int, rounds: int,
     model = loaded.model
     ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
     makers: dict[str, Callable[[], Any]] = {BASELINE: lambda: DynamicCache(config=model.config)}
-    makers |= {policy: lambda policy=policy: QuantizedPagedCache(model.config, policy) for policy in policies}
+    makers |= {policy: functools.partial(QuantizedPagedCache, model.config, policy) for policy in policies}
     times: dict[str, list[float]] = {name: [] for name in makers}
     for turn in range(rounds + 1):
-        for name in sorted(makers, key=lambda name: (hash((turn, name)), name)):  # another order in each round
+        for name in list(makers)[:: 1 if turn % 2 else -1]:  # forwards and backwards in turn
             taken = seconds(model, ids, makers[name](), new, clock)
             if turn:  # the first round warms up
                 times[name].append(taken)
