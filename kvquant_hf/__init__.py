@@ -2,9 +2,10 @@
 
     import kvquant_hf
     model.generate(**inputs, cache_implementation="kvquant", cache_config={"policy": "int4"})
-    model.generate(**inputs, past_key_values=kvquant_hf.QuantizedPagedCache(model.config, policy="int4"))
+    model.generate(**inputs, cache=kvquant_hf.QuantizedPagedCache(model.config, policy="int4"))
 
-Importing the package enables it; ``disable()`` puts transformers back exactly as it was.
+Before transformers 5.24 the last argument is ``past_key_values``.  Importing the package enables it; ``disable()`` puts
+transformers back exactly as it was.
 """
 
 from .versions import check_version_on_import

@@ -65,7 +65,7 @@ class QuantizedPagedCache(DynamicCache):
 
     Example:
         >>> cache = QuantizedPagedCache(model.config, policy="int4")
-        >>> model.generate(**inputs, past_key_values=cache)
+        >>> model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
         >>> print(cache.report())
     """
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvquant_hf.cli.policies import markdown_table
 from kvquant_hf.errors import KVQuantError
+from kvquant_hf.transformers_api.names import CACHE_ARGUMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert len(SNIPPETS) == 5
     try:
         for snippet in SNIPPETS:
-            exec(snippet, namespace)
+            exec(re.sub(r"\bcache=", f"{CACHE_ARGUMENT}=", snippet), namespace)  # its name before 5.24 is another
     finally:
         kvquant_hf.enable()  # the last line of the README's tour disables it
     assert namespace["cache"].get_seq_length() == 77 + len(" a kind of") + 99  # the one that was loaded
