@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import prompt, tiny_llama, tiny_t5
+from packaging.version import Version
 from transformers import DynamicCache, Phi3Config, Phi3ForCausalLM
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import KVQuantDroppedCacheWarning
 from kvquant_hf.transformers_api.names import CACHE_ARGUMENT, cache_in, with_cache
 
+# Before 5.20 transformers goes on with the last token alone where it should read all tokens again, with any cache.
+READS_AGAIN = Version(transformers.__version__) >= Version("5.20")
 ORIGINAL = 64  # tokens up to which the short rotary factors hold
 NEW = {"max_new_tokens": 20, "do_sample": False}
 
@@ -72,10 +76,11 @@ def test_phi3_beyond_its_original_length(length: int, way: str) -> None:
         output = model.generate(ids, **with_cache(cache), **options)
     assert torch.equal(output.sequences, wanted)
     assert cache_in(output) is cache
-    assert cache.get_seq_length() >= length + NEW["max_new_tokens"] - 1 - 3  # speculation may end on a crop
+    if READS_AGAIN or length > ORIGINAL:
+        assert cache.get_seq_length() >= length + NEW["max_new_tokens"] - 1 - 3  # speculation may end on a crop
     crossed = length <= ORIGINAL < length + NEW["max_new_tokens"] - 1
     restarts = {"Phi3ForCausalLM.prepare_inputs_for_generation": 1} if crossed else {}
-    if way != "lookup":  # which crosses where it guesses to
+    if way != "lookup" and READS_AGAIN:  # speculation crosses where it guesses to
         assert cache.report().restarts == restarts
     assert cache.report().dropped == ""
 
@@ -90,7 +95,8 @@ def test_phi3_by_name(length: int, options: dict[str, Any]) -> None:
         disable_compile=True, return_dict_in_generate=True, **NEW
     )  # fmt: skip
     assert torch.equal(output.sequences, wanted)
-    assert int(cache_in(output).get_seq_length()) == length + NEW["max_new_tokens"] - 1
+    if READS_AGAIN or length > ORIGINAL:
+        assert int(cache_in(output).get_seq_length()) == length + NEW["max_new_tokens"] - 1
 
 
 def test_padding_stays_out_of_the_scales_after_a_restart() -> None:
