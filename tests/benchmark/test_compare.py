@@ -53,7 +53,8 @@ def test_every_number_is_measured() -> None:
         assert 0 < row.prefill_s < row.ttft_s
         assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms and row.tokens_per_s == pytest.approx(1e3 / row.p50_ms)
         assert row.top1_agreement == 1.0 or row.cache in ("int8", "int4") or row.dtype == "bfloat16"
-        assert row.implementation == ("cpu" if row.family == "kvquant" else "")
+        # At 48 tokens no page of 64 is full, and attention is the model's own.
+        assert row.implementation == ("cpu" if row.family == "kvquant" and row.context > 64 else "")
         assert row.peak_bytes is None and row.ratio > 0
         if row.cache == "dynamic":
             assert row.ratio_same_dtype == 1.0

@@ -287,10 +287,10 @@ def test_as_a_process() -> None:
 def test_transformers_out_of_range_is_one_sentence() -> None:
     """The command cannot run its own code then: importing the package is what fails."""
     program = (
-        "import importlib.metadata as m, sys; m.version = lambda name: '5.24.0'; sys.argv = ['kvquant', 'policies'];"
+        "import importlib.metadata as m, sys; m.version = lambda name: '5.16.0'; sys.argv = ['kvquant', 'policies'];"
         "from kvquant_hf.cli import main; main()"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
-    assert result.stderr.startswith("kvquant: kvquant_hf works with transformers") and "5.24.0" in result.stderr
+    assert result.stderr.startswith("kvquant: kvquant_hf works with transformers") and "5.16.0" in result.stderr
     assert "pip install" in result.stderr and "Traceback" not in result.stderr
