@@ -72,3 +72,8 @@ def _stays_enabled() -> Iterator[None]:
     enabled = "kvquant" in configuration_utils.ALL_CACHE_IMPLEMENTATIONS and "kvquant" in AttentionInterface()
     kvquant_hf.enable()
     assert enabled, "the test left kvquant_hf disabled"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks first: each takes minutes in a process of its own, and at the end one worker would wait for them."""
+    items.sort(key=lambda item: "notebooks" not in item.nodeid)
