@@ -135,10 +135,13 @@ class StoreLayout:
         """
         if pages.is_meta or not self._scale_planes:
             return 0
-        found = torch.zeros(pages.shape[0], dtype=torch.bool, device=pages.device)
+        found = None
         for plane in (planes[i] for i in self._scale_planes):
-            found |= (plane[pages].abs() >= torch.finfo(plane.dtype).max).flatten(1).any(1)
-        return int(found.sum())
+            scales = plane[pages]
+            if scales.numel() and float(scales.abs().amax()) >= (end := torch.finfo(plane.dtype).max):  # hardly ever
+                beyond = (scales.abs() >= end).flatten(1).any(1)
+                found = beyond if found is None else found | beyond
+        return 0 if found is None else int(found.sum())
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Refuse keys and values that do not fit, before anything is changed.
