@@ -99,6 +99,7 @@ class QuantizedPagedCache(DynamicCache):
         self.prefill, self.impl, self.sliding = prefill, impl, sliding
         self._log = CallLog()
         self._plan, self._rotation = StepPlan(self.pools.budget), Rotation()
+        self._planned = not static and (self.pools.budget.bounded or self.pools.offload)
         arguments = (self.page_size, prefill == "exact", StepGuard(), self._log, impl)
         policies, pools = self.policy.by_layer(), self.pools.layer_pools()
         layers = build_layers(config, policies, arguments, pools, sliding == "quantized", self.max_length)
@@ -162,8 +163,8 @@ class QuantizedPagedCache(DynamicCache):
         Raises:
             OutOfPages: the budget has no pages for this step; the cache is as it was before the step, in all layers.
         """
-        if self.max_length is not None:  # nothing to plan, and nothing that a graph should follow
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not self._planned:  # nor anything that a graph should follow
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         self._plan.enter(self.layers, layer_idx, key_states.shape[0], key_states.shape[2])
         if self.pools.offload and isinstance(self.layers[layer_idx], PagedLayer):
             self._rotation.enter(self.layers, layer_idx)

@@ -47,7 +47,7 @@ def append_reference(
             rest = held + new.shape[2] - count * side.page_size
             kept = min(rest, new.shape[2])
             side.tail[part, :, rest - kept : rest] = new[:, :, new.shape[2] - kept :]
-        new_lengths[part] = new_lengths.new_tensor([sealed + count, rest])
+        new_lengths[part] = torch.tensor([sealed + count, rest], dtype=torch.int32)
 
 
 def _store_pages(
@@ -61,8 +61,13 @@ def _store_pages(
     step = max(1, ENCODED_PAGES // batch)
     for first in range(0, count, step):
         last = min(first + step, count)
-        x = new[:, :, max(0, first * page_size - held) : last * page_size - held]
-        if first == 0 and held:
-            x = torch.cat([open_page, x], dim=2)
-        x = x.unflatten(2, (last - first, page_size)).transpose(1, 2)  # [batch, n, heads, page_size, head_dim]
+        start, end = max(0, first * page_size - held), last * page_size - held
+        if end == 0:  # the open page was full
+            x = open_page
+        else:
+            x = new[:, :, start:end]
+            if first == 0 and held:
+                x = torch.cat([open_page, x], dim=2)
+        # To [batch, n, heads, page_size, head_dim].
+        x = x.unsqueeze(1) if count == 1 else x.unflatten(2, (last - first, page_size)).transpose(1, 2)
         encode(side.codec, side.planes, x, pages[:, first:last])

@@ -145,9 +145,10 @@ def _run_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
     window: int,
-    impl: str,
+    impl: str | Choice,
 ) -> torch.Tensor:
-    function = _ATTEND[choose(impl, query.dtype, keys, values).name]
+    choice = impl if isinstance(impl, Choice) else choose(impl, query.dtype, keys, values)
+    function = _ATTEND[choice.name]
     options: dict[str, Any] = {"scale": scale, "causal": causal, "softcap": softcap, "window": window}
     with _on(query):
         return function(query, keys, values, page_table, lengths, mask=mask, sinks=sinks, **options)
@@ -199,7 +200,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     window: int = 0,
-    impl: Implementation = "auto",
+    impl: Implementation | Choice = "auto",
 ) -> torch.Tensor:
     """Softmax attention of ``query`` over sealed pages and the open page.
 
@@ -216,7 +217,7 @@ def paged_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``[query_heads]``, a logit per head that takes part in the softmax and carries no value.
         window: a query sees the last ``window`` positions up to its own; 0 for all.
-        impl: what is to run.
+        impl: what is to run, or what ``choose`` said of these pages.
 
     Returns:
         ``[batch, query_heads, queries, value_dim]`` in the query's dtype.  A row that sees no token is zero.
@@ -224,12 +225,14 @@ def paged_attention(
     Raises:
         ImplementationError: ``impl`` names kernels that cannot run here.
     """
-    options = (scale, causal, mask, softcap, sinks, window, impl)
+    options = (scale, causal, mask, softcap, sinks, window)
     if not torch.compiler.is_compiling():
-        return _run_attention(query, keys, values, page_table, lengths, *options)
+        return _run_attention(query, keys, values, page_table, lengths, *options, impl)
+    if isinstance(impl, Choice):
+        impl = impl.name
     k, v = keys, values
     pages = (k.codec.name, list(k.planes), k.tail, v.codec.name, list(v.planes), v.tail)
-    return _attention_op(query, *pages, page_table, lengths, *options)
+    return _attention_op(query, *pages, page_table, lengths, *options, impl)
 
 
 def dense_attention(

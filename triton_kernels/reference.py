@@ -22,7 +22,14 @@ from .codecs.base import Codec, Tile
 BLOCK_BYTES = 4 << 20
 
 
-class PagedSide(NamedTuple):
+class _PagedSide(NamedTuple):
+    codec: Codec
+    planes: Sequence[torch.Tensor]
+    tail: torch.Tensor
+    page_size: int
+
+
+class PagedSide(_PagedSide):
     """Keys or values of one layer.
 
     ``planes`` are the codec's planes for all physical pages, ``[pages, heads, *Plane.shape(page_size)]``, those per
@@ -30,10 +37,7 @@ class PagedSide(NamedTuple):
     model's dtype; ``page_size`` is in tokens.
     """
 
-    codec: Codec
-    planes: Sequence[torch.Tensor]
-    tail: torch.Tensor
-    page_size: int
+    packed: bytes  # what the CPU kernels take, once they have asked: see ``cpu.native``
 
     @property
     def head_dim(self) -> int:

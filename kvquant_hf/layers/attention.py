@@ -1,14 +1,14 @@
 """Attention on what ``update`` returned: pages, or the exact keys and values of a first prompt."""
 
-import contextlib
 from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 
 from ..errors import CacheMismatchError
+from ..pages.layout import without_autocast
 from ..pages.static_ops import compiled_dense_attention
 from ..reports.calls import CallLog
-from ..triton_kernels.ops import Choice, choose, dense_attention, paged_attention
+from ..triton_kernels.ops import choose, dense_attention, paged_attention
 
 
 class Packed(Protocol):
@@ -77,10 +77,8 @@ def attend(
         return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
     view, store = keys.view_pages(), keys.store
     # In a graph the operator chooses when it runs.
-    chosen = Choice(store.impl) if compiling else choose(store.impl, query.dtype, view.keys, view.values)
-    device = query.device.type
-    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    with plain:
+    chosen = None if compiling else choose(store.impl, query.dtype, view.keys, view.values)
+    with without_autocast(query.device.type):
         output = paged_attention(
             query,
             view.keys,
@@ -94,9 +92,9 @@ def attend(
             sinks=sinks,
             # Several queries may see images beyond a window, both ways; for them the mask alone decides.
             window=window or (keys.window if query.shape[2] == 1 else 0),
-            impl=chosen.name,
+            impl=store.impl if chosen is None else chosen,
         )
-    if not compiling:
+    if chosen is not None:
         keys._log.attended(*chosen)
     return output
 

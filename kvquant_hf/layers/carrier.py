@@ -45,12 +45,13 @@ class KVTensor(ReadOnly):
 
     @staticmethod
     def __new__(cls, store: PagedStore, side: Side, log: CallLog, dtype: torch.dtype | None = None) -> KVTensor:
-        heads, head_dim = store.vectors[side == "values"]
-        dtype = store.dtypes[side == "values"] if dtype is None else dtype
-        shape = (store.batch_size, heads, store.length, head_dim)
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=store.device)
+        which = side == "values"
+        heads, head_dim = store.vectors[which]
+        dtype, device = dtype or store.dtypes[which], store.device
+        shape = torch.Size((store.batch_size, heads, store.length, head_dim))
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)  # C code that asks for its memory gets an error, not address 0
-        self._about = torch.Size(shape), dtype, store.device
+        self._about = shape, dtype, device
         self.store, self.side, self._log = store, side, log
         self._stamp, self._dense = store.version, None
         return self

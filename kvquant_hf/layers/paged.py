@@ -63,8 +63,8 @@ class StepGuard:
         self._step = 0  # tokens of this step
         self.claim: Claim | None = None  # the pages of this step
 
-    def enter(self, layer: PagedLayer, count: int) -> None:
-        """``layer`` is about to take ``count`` tokens.
+    def enter(self, layer: PagedLayer, held: int, count: int) -> None:
+        """``layer``, which holds ``held`` tokens, is about to take ``count``.
 
         Raises:
             InterruptedForwardError: the layers are not level.
@@ -73,13 +73,13 @@ class StepGuard:
         if leader is None:
             leader, self._leader = layer, weakref.ref(layer)
         if layer is leader:
-            lengths = [layer.length, *(follower.length for follower in self._followers)]
+            lengths = [held, *(follower.length for follower in self._followers)]
             if min(lengths) != max(lengths):
                 raise InterruptedForwardError(self._message(lengths))
-            self._before, self._step = layer.length, count
+            self._before, self._step = held, count
         elif count == self._step:
-            if layer.length != self._before:
-                raise InterruptedForwardError(self._message([self._before, layer.length]))
+            if held != self._before:
+                raise InterruptedForwardError(self._message([self._before, held]))
             self._followers.add(layer)
 
     def __reduce__(self) -> tuple[type[StepGuard], tuple[()]]:
@@ -199,21 +199,22 @@ class PagedLayer:
             OutOfPages: the budget has no more pages.
         """
         refuse_gradient(keys, values)
-        if self.store is not None and self.length == 0 and not self.store.is_like(keys, values):
+        held, count = self.length, keys.shape[2]
+        if held == 0 and self.store is not None and not self.store.is_like(keys, values):
             self.store = None  # emptied: the next batch may have another size, and another dtype
-        count = keys.shape[2]
-        exact = self.exact_prefill and count > 1 and self.length == 0  # attended to as it came
+        exact = self.exact_prefill and held == 0 and count > 1  # attended to as it came
         # Nothing is packed yet: the open page is what any attention function reads, and needs no kernel.
-        simple = self.exact_prefill and not exact and self.impl == "auto"
+        simple = self.exact_prefill and self.impl == "auto" and (not exact or count <= self.page_size)
         if self.store is not None and not simple:
             self.store.check(keys, values)
-        self.guard.enter(self, count)
-        if simple and self.store is not None and (opened := self.store.append_open(keys, values)) is not None:
-            self.log.open += 1
-            return opened
+        self.guard.enter(self, held, count)
         if self.store is None:
             self.initialize(keys, values)
         assert self.store is not None
+        if simple and (opened := self.store.append_open(keys, values)) is not None:
+            self.log.prefill += exact
+            self.log.open += not exact
+            return (keys, values) if exact else opened
         self.store.claim = self.guard.claim
         sealed = self.store.pages_for(count) // keys.shape[0]  # by each sequence
         try:

@@ -1,7 +1,10 @@
 """What every store knows of the keys and values that it takes: codecs, planes of a page, heads, dtype, device."""
 
+import contextlib
+import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
@@ -19,7 +22,7 @@ class StoreLayout:
         values: codec of the values.
         page_size: tokens per page.
         like_keys: a key tensor ``[batch, heads, any, key_dim]`` whose shape, dtype and device the store adopts.
-        like_values: the same for values; their dtype is at least that of the keys (see ``held_dtypes``).
+        like_values: the same for values; ``dtypes`` says in which dtype both are held (see ``held_dtypes``).
         impl: what is to run on the pages.
 
     Raises:
@@ -37,33 +40,29 @@ class StoreLayout:
         impl: Implementation,
     ) -> None:
         self.codecs = (placed(keys, like_keys), placed(values, like_values))
-        like_keys, like_values = (
-            like[:, :, :0].to(dtype)
-            for like, dtype in zip((like_keys, like_values), held_dtypes(like_keys, like_values), strict=True)
-        )
         self.page_size = page_size
         self.impl = impl
+        self.vectors = [(like.shape[1], like.shape[3]) for like in (like_keys, like_values)]  # heads, head_dim
+        self.dtypes = held_dtypes(like_keys, like_values)
         self.plane_shapes: list[PlaneShape] = []
-        for codec, like in zip(self.codecs, (like_keys, like_values), strict=True):
-            heads, head_dim = like.shape[1], like.shape[3]
+        # The first plane is what is stored of the elements, whole vectors with ``exact``; the others scale it.
+        self._scale_planes: list[int] = []
+        for codec, (heads, head_dim), dtype in zip((keys, values), self.vectors, self.dtypes, strict=True):
             if head_dim % codec.head_dim_multiple:
                 raise UnsupportedModelError(
                     f"codec {codec.name!r} needs a head_dim that is a multiple of {codec.head_dim_multiple}, "
                     f"this model has {head_dim}; choose another policy."
                 )
-            self.plane_shapes += [
-                (p.dtype or like.dtype, (heads, *p.shape(page_size))) for p in in_pages(codec, head_dim)
-            ]
-        self.vectors = [(like.shape[1], like.shape[3]) for like in (like_keys, like_values)]  # heads, head_dim
-        self._key_planes = len(in_pages(keys, like_keys.shape[3]))
-        stored = [in_pages(codec, dim) for codec, (_, dim) in zip(self.codecs, self.vectors, strict=True)]
-        # The first plane is what is stored of the elements, whole vectors with ``exact``; the others scale it.
-        scales = [i > 0 for planes in stored for i in range(len(planes))]
-        self._scale_planes = [
-            i for i, scale in enumerate(scales) if scale and self.plane_shapes[i][0].is_floating_point
-        ]
+            for i, plane in enumerate(in_pages(codec, head_dim)):
+                stored = plane.dtype or dtype
+                if i and stored.is_floating_point:
+                    self._scale_planes.append(len(self.plane_shapes))
+                self.plane_shapes.append((stored, (heads, *plane.shape(page_size))))
+        self._key_planes = len(in_pages(keys, self.vectors[0][1]))
+        batch = like_keys.shape[0]
         self._open = tuple(  # the open pages, whose shape, dtype and device are the store's
-            like.new_empty(*like.shape[:2], page_size, like.shape[3]) for like in (like_keys, like_values)
+            like.new_empty((batch, heads, page_size, head_dim), dtype=dtype)
+            for like, (heads, head_dim), dtype in zip((like_keys, like_values), self.vectors, self.dtypes, strict=True)
         )
 
     @property
@@ -80,11 +79,6 @@ class StoreLayout:
     def dtype(self) -> torch.dtype:
         """The model's dtype, as the first keys arrived."""
         return self._open[0].dtype
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of keys and values as they are held; see ``held_dtypes``."""
-        return self._open[0].dtype, self._open[1].dtype
 
     def elements_per_token(self) -> int:
         """Key and value elements of one token of one sequence."""
@@ -110,6 +104,8 @@ class StoreLayout:
     def promoted(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Dtypes that ``torch.cat`` of what is held and new tensors has, which readers of both expect."""
         held = self.dtypes
+        if held == (keys.dtype, values.dtype):
+            return held
         return torch.promote_types(held[0], keys.dtype), torch.promote_types(held[1], values.dtype)
 
     def fitted(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,21 +123,23 @@ class StoreLayout:
             return keys, values
         return _cast(keys, self.dtypes[0]), _cast(values, self.dtypes[1])
 
-    def _saturated(self, planes: Sequence[torch.Tensor], pages: torch.Tensor) -> int:
-        """How many of ``pages`` (int64, on the planes' device) have a scale or an offset at the end of its range, where
-        codecs put what is beyond it; waits for the device.
+    def _saturated(self, planes: Sequence[torch.Tensor], pages: np.ndarray) -> int:
+        """How many of ``pages`` have a scale or an offset at the end of its range, where codecs put what is beyond it;
+        waits for the device.
 
         Reads no codes: the scales are a 64th of a page, or less.  Values that are just as large as the end count too.
         """
-        if pages.is_meta or not self._scale_planes:
-            return 0
-        found = None
-        for plane in (planes[i] for i in self._scale_planes):
-            scales = plane[pages]
-            if scales.numel() and float(scales.abs().amax()) >= (end := torch.finfo(plane.dtype).max):  # hardly ever
-                beyond = (scales.abs() >= end).flatten(1).any(1)
-                found = beyond if found is None else found | beyond
-        return 0 if found is None else int(found.sum())
+        found = np.zeros(len(pages), dtype=bool)
+        for plane in (planes[i] for i in self._scale_planes if not planes[i].is_meta):
+            end, infinity, size = _end_of_range(plane.dtype)
+            if plane.device.type == "cpu":
+                sizes = _as_integers(plane)[pages]
+            else:
+                sizes = _as_integers(plane[torch.from_numpy(pages).to(plane.device, torch.long)].cpu())
+            sizes &= size  # without their signs floats are in the order of their bits
+            if sizes.size and sizes.max() >= end:  # hardly ever
+                found |= ((sizes >= end) & (sizes <= infinity)).reshape(len(pages), -1).any(1)
+        return int(found.sum())
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Refuse keys and values that do not fit, before anything is changed.
@@ -150,16 +148,20 @@ class StoreLayout:
             BatchSizeError: another batch size than the sequences held.
             CacheMismatchError: other heads, head_dim or device, no floating dtype, or unequal numbers of tokens.
         """
-        if keys.shape[0] != self.batch_size:
+        batch, _, tokens, _ = keys.shape
+        if batch != self.batch_size:
             raise BatchSizeError(
-                f"this cache holds a batch of {self.batch_size}, the call has {keys.shape[0]}; "
+                f"this cache holds a batch of {self.batch_size}, the call has {batch}; "
                 "call cache.reset() or make a new cache."
             )
-        for name, new, tail in zip(("keys", "values"), (keys, values), self._open, strict=True):
-            held = (tail.shape[0], tail.shape[1], keys.shape[2], tail.shape[3])
-            if tuple(new.shape) != held or not new.is_floating_point() or new.device != tail.device:
+        device = self.device
+        for i, new in enumerate((keys, values)):
+            heads, head_dim = self.vectors[i]
+            held = (batch, heads, tokens, head_dim)
+            if new.shape != held or not new.dtype.is_floating_point or new.device != device:
+                side = ("keys", "values")[i]
                 raise CacheMismatchError(
-                    f"this cache holds {name} of shape {list(held)}, {tail.dtype} on {tail.device}; the call has "
+                    f"this cache holds {side} of shape {list(held)}, {self.dtypes[i]} on {device}; the call has "
                     f"{list(new.shape)}, {new.dtype} on {new.device}; was it filled by another model? "
                     "Call cache.reset() or make a new cache."
                 )
@@ -172,6 +174,26 @@ def held_dtypes(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.dtype, 
     nothing is rounded when the next call is without autocast.
     """
     return keys.dtype, torch.promote_types(keys.dtype, values.dtype)
+
+
+def _as_integers(floats: torch.Tensor) -> np.ndarray:
+    """The bits of ``floats`` on the CPU, the same memory; numpy looks at a few numbers in a tenth of torch's time."""
+    return floats.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[floats.itemsize]).numpy()
+
+
+@functools.cache
+def _end_of_range(dtype: torch.dtype) -> tuple[int, int, int]:
+    """The bits of the largest number and of infinity, and all bits but the sign."""
+    ends = _as_integers(torch.tensor([torch.finfo(dtype).max, float("inf")], dtype=dtype))
+    return int(ends[0]), int(ends[1]), int(np.iinfo(ends.dtype).max)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """``torch.autocast`` switched off where it is on; elsewhere nothing, because entering it takes as long as storing a
+    token."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,11 +1,14 @@
 """What a codec keeps once per layer and not in pages: where it lies, and how pages appear to have it."""
 
+import functools
+
 import torch
 
 from ..errors import WrongModelError
 from ..triton_kernels.codecs import Codec, Plane
 
 
+@functools.lru_cache(maxsize=256)
 def in_pages(codec: Codec, head_dim: int) -> tuple[Plane, ...]:
     """The planes that a page stores; those per layer come after them."""
     return tuple(plane for plane in codec.planes(head_dim) if plane.per != "layer")

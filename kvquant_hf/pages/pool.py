@@ -64,10 +64,12 @@ class PagePool:
         self.device = device
         self._planes = [torch.empty(0, *shape, dtype=dtype, device=device) for dtype, shape in planes]
         self._host = HostCopy(device) if offload and HostCopy.helps(device) else None
-        self.page_bytes = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in planes)
+        self.page_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in planes)
         self._references = np.zeros(0, dtype=np.int32)
         self._free: list[int] = []
         self._abandoned: list[np.ndarray] = []
+        # What stores have made of the planes, which must not outlive them: old planes would stay in memory.
+        self.made_of_planes: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self.budget = Budget() if budget is None else budget
         self.budget.adopt(self)
 
@@ -83,6 +85,11 @@ class PagePool:
             with self.lock:
                 self._planes = self._host.arrived(self._planes)
         return self._planes
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the pages live in the CPU's memory and visit the device."""
+        return self._host is not None
 
     @property
     def lying(self) -> list[torch.Tensor]:
@@ -200,6 +207,7 @@ class PagePool:
         self._references[touched] = left
         self._free.extend(touched[left == 0].tolist())
         if len(self._free) == self.capacity:
+            self.made_of_planes.clear()
             self._planes = [torch.empty(0, *shape, dtype=t, device=self.device) for t, shape in self.layout]
             self._host = None if self._host is None else HostCopy(self.device)
             self._references = np.zeros(0, dtype=np.int32)
@@ -214,20 +222,23 @@ class PagePool:
         capacity = max(needed, ahead if ceiling is None else min(ahead, ceiling))
         # One plane at a time, so that old and new never exist together for the whole pool.  Should memory run out half
         # way, the planes already moved are merely longer than the others.
+        self.made_of_planes.clear()
         planes = self.planes
         for i, plane in enumerate(planes):
             grown = new_plane((capacity, *plane.shape[1:]), plane.dtype, plane.device)
-            grown[:old] = plane[:old]
+            if old:
+                grown[:old] = plane[:old]
             planes[i] = grown
             del plane
         self._references = np.concatenate([self._references, np.zeros(capacity - old, dtype=np.int32)])
         self._free = list(range(capacity - 1, old - 1, -1)) + self._free
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_planes": self.planes, "_host": self._host and HostCopy(self.device)}
+        kept = {name: value for name, value in self.__dict__.items() if name != "made_of_planes"}
+        return kept | {"_planes": self.planes, "_host": self._host and HostCopy(self.device)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, made_of_planes=weakref.WeakKeyDictionary())
         self.budget.adopt(self)
 
 

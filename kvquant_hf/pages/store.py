@@ -18,7 +18,7 @@ import torch
 from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .budget import Claim
-from .layout import StoreLayout
+from .layout import StoreLayout, without_autocast
 from .padding import padded_pages, replace_padding
 from .parameters import in_pages
 from .pool import PagePool, PlaneShape
@@ -66,7 +66,8 @@ class PagedStore(StoreLayout):
         self.tail_length = 0
         self.reopened_pages = 0
         self.version = 0
-        choose(impl, self.dtype, *self.view()[:2])
+        # Into an open page on the CPU tokens are copied as quickly as kernels can be called to do it.
+        self._copied = choose(impl, self.dtype, *self._sides()).name != "triton"
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -82,6 +83,7 @@ class PagedStore(StoreLayout):
     @_tail.setter
     def _tail(self, tails: tuple[torch.Tensor, ...]) -> None:
         self._open, self._loose = tails, None
+        self.pool.made_of_planes.pop(self, None)
 
     @property
     def sealed_pages(self) -> int:
@@ -91,7 +93,7 @@ class PagedStore(StoreLayout):
     @property
     def length(self) -> int:
         """Tokens held per sequence."""
-        return self.sealed_pages * self.page_size + self.tail_length
+        return self.table.ids.shape[1] * self.page_size + self.tail_length
 
     @property
     def page_table(self) -> torch.Tensor:
@@ -102,24 +104,29 @@ class PagedStore(StoreLayout):
     def lengths(self) -> torch.Tensor:
         """int32 ``[batch, 2]`` on the store's device: sealed pages and tokens in the open page of each sequence."""
         if self._lengths is None:
-            lengths = torch.tensor([[self.sealed_pages, self.tail_length]], dtype=torch.int32)
-            self._lengths = lengths.repeat(self.batch_size, 1).to(self.device)
+            lengths = torch.tensor([[self.sealed_pages, self.tail_length]] * self.batch_size, dtype=torch.int32)
+            self._lengths = lengths.to(self.device)
         return self._lengths
 
     def view(self) -> StoreView:
         """The current content, for attention."""
-        keys, values = self._sides(self._tail)
+        keys, values = self._sides()
         return StoreView(keys, values, self.page_table, self.lengths, self.tail_length)
 
-    def _sides(self, tails: tuple[torch.Tensor, ...]) -> tuple[PagedSide, PagedSide]:
-        """Keys and values with ``tails`` for open pages."""
-        return self.sides(tuple(self.pool.planes), tails)  # a snapshot: another fork may make the pool grow
+    def _sides(self, tails: tuple[torch.Tensor, ...] | None = None) -> tuple[PagedSide, PagedSide]:
+        """Keys and values with ``tails`` for open pages; a snapshot: another fork may make the pool grow."""
+        if tails is not None or self.pool.offloads:
+            return self.sides(tuple(self.pool.planes), self._tail if tails is None else tails)
+        tails = self._tail
+        held: tuple[PagedSide, PagedSide] | None = self.pool.made_of_planes.get(self)
+        if held is None:
+            held = self.pool.made_of_planes[self] = self.sides(tuple(self.pool.planes), tails)
+        return held
 
     def saturated_pages(self, last: int | None = None) -> int:
         """Pages held, each once, or of the ``last`` of each sequence, whose scales are at the end of their range."""
-        ids = np.unique(self.table.ids if last is None else self.table.ids[:, self.sealed_pages - last :])
-        planes = self.pool.lying
-        return self._saturated(planes, torch.from_numpy(ids).to(planes[0].device, torch.long))
+        ids = self.table.ids if last is None else self.table.ids[:, self.sealed_pages - last :]
+        return self._saturated(self.pool.lying, ids[0] if len(ids) == 1 else np.unique(ids))
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
@@ -129,7 +136,7 @@ class PagedStore(StoreLayout):
         unused = self.pool.nbytes - self.pool.used * self.pool.page_bytes
         copies = self.pool.host_bytes + self.pool.device_bytes - self.pool.nbytes
         open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
-        tables = self.table.nbytes + (0 if self._lengths is None else self._lengths.nbytes)
+        tables = self.table.nbytes + self.lengths.nbytes
         tables += sum(parameter.nbytes for codec in self.codecs for parameter in codec.parameters)
         return Footprint(packed, open_page, unused, tables, shared, int(holders.max(initial=0)), copies)
 
@@ -160,17 +167,21 @@ class PagedStore(StoreLayout):
             All keys and values that are held, ``[batch, heads, length, dim]``, not to be written.  None if this is not
             the place for them; nothing is stored then.
         """
-        count = keys.shape[2]
-        fits = self.tail_length + count <= self.page_size and self.dtypes == (keys.dtype, values.dtype)
-        if not fits or self.sealed_pages or self._tail_shared or values.shape[2] != count or not self.tail_length:
+        held, loose, length = self.tail_length, self._loose, self.tail_length + keys.shape[2]
+        if length > self.page_size or self.dtypes != (keys.dtype, values.dtype):
             return None
-        held = self._loose or tuple(tail[:, :, : self.tail_length] for tail in self._open)
+        if self.table.ids.shape[1] or self._tail_shared:
+            return None
+        if loose is None:
+            loose = self._open[0][:, :, :held], self._open[1][:, :, :held]
         try:
-            self._loose = torch.cat((held[0], keys), 2), torch.cat((held[1], values), 2)
+            loose = torch.cat((loose[0], keys), 2), torch.cat((loose[1], values), 2)
         except RuntimeError:  # of another shape or device, which append() says in words
             return None
-        self._lengths, self.tail_length, self.version = None, self.tail_length + count, self.version + 1
-        return self._loose
+        if loose[1].shape[2] != length:
+            return None
+        self._loose, self._lengths, self.tail_length, self.version = loose, None, length, self.version + 1
+        return loose
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: np.ndarray | None = None) -> None:
         """Store new tokens after those held; on an error the store is as before.
@@ -186,23 +197,29 @@ class PagedStore(StoreLayout):
             OutOfPages: the pool's budget has no more.
         """
         keys, values = self.fitted(keys, values)
-        if self.tail_length + keys.shape[2] <= self.page_size and not self._tail_shared:
-            lengths = torch.empty_like(self.lengths)
-            append_pages(keys, values, *self._sides(self._tail), self.page_table, self.lengths, lengths, impl=self.impl)
-            self._lengths, self.tail_length, self.version = lengths, self.tail_length + keys.shape[2], self.version + 1
+        held, length = self.tail_length, self.tail_length + keys.shape[2]
+        if length <= self.page_size and not self._tail_shared and self._copied:
+            for tail, new in zip(self._tail, (keys, values), strict=True):
+                tail[:, :, held:length] = new
+            self._lengths, self.tail_length, self.version = None, length, self.version + 1
             return
-        count = max(0, (self.tail_length + keys.shape[2] - 1) // self.page_size)  # lazily: see the module's docstring
-        rest = self.tail_length + keys.shape[2] - count * self.page_size
+        if length <= self.page_size and not self._tail_shared:
+            lengths = torch.empty_like(self.lengths)
+            append_pages(keys, values, *self._sides(), self.page_table, self.lengths, lengths, impl=self.impl)
+            self._lengths, self.tail_length, self.version = lengths, length, self.version + 1
+            return
+        count = max(0, (length - 1) // self.page_size)  # lazily: see the module's docstring
+        rest = length - count * self.page_size
         # Another open page instead of the old one overwritten: what stops this half way leaves the store as it was.
         copied = count > 0 or self._tail_shared
         tails = tuple(tail.clone() for tail in self._tail) if copied else self._tail
-        blank = np.zeros((self.batch_size, count), dtype=bool)
+        blank = None
         if padding is not None and (padded := padding[:, : count * self.page_size]).any():
             blank = padded_pages(padded, self.page_size)
             keys, values = (self._pad(x, tail, padded) for x, tail in zip((keys, values), tails, strict=True))
         lengths = torch.empty_like(self.lengths)
-        with self.pool.lock, torch.autocast(self.device.type, enabled=False):
-            pages = self.table.take(blank, self.claim)
+        with self.pool.lock, without_autocast(self.device.type):
+            pages = self.table.take(count, blank, self.claim)
             try:
                 on_device, sides = self.table.followed_by(pages), self._sides(tails)
                 append_pages(keys, values, *sides, on_device, self.lengths, lengths, impl=self.impl)
@@ -274,7 +291,7 @@ class PagedStore(StoreLayout):
         """Hold what ``layer_state.snapshot`` took from another store; this one is new, and nothing is checked."""
         table, count = tensors["table"].numpy().copy(), tensors["keys.open"].shape[2]
         pages = self.pool.allocate(int(table.max(initial=-1)) + 1)
-        for name, side in zip(("keys", "values"), self._sides(self._tail), strict=True):
+        for name, side in zip(("keys", "values"), self._sides(), strict=True):
             for plane, rows in zip(in_pages(side.codec, side.head_dim), side.planes, strict=False):
                 rows.copy_(tensors[f"{name}.{plane.name}"])
             side.tail[:, :, :count] = tensors[f"{name}.open"]

@@ -37,21 +37,24 @@ class PageTable:
         """Bytes on the host and on the device."""
         return self.ids.nbytes + (0 if self._on_device is None else self._on_device.nbytes)
 
-    def take(self, blank: np.ndarray, claim: Claim | None = None) -> np.ndarray:
+    def take(self, count: int, blank: np.ndarray | None = None, claim: Claim | None = None) -> np.ndarray:
         """Take pages from the pool that are to follow those in the table; they are not in it before :meth:`append`.
 
         Sequence by sequence, so that the pages of one sequence are neighbours.
 
         Args:
-            blank: bool ``[batch, pages]``, pages of padding alone; these are all one page.
+            count: pages of each sequence.
+            blank: bool ``[batch, count]``, pages of padding alone, which are all one page; None if there are none.
             claim: where the pages were promised, if they were.
 
         Returns:
-            Page ids ``[batch, pages]``.
+            Page ids ``[batch, count]``.
 
         Raises:
             OutOfPages: the pool's budget has no more.
         """
+        if blank is None:
+            return self.pool.allocate(len(self.ids) * count, claim).reshape(len(self.ids), count)
         pages = np.empty(blank.shape, dtype=np.int32)
         known, shared = self._blank in self.ids, int(blank.sum())
         ids = self.pool.allocate(blank.size - shared + (shared > 0 and not known), claim)
@@ -67,10 +70,10 @@ class PageTable:
             return self.on_device
         return torch.from_numpy(np.concatenate([self.ids, pages], axis=1)).to(self.device)
 
-    def append(self, pages: np.ndarray, blank: np.ndarray, on_device: torch.Tensor) -> None:
+    def append(self, pages: np.ndarray, blank: np.ndarray | None, on_device: torch.Tensor) -> None:
         """Put ``pages`` of :meth:`take` at the end; ``on_device`` is what :meth:`followed_by` gave."""
         self.ids, self._on_device = np.concatenate([self.ids, pages], axis=1), on_device
-        if blank.any():
+        if blank is not None and blank.any():
             self._blank = int(pages[blank][0])
 
     def keep(self, first: int, last: int) -> None:

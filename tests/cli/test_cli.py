@@ -143,7 +143,7 @@ def test_demo_as_a_table(run: Run, tiny: Path) -> None:
 def test_demo_on_the_built_in_model(run: Run) -> None:
     if importlib.util.find_spec(cli_models.BUILTIN_PACKAGE) is None:
         pytest.skip(f"the built-in model is not installed; run: {cli_models.BUILTIN_REMEDY}")
-    code, out, err = run("demo", "--json", "--context", "400", "--tokens", "12", "--policies", "exact,int8")
+    code, out, err = run("demo", "--json", "--context", "200", "--tokens", "12", "--policies", "exact,int8")
     data = json.loads(out)
     assert (code, err) == (0, "")
     assert data["model"] == cli_models.BUILTIN_NAME

@@ -13,21 +13,22 @@ from kvquant_hf.transformers_api.names import with_cache
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
-def test_exact_equals_dynamic_cache_on_ragged_prompts(smollm2: tuple[Any, Any]) -> None:
-    """Greedy, 256 new tokens, four left-padded prompts of 20 to 333 tokens, float32."""
+@pytest.mark.parametrize("new", [72, pytest.param(256, marks=pytest.mark.full)])
+def test_exact_equals_dynamic_cache_on_ragged_prompts(new: int, smollm2: tuple[Any, Any]) -> None:
+    """Greedy, four left-padded prompts of 20 to 333 tokens, float32; more new tokens than a page has."""
     model, tokenizer = smollm2
     rows = [tokenizer(text).input_ids[:n] for text, n in zip(chapters(3000), (20, 64, 129, 333), strict=False)]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    options = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(ids, attention_mask=mask, **with_cache(DynamicCache(config=model.config)), **options)
     cache = QuantizedPagedCache(model.config, policy="exact")
     generated = model.generate(ids, attention_mask=mask, **with_cache(cache), **options)
     assert torch.equal(generated, expected)
     report = cache.report()
-    assert report.tokens == longest + 255 and report.fallback_calls == 0
-    assert report.paged_calls == 255 * model.config.num_hidden_layers
+    assert report.tokens == longest + new - 1 and report.fallback_calls == 0
+    assert report.paged_calls == (new - 1) * model.config.num_hidden_layers
 
 
 def test_int8_gives_the_same_first_64_tokens(smollm2: tuple[Any, Any]) -> None:

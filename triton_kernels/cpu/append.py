@@ -67,7 +67,7 @@ def _encode(codec: Codec, planes: Sequence[torch.Tensor], x: torch.Tensor, ids: 
     source = (x.data_ptr(), DTYPES[x.dtype], *x.stride()[:4], *x.shape[:4])
     threads = (torch.get_num_threads(), compiled.fork)
     if cpu.affine or cpu.given:
-        compiled.encode(ENCODE.pack(*source, ids.data_ptr(), cpu.given, *threads, *side(codec, planes, x[0])))
+        compiled.encode(ENCODE.pack(*source, ids.data_ptr(), cpu.given, *threads) + side(codec, planes, x[0]))
         return None
     if codec.rotated:
         domain = torch.empty(x.shape, dtype=torch.float32)

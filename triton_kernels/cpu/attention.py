@@ -3,7 +3,7 @@
 import torch
 
 from ..reference import PagedSide
-from .native import ATTENTION, DTYPES, library, side
+from .native import ATTENTION, DTYPES, held_side, library
 
 ROWS = 64  # rows per item of work, attention.h
 _SPLITS_PER_THREAD = 4  # more than one, so that a thread that was held up does not hold up the others
@@ -74,8 +74,6 @@ def paged_attention_cpu(
         threads,
         split_count(batch * heads * -(-rows // ROWS), pages, threads),
         compiled.fork,
-        *side(keys.codec, keys.planes, keys.tail),
-        *side(values.codec, values.planes, values.tail),
     )
-    compiled.attend(call)
+    compiled.attend(call + held_side(keys) + held_side(values))
     return out

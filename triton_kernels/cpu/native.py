@@ -13,17 +13,18 @@ import torch
 
 from ..codecs.base import Codec
 from ..codecs.cpu import CpuCodec
+from ..reference import PagedSide
 from .build import BuildError, load
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 _FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 3: 3, 1: 4}  # 3 bits are 2 and a sign in another plane
 
 # format dim rotated codes dtype levels slopes signs middle; 5 x (data dtype heads); zero_point; tail and its strides
-_SIDE = "30q"
-ATTENTION = struct.Struct("14q 2d 12q" + 2 * _SIDE)
+_SIDE = struct.Struct("30q")
+ATTENTION = struct.Struct("14q 2d 12q")  # and two sides
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
-ENCODE = struct.Struct("14q" + _SIDE)
+ENCODE = struct.Struct("14q")  # and a side
 ROTATE = struct.Struct("14q")
 BUCKET = struct.Struct("7q")
 
@@ -45,11 +46,17 @@ class Library:
         loaded = load() if flags is None else load(flags)
         if isinstance(loaded, BuildError):
             raise loaded
-        structs = {"attend": ATTENTION, "append": APPEND, "encode": ENCODE, "rotate": ROTATE, "bucket": BUCKET}
-        sizes = (ctypes.c_int64 * len(structs))()
+        size = {
+            "attend": ATTENTION.size + 2 * _SIDE.size,
+            "append": APPEND.size,
+            "encode": ENCODE.size + _SIDE.size,
+            "rotate": ROTATE.size,
+            "bucket": BUCKET.size,
+        }
+        sizes = (ctypes.c_int64 * len(size))()
         loaded.kvquant_sizes(sizes)
-        assert list(sizes) == [packed.size for packed in structs.values()], "the structs differ from the sources'"
-        for name in structs:
+        assert list(sizes) == list(size.values()), "the structs differ from the sources'"
+        for name in size:
             function = getattr(loaded, f"kvquant_{name}")
             function.argtypes, function.restype = [ctypes.c_char_p], None
             setattr(self, name, function)
@@ -97,8 +104,16 @@ def _factor(plane: torch.Tensor) -> tuple[int, int, int]:
     return plane.data_ptr(), DTYPES[plane.dtype], 0 if plane.stride(0) else plane.shape[1]
 
 
-def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> list[int]:
-    """Members of ``Side``."""
+def held_side(pages: PagedSide) -> bytes:
+    """``Side`` of ``pages``, packed once in their life: a cache hands out the same ones in every step of a page."""
+    packed: bytes | None = getattr(pages, "packed", None)
+    if packed is None:
+        packed = pages.packed = side(pages.codec, pages.planes, pages.tail)
+    return packed
+
+
+def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> bytes:
+    """``Side``, packed; its addresses are good as long as the tensors are."""
     cpu, head, addresses, _ = _described(codec, tail.shape[3])
     members = [*head, planes[0].data_ptr(), DTYPES.get(planes[0].dtype, 0), *addresses]
     members += (0 if cpu.signs is None else planes[cpu.signs].data_ptr(), cpu.middle)
@@ -106,4 +121,4 @@ def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> li
         members += (0, 0, 0) if index is None else _factor(planes[index])
     batch, head_stride, token, _ = tail.stride()
     members += (cpu.zero_point, tail.data_ptr(), DTYPES[tail.dtype], batch, head_stride, token)
-    return members
+    return _SIDE.pack(*members)
