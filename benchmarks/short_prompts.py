@@ -2,9 +2,10 @@
 
     python benchmarks/short_prompts.py [--policies int4,int8] [--prompt 8] [--new 64] [--rounds 9]
 
-SmolLM2-135M answers with each cache in turn, so that a busy moment meets all alike; printed are tokens per second
-(medians of the rounds) and the median over rounds of the speed beside ``DynamicCache`` in the same round.  Run it when
-nothing else does.
+SmolLM2-135M answers with all caches at once, each token with one after the other, so that a busy moment meets all
+alike: on shared machines speed changes within seconds.  Printed are tokens per second (medians of the rounds) and the
+median over rounds of the speed beside ``DynamicCache`` in the same round, with its range.  Run it when nothing else
+does.
 """
 
 import argparse
@@ -24,13 +25,22 @@ from kvquant_hf.transformers_api.names import with_cache
 BASELINE = "DynamicCache"
 
 
-def seconds(model: Any, ids: torch.Tensor, cache: Any, new: int, clock: Callable[[], float]) -> float:
-    """Seconds of one call of ``generate``, the cache made beforehand."""
-    start = clock()
-    model.generate(ids, **with_cache(cache), max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    return clock() - start
+class Greedy:
+    """Greedy decoding with one cache, a step at a time; what each took in seconds."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, cache: Any, clock: Callable[[], float]) -> None:
+        self.model, self.next, self.cache, self.clock = model, ids, cache, clock
+        self.times: list[float] = []
+
+    def step(self) -> None:
+        """Read the prompt, or the token chosen last, and choose the next one."""
+        start = self.clock()
+        logits = self.model(self.next, **with_cache(self.cache), use_cache=True, logits_to_keep=1).logits
+        self.next = logits[:, -1:].argmax(-1)
+        self.times.append(self.clock() - start)
 
 
+@torch.no_grad()  # as generate
 def compare(dtype: str, policies: list[str], prompt: int, new: int, rounds: int, clock: Callable[[], float]) -> None:
     """Print a line for each cache."""
     loaded = load_model(None, dtype, hidden=True)
@@ -40,14 +50,19 @@ def compare(dtype: str, policies: list[str], prompt: int, new: int, rounds: int,
     makers |= {policy: functools.partial(QuantizedPagedCache, model.config, policy) for policy in policies}
     times: dict[str, list[float]] = {name: [] for name in makers}
     for turn in range(rounds + 1):
-        for name in list(makers)[:: 1 if turn % 2 else -1]:  # forwards and backwards in turn
-            taken = seconds(model, ids, makers[name](), new, clock)
-            if turn:  # the first round warms up
-                times[name].append(taken)
+        running = {name: Greedy(model, ids, make(), clock) for name, make in makers.items()}
+        for step in range(new):
+            for name in list(running)[:: 1 if step % 2 else -1]:  # forwards and backwards in turn
+                running[name].step()
+        if turn:  # the first round warms up
+            for name, greedy in running.items():
+                times[name].append(sum(greedy.times))
     for name, mine in times.items():
-        ratio = statistics.median(base / own for base, own in zip(times[BASELINE], mine, strict=True))
+        ratios = sorted(base / own for base, own in zip(times[BASELINE], mine, strict=True))
         print(
-            f"{dtype:9} {name:12} {new / statistics.median(mine):7.2f} tokens/s   {ratio:.3f} x {BASELINE}", flush=True
+            f"{dtype:9} {name:12} {new / statistics.median(mine):7.2f} tokens/s   {statistics.median(ratios):.3f} x "
+            f"{BASELINE} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
+            flush=True,
         )
 
 

@@ -183,9 +183,10 @@ class QuantizedPagedCache(DynamicCache):
         Raises:
             OutOfPages: see :meth:`update`.
         """
-        paged = self.paged_layers
-        if self.pools.budget.bounded and len(paged) < len(self.layers) and paged[0].store is not None:
-            self._plan.begin(self.layers, paged[0].batch_size, query_length)
+        if self.pools.budget.bounded:
+            paged = self.paged_layers
+            if len(paged) < len(self.layers) and paged[0].store is not None:
+                self._plan.begin(self.layers, paged[0].batch_size, query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def reset(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .codecs.base import Codec
-from .reference import PagedSide
+from .pages import PagedSide
 
 # Stores full pages ``x`` ``[batch, n, heads, page_size, head_dim]`` as the pages ``ids`` (int64 ``[batch, n]``).
 Encode = Callable[[Codec, Sequence[torch.Tensor], torch.Tensor, torch.Tensor], None]
@@ -36,38 +36,50 @@ def append_reference(
 ) -> None:
     """``ops.append_pages``, which see.  Lengths are read on the host; ragged sequences are stored one by one."""
     rows = lengths.tolist()
-    together = all(row == rows[0] for row in rows)
-    batch = len(rows)
-    for part in [slice(0, batch)] if together else [slice(b, b + 1) for b in range(batch)]:
-        sealed, held = rows[part.start]
-        count = max(0, (held + keys.shape[2] - 1) // key_side.page_size)
-        pages = page_table[part, sealed : sealed + count].long()
-        for side, new in ((key_side, keys[part]), (value_side, values[part])):
-            _store_pages(side, side.tail[part, :, :held], new, pages, encode)
-            rest = held + new.shape[2] - count * side.page_size
-            kept = min(rest, new.shape[2])
-            side.tail[part, :, rest - kept : rest] = new[:, :, new.shape[2] - kept :]
-        new_lengths[part] = torch.tensor([sealed + count, rest], dtype=torch.int32)
-
-
-def _store_pages(
-    side: PagedSide, open_page: torch.Tensor, new: torch.Tensor, pages: torch.Tensor, encode: Encode
-) -> None:
-    """Encode the tokens of ``open_page`` followed by those of ``new`` into ``pages`` ``[batch, count]``."""
-    batch, count = pages.shape
-    if not count:
+    if all(row == rows[0] for row in rows):
+        _append(keys, values, key_side, value_side, page_table, rows[0], new_lengths, encode)
         return
-    held, page_size = open_page.shape[2], side.page_size
+    for b, row in enumerate(rows):
+        part = slice(b, b + 1)
+        key_row, value_row = (side._replace(tail=side.tail[part]) for side in (key_side, value_side))
+        _append(keys[part], values[part], key_row, value_row, page_table[part], row, new_lengths[part], encode)
+
+
+def _append(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_side: PagedSide,
+    value_side: PagedSide,
+    page_table: torch.Tensor,
+    lengths: list[int],
+    new_lengths: torch.Tensor,
+    encode: Encode,
+) -> None:
+    """The same for sequences whose ``lengths`` are the same."""
+    sealed, held = lengths
+    tokens, page_size = keys.shape[2], key_side.page_size
+    count = max(0, (held + tokens - 1) // page_size)
+    rest = held + tokens - count * page_size
+    kept = min(rest, tokens)
+    pages = page_table[:, sealed : sealed + count].long() if count else None
+    for side, new in ((key_side, keys), (value_side, values)):
+        if pages is not None:
+            _store_pages(side, held, new, pages, encode)
+        side.tail[:, :, rest - kept : rest] = new if kept == tokens else new[:, :, tokens - kept :]
+    new_lengths[:] = torch.tensor([sealed + count, rest], dtype=torch.int32)
+
+
+def _store_pages(side: PagedSide, held: int, new: torch.Tensor, pages: torch.Tensor, encode: Encode) -> None:
+    """Encode the ``held`` tokens of the open page followed by those of ``new`` into ``pages`` ``[batch, count]``."""
+    (batch, count), page_size = pages.shape, side.page_size
+    if held == page_size and count == 1:  # decoding: the open page as it is
+        return encode(side.codec, side.planes, side.tail.unsqueeze(1), pages)
     step = max(1, ENCODED_PAGES // batch)
     for first in range(0, count, step):
         last = min(first + step, count)
-        start, end = max(0, first * page_size - held), last * page_size - held
-        if end == 0:  # the open page was full
-            x = open_page
-        else:
-            x = new[:, :, start:end]
-            if first == 0 and held:
-                x = torch.cat([open_page, x], dim=2)
-        # To [batch, n, heads, page_size, head_dim].
-        x = x.unsqueeze(1) if count == 1 else x.unflatten(2, (last - first, page_size)).transpose(1, 2)
+        x = new[:, :, max(0, first * page_size - held) : last * page_size - held]
+        if first == 0 and held:
+            x = torch.cat([side.tail[:, :, :held], x], dim=2)
+        x = x.unflatten(2, (last - first, page_size)).transpose(1, 2)  # [batch, n, heads, page_size, head_dim]
         encode(side.codec, side.planes, x, pages[:, first:last])
+    return None

@@ -9,7 +9,7 @@ from ..errors import ImplementationError
 from .codecs import CODECS, Codec
 from .cpu.build import BuildError
 from .cpu.native import library
-from .reference import PagedSide
+from .pages import PagedSide
 from .target import architecture, interpreting, why_not
 
 Implementation = Literal["auto", "triton", "cpu", "reference"]

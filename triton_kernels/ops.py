@@ -22,7 +22,8 @@ from .choice import IMPLEMENTATIONS, Choice, Implementation, choose
 from .codecs import CODECS
 from .cpu.append import append_cpu
 from .cpu.attention import paged_attention_cpu
-from .reference import PagedSide, gather_dense, paged_attention_reference
+from .pages import PagedSide
+from .reference import gather_dense, paged_attention_reference
 from .triton_attention import append_triton, paged_attention_triton
 
 __all__ = [

@@ -11,38 +11,16 @@ The open page (``tail``) is one more block, in the model's dtype.  Work memory i
 the context: a dense copy of the cache never exists.  Arithmetic is float32, or float64 for float64 queries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from .codecs.base import Codec, Tile
+from .codecs.base import Tile
+from .pages import PagedSide
 
 # Work memory of one block of pages or of scores.  Small enough to stay in a CPU's second-level cache for usual heads.
 BLOCK_BYTES = 4 << 20
-
-
-class _PagedSide(NamedTuple):
-    codec: Codec
-    planes: Sequence[torch.Tensor]
-    tail: torch.Tensor
-    page_size: int
-
-
-class PagedSide(_PagedSide):
-    """Keys or values of one layer.
-
-    ``planes`` are the codec's planes for all physical pages, ``[pages, heads, *Plane.shape(page_size)]``, those per
-    layer the same memory for every page; ``tail`` is the open page, ``[batch, heads, page_size, head_dim]`` in the
-    model's dtype; ``page_size`` is in tokens.
-    """
-
-    packed: bytes  # what the CPU kernels take, once they have asked: see ``cpu.native``
-
-    @property
-    def head_dim(self) -> int:
-        """Elements per vector."""
-        return self.tail.shape[-1]
 
 
 class _View(NamedTuple):

@@ -9,7 +9,7 @@ from .append import append
 from .combine import combine
 from .decode import decode, part_width
 from .launch import launch_config, split_count
-from .reference import PagedSide
+from .pages import PagedSide
 from .rotate import rotate
 from .target import architecture, processors, triton
 

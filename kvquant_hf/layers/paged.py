@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 
 from ..errors import GradientError, InterruptedForwardError
 from ..pages.budget import Budget, Claim, Pool
+from ..pages.layout import plain_tensors
 from ..pages.pool import LayerPool
 from ..pages.store import PagedStore
 from ..policies.table import KVPolicy
@@ -19,19 +18,6 @@ from ..reports.calls import CallLog
 from ..triton_kernels.codecs import CODECS
 from ..triton_kernels.ops import Implementation
 from .carrier import KVTensor, Side, check_assigned
-
-
-def plain_tensors() -> contextlib.AbstractContextManager[None]:
-    """Make tensors that can be written later, also when the caller is in inference mode now and not then."""
-    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
-        return _without_modes()
-    return contextlib.nullcontext()  # as it is already; entering both modes takes as long as storing a token
-
-
-@contextlib.contextmanager
-def _without_modes() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def refuse_gradient(keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -61,6 +47,7 @@ class StepGuard:
         self._followers: weakref.WeakSet[PagedLayer] = weakref.WeakSet()
         self._before = 0  # tokens the leader held before this step
         self._step = 0  # tokens of this step
+        self._known = object()  # by layers among the followers, which have it too
         self.claim: Claim | None = None  # the pages of this step
 
     def enter(self, layer: PagedLayer, held: int, count: int) -> None:
@@ -80,7 +67,9 @@ class StepGuard:
         elif count == self._step:
             if held != self._before:
                 raise InterruptedForwardError(self._message([self._before, held]))
-            self._followers.add(layer)
+            if layer.known is not self._known:
+                self._followers.add(layer)
+                layer.known = self._known
 
     def __reduce__(self) -> tuple[type[StepGuard], tuple[()]]:
         return StepGuard, ()  # weak references cannot be copied or saved; the copied layers make themselves known
@@ -130,6 +119,8 @@ class PagedLayer:
         self.pool = LayerPool(Budget()) if pool is None else pool
         self.store: PagedStore | None = None
         self.padding: np.ndarray | None = None  # bool [batch, tokens from the first on], True where padded
+        self.known: object = None  # to ``guard``, which see
+        self._opens = exact_prefill and impl == "auto"  # whether an open page may be read as it is
 
     @property
     def is_initialized(self) -> bool:
@@ -198,13 +189,18 @@ class PagedLayer:
             CacheMismatchError: they do not fit what is held.
             OutOfPages: the budget has no more pages.
         """
+        if self._opens and self.store is not None and self.store.loose is not None and not torch.is_grad_enabled():
+            self.guard.enter(self, self.length, keys.shape[2])  # the usual case, without what it does not need
+            if (opened := self.store.append_open(keys, values)) is not None:
+                self.log.open += 1
+                return opened
         refuse_gradient(keys, values)
         held, count = self.length, keys.shape[2]
         if held == 0 and self.store is not None and not self.store.is_like(keys, values):
             self.store = None  # emptied: the next batch may have another size, and another dtype
         exact = self.exact_prefill and held == 0 and count > 1  # attended to as it came
         # Nothing is packed yet: the open page is what any attention function reads, and needs no kernel.
-        simple = self.exact_prefill and self.impl == "auto" and (not exact or count <= self.page_size)
+        simple = self._opens and (not exact or count <= self.page_size)
         if self.store is not None and not simple:
             self.store.check(keys, values)
         self.guard.enter(self, held, count)
@@ -218,8 +214,7 @@ class PagedLayer:
         self.store.claim = self.guard.claim
         sealed = self.store.pages_for(count) // keys.shape[0]  # by each sequence
         try:
-            with plain_tensors():
-                self._write(keys, values, exact)
+            self._write(keys, values, exact)
             if sealed and not self.log.out_of_range and keys.device.type == "cpu":  # a GPU would have to be waited for
                 self.log.saturated(self.store.saturated_pages(min(sealed, self.store.sealed_pages)))
         finally:

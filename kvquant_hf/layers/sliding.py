@@ -23,8 +23,9 @@ import torch
 
 from ..errors import RollbackError
 from ..pages.budget import Pool
+from ..pages.layout import plain_tensors
 from ..pages.store import PagedStore
-from .paged import PagedLayer, plain_tensors
+from .paged import PagedLayer
 
 
 class SlidingStore(PagedStore):

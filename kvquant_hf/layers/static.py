@@ -14,11 +14,12 @@ import torch
 
 from ..errors import CacheFullError, InterruptedForwardError
 from ..pages.budget import Pool
+from ..pages.layout import plain_tensors
 from ..pages.padding import replace_padding
 from ..pages.static_ops import full_message
 from ..pages.static_store import StaticStore
 from .carrier import Side
-from .paged import PagedLayer, plain_tensors, refuse_gradient
+from .paged import PagedLayer, refuse_gradient
 from .static_carrier import StaticKV
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -186,6 +186,19 @@ def _end_of_range(dtype: torch.dtype) -> tuple[int, int, int]:
     """The bits of the largest number and of infinity, and all bits but the sign."""
     ends = _as_integers(torch.tensor([torch.finfo(dtype).max, float("inf")], dtype=dtype))
     return int(ends[0]), int(ends[1]), int(np.iinfo(ends.dtype).max)
+
+
+def plain_tensors() -> contextlib.AbstractContextManager[None]:
+    """Make tensors that can be written later, also when the caller is in inference mode now and not then."""
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+        return _without_modes()
+    return contextlib.nullcontext()  # as it is already; entering both modes takes as long as storing a token
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

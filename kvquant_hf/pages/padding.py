@@ -39,3 +39,23 @@ def replace_padding(tokens: torch.Tensor, padding: np.ndarray, page_size: int) -
     source = np.where(real | ~real.any(-1, keepdims=True), own, first).reshape(len(padding), -1)
     rows = torch.arange(len(padding), device=tokens.device).unsqueeze(-1)
     return tokens.transpose(1, 2)[rows, torch.from_numpy(source).to(tokens.device)].transpose(1, 2).contiguous()
+
+
+def replace_new(new: torch.Tensor, tail: torch.Tensor, held: int, padding: np.ndarray, page_size: int) -> torch.Tensor:
+    """:func:`replace_padding` over an open page and what follows it, as far as it is about to be sealed.
+
+    Args:
+        new: new keys or values, ``[batch, heads, tokens, head_dim]``.
+        tail: the open page with ``held`` tokens, whose padding is replaced in place.
+        held: tokens in the open page.
+        padding: bool ``[batch, pages * page_size]``, from the first token of the open page on.
+        page_size: tokens per page.
+
+    Returns:
+        ``new`` with its padding replaced.
+    """
+    sealed = padding.shape[1] - held
+    content = torch.cat([tail[:, :, :held], new[:, :, :sealed]], dim=2)
+    content = replace_padding(content, padding, page_size)
+    tail[:, :, :held] = content[:, :, :held]
+    return torch.cat([content[:, :, held:], new[:, :, sealed:]], dim=2)

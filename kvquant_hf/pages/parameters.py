@@ -8,10 +8,16 @@ from ..errors import WrongModelError
 from ..triton_kernels.codecs import Codec, Plane
 
 
-@functools.lru_cache(maxsize=256)
 def in_pages(codec: Codec, head_dim: int) -> tuple[Plane, ...]:
     """The planes that a page stores; those per layer come after them."""
+    return _in_pages(codec, head_dim) if torch.compiler.is_compiling() else _kept(codec, head_dim)
+
+
+def _in_pages(codec: Codec, head_dim: int) -> tuple[Plane, ...]:
     return tuple(plane for plane in codec.planes(head_dim) if plane.per != "layer")
+
+
+_kept = functools.lru_cache(maxsize=256)(_in_pages)  # every layer asks for the same
 
 
 def placed(codec: Codec, like: torch.Tensor) -> Codec:

@@ -28,19 +28,18 @@ _MAPPED_BYTES = 1 << 16
 PlaneShape = tuple[torch.dtype, tuple[int, ...]]
 
 
-def new_plane(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A plane ``shape`` whose content is anything.
+def new_plane(shape: Sequence[int], nbytes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A plane ``shape`` of ``nbytes`` whose content is anything.
 
     A large one on the CPU is a mapping of its own, which goes back to the system when the plane has been outgrown.  In
     the allocator's heap, layers that grow in turn leave holes, each too small for the next plane: a process grew by 1.3
     to 1.7 times what the pages take.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if device.type == "cpu" and nbytes >= _MAPPED_BYTES and hasattr(mmap, "MAP_ANONYMOUS"):
+    if nbytes >= _MAPPED_BYTES and device.type == "cpu" and hasattr(mmap, "MAP_ANONYMOUS"):
         with contextlib.suppress(OSError):  # no more memory, or no more mappings: the allocator has the last word
             memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             return torch.frombuffer(memory, dtype=dtype).view(*shape)
-    return torch.empty(*shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class PagePool:
@@ -64,7 +63,8 @@ class PagePool:
         self.device = device
         self._planes = [torch.empty(0, *shape, dtype=dtype, device=device) for dtype, shape in planes]
         self._host = HostCopy(device) if offload and HostCopy.helps(device) else None
-        self.page_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in planes)
+        self._plane_bytes = [math.prod(shape) * dtype.itemsize for dtype, shape in planes]  # of a page
+        self.page_bytes = sum(self._plane_bytes)
         self._references = np.zeros(0, dtype=np.int32)
         self._free: list[int] = []
         self._abandoned: list[np.ndarray] = []
@@ -207,7 +207,7 @@ class PagePool:
         self._references[touched] = left
         self._free.extend(touched[left == 0].tolist())
         if len(self._free) == self.capacity:
-            self.made_of_planes.clear()
+            self.made_of_planes = weakref.WeakKeyDictionary()
             self._planes = [torch.empty(0, *shape, dtype=t, device=self.device) for t, shape in self.layout]
             self._host = None if self._host is None else HostCopy(self.device)
             self._references = np.zeros(0, dtype=np.int32)
@@ -222,10 +222,10 @@ class PagePool:
         capacity = max(needed, ahead if ceiling is None else min(ahead, ceiling))
         # One plane at a time, so that old and new never exist together for the whole pool.  Should memory run out half
         # way, the planes already moved are merely longer than the others.
-        self.made_of_planes.clear()
+        self.made_of_planes = weakref.WeakKeyDictionary()
         planes = self.planes
         for i, plane in enumerate(planes):
-            grown = new_plane((capacity, *plane.shape[1:]), plane.dtype, plane.device)
+            grown = new_plane((capacity, *plane.shape[1:]), capacity * self._plane_bytes[i], plane.dtype, plane.device)
             if old:
                 grown[:old] = plane[:old]
             planes[i] = grown

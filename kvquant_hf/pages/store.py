@@ -18,8 +18,8 @@ import torch
 from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .budget import Claim
-from .layout import StoreLayout, without_autocast
-from .padding import padded_pages, replace_padding
+from .layout import StoreLayout, plain_tensors, without_autocast
+from .padding import padded_pages, replace_new
 from .parameters import in_pages
 from .pool import PagePool, PlaneShape
 from .table import PageTable
@@ -56,7 +56,7 @@ class PagedStore(StoreLayout):
         impl: Implementation = "auto",
         make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
     ) -> None:
-        self._loose: tuple[torch.Tensor, torch.Tensor] | None = None  # what the open page is to hold, see append_open
+        self.loose: tuple[torch.Tensor, torch.Tensor] | None = None  # what the open page is to hold, see append_open
         super().__init__(keys, values, page_size, like_keys, like_values, impl)
         self.pool = make_pool(self.plane_shapes, like_keys.device)
         self.claim: Claim | None = None  # where the pages of the current step were promised
@@ -74,15 +74,15 @@ class PagedStore(StoreLayout):
     @property
     def _tail(self) -> tuple[torch.Tensor, ...]:
         """The open pages of keys and values, ``[batch, heads, page_size, dim]``; what is held beside them goes in."""
-        if self._loose is not None:
-            for tail, loose in zip(self._open, self._loose, strict=True):
+        if self.loose is not None:
+            for tail, loose in zip(self._open, self.loose, strict=True):
                 tail[:, :, : self.tail_length] = loose
-            self._loose = None
+            self.loose = None
         return self._open
 
     @_tail.setter
     def _tail(self, tails: tuple[torch.Tensor, ...]) -> None:
-        self._open, self._loose = tails, None
+        self._open, self.loose = tails, None
         self.pool.made_of_planes.pop(self, None)
 
     @property
@@ -117,11 +117,11 @@ class PagedStore(StoreLayout):
         """Keys and values with ``tails`` for open pages; a snapshot: another fork may make the pool grow."""
         if tails is not None or self.pool.offloads:
             return self.sides(tuple(self.pool.planes), self._tail if tails is None else tails)
-        tails = self._tail
-        held: tuple[PagedSide, PagedSide] | None = self.pool.made_of_planes.get(self)
-        if held is None:
-            held = self.pool.made_of_planes[self] = self.sides(tuple(self.pool.planes), tails)
-        return held
+        tails, kept = self._tail, self.pool.made_of_planes
+        if self not in kept:
+            kept[self] = self.sides(tuple(self.pool.planes), tails)
+        sides: tuple[PagedSide, PagedSide] = kept[self]
+        return sides
 
     def saturated_pages(self, last: int | None = None) -> int:
         """Pages held, each once, or of the ``last`` of each sequence, whose scales are at the end of their range."""
@@ -167,12 +167,12 @@ class PagedStore(StoreLayout):
             All keys and values that are held, ``[batch, heads, length, dim]``, not to be written.  None if this is not
             the place for them; nothing is stored then.
         """
-        held, loose, length = self.tail_length, self._loose, self.tail_length + keys.shape[2]
+        held, loose, length = self.tail_length, self.loose, self.tail_length + keys.shape[2]
         if length > self.page_size or self.dtypes != (keys.dtype, values.dtype):
             return None
-        if self.table.ids.shape[1] or self._tail_shared:
-            return None
         if loose is None:
+            if self.sealed_pages or self._tail_shared:
+                return None
             loose = self._open[0][:, :, :held], self._open[1][:, :, :held]
         try:
             loose = torch.cat((loose[0], keys), 2), torch.cat((loose[1], values), 2)
@@ -180,7 +180,7 @@ class PagedStore(StoreLayout):
             return None
         if loose[1].shape[2] != length:
             return None
-        self._loose, self._lengths, self.tail_length, self.version = loose, None, length, self.version + 1
+        self.loose, self._lengths, self.tail_length, self.version = loose, None, length, self.version + 1
         return loose
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: np.ndarray | None = None) -> None:
@@ -199,25 +199,29 @@ class PagedStore(StoreLayout):
         keys, values = self.fitted(keys, values)
         held, length = self.tail_length, self.tail_length + keys.shape[2]
         if length <= self.page_size and not self._tail_shared and self._copied:
-            for tail, new in zip(self._tail, (keys, values), strict=True):
-                tail[:, :, held:length] = new
-            self._lengths, self.tail_length, self.version = None, length, self.version + 1
+            (tail_keys, tail_values), self._lengths = self._tail, None
+            tail_keys[:, :, held:length] = keys
+            tail_values[:, :, held:length] = values
+            self.tail_length, self.version = length, self.version + 1
             return
+        with plain_tensors():
+            self._append(keys, values, length, padding)
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor, length: int, padding: np.ndarray | None) -> None:
+        """:meth:`append`, by the kernels; ``length``: tokens of the open page and new ones."""
+        lengths = torch.empty_like(self.lengths)
         if length <= self.page_size and not self._tail_shared:
-            lengths = torch.empty_like(self.lengths)
             append_pages(keys, values, *self._sides(), self.page_table, self.lengths, lengths, impl=self.impl)
             self._lengths, self.tail_length, self.version = lengths, length, self.version + 1
             return
         count = max(0, (length - 1) // self.page_size)  # lazily: see the module's docstring
-        rest = length - count * self.page_size
         # Another open page instead of the old one overwritten: what stops this half way leaves the store as it was.
-        copied = count > 0 or self._tail_shared
-        tails = tuple(tail.clone() for tail in self._tail) if copied else self._tail
+        tails = tuple(tail.clone() for tail in self._tail)
         blank = None
         if padding is not None and (padded := padding[:, : count * self.page_size]).any():
             blank = padded_pages(padded, self.page_size)
-            keys, values = (self._pad(x, tail, padded) for x, tail in zip((keys, values), tails, strict=True))
-        lengths = torch.empty_like(self.lengths)
+            content = zip((keys, values), tails, strict=True)
+            keys, values = (replace_new(x, tail, self.tail_length, padded, self.page_size) for x, tail in content)
         with self.pool.lock, without_autocast(self.device.type):
             pages = self.table.take(count, blank, self.claim)
             try:
@@ -227,18 +231,11 @@ class PagedStore(StoreLayout):
                 self.pool.release(pages)
                 raise
         self.table.append(pages, blank, on_device)
-        self._lengths, self._tail, self.tail_length = lengths, tails, rest
-        self._tail_shared = self._tail_shared and not copied
+        self._lengths, self._tail, self.tail_length = lengths, tails, length - count * self.page_size
+        if not self.pool.offloads:
+            self.pool.made_of_planes[self] = sides
+        self._tail_shared = False
         self.version += 1
-
-    def _pad(self, new: torch.Tensor, tail: torch.Tensor, padding: np.ndarray) -> torch.Tensor:
-        """``new`` with its padding replaced as far as it is about to be sealed; in ``tail`` it is replaced in place."""
-        held = self.tail_length
-        sealed = padding.shape[1] - held
-        content = torch.cat([tail[:, :, :held], new[:, :, :sealed]], dim=2)
-        content = replace_padding(content, padding, self.page_size)
-        tail[:, :, :held] = content[:, :, :held]
-        return torch.cat([content[:, :, held:], new[:, :, sealed:]], dim=2)
 
     # -- everything that only moves table entries ----------------------------------------------------------------------
 
@@ -283,7 +280,7 @@ class PagedStore(StoreLayout):
 
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""
-        self.tail_length, self._lengths, self._loose = 0, None, None
+        self.tail_length, self._lengths, self.loose = 0, None, None
         self.table.keep(0, 0)
         self.version += 1
 

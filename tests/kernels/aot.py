@@ -196,7 +196,7 @@ class _Call:
 
 def attention(case: Case) -> None:
     """Launch ``decode`` and ``combine``."""
-    from kvquant_hf.triton_kernels.reference import PagedSide
+    from kvquant_hf.triton_kernels.pages import PagedSide
     from kvquant_hf.triton_kernels.triton_attention import paged_attention_triton
 
     call, page = _Call(case), case.page_size

@@ -19,7 +19,7 @@ from kvquant_hf.triton_kernels.append_reference import append_reference
 from kvquant_hf.triton_kernels.codecs import CODECS, Codec
 from kvquant_hf.triton_kernels.codecs import packing as torch_packing
 from kvquant_hf.triton_kernels.codecs.turboquant import LloydMaxCodec
-from kvquant_hf.triton_kernels.reference import PagedSide
+from kvquant_hf.triton_kernels.pages import PagedSide
 from kvquant_hf.triton_kernels.target import tl, triton
 from kvquant_hf.triton_kernels.tile_math import fp16_at_least, fp16_at_most, round_half_even, round_saturating, round_to
 

@@ -18,7 +18,8 @@ from calibrated import with_range
 
 from kvquant_hf.triton_kernels.codecs import CODECS, Codec
 from kvquant_hf.triton_kernels.launch import override_launch
-from kvquant_hf.triton_kernels.reference import PagedSide, gather_dense
+from kvquant_hf.triton_kernels.pages import PagedSide
+from kvquant_hf.triton_kernels.reference import gather_dense
 from kvquant_hf.triton_kernels.triton_attention import paged_attention_triton
 
 PAIRS = (

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.transformers_api.names import with_cache
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 PROMPT, NEW = 70, 16
 WAYS = ("beams", "lookup", "assistant", "early exit")

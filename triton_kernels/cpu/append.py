@@ -10,7 +10,7 @@ import torch
 
 from ..append_reference import append_reference, encode_pages
 from ..codecs.base import Codec
-from ..reference import PagedSide
+from ..pages import PagedSide
 from .native import APPEND, BUCKET, DTYPES, ENCODE, ROTATE, library, side
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..reference import PagedSide
+from ..pages import PagedSide
 from .native import ATTENTION, DTYPES, held_side, library
 
 ROWS = 64  # rows per item of work, attention.h

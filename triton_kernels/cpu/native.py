@@ -13,7 +13,7 @@ import torch
 
 from ..codecs.base import Codec
 from ..codecs.cpu import CpuCodec
-from ..reference import PagedSide
+from ..pages import PagedSide
 from .build import BuildError, load
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}

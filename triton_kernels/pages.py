@@ -1,0 +1,34 @@
+"""What every kernel is handed of keys and values."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .codecs.base import Codec
+
+
+class _PagedSide(NamedTuple):
+    codec: Codec
+    planes: Sequence[torch.Tensor]
+    tail: torch.Tensor
+    page_size: int
+
+
+class PagedSide(_PagedSide):
+    """Keys or values of one layer.
+
+    ``planes`` are the codec's planes for all physical pages, ``[pages, heads, *Plane.shape(page_size)]``, those per
+    layer the same memory for every page; ``tail`` is the open page, ``[batch, heads, page_size, head_dim]`` in the
+    model's dtype; ``page_size`` is in tokens.
+    """
+
+    packed: bytes  # what the CPU kernels take, once they have asked: see ``cpu.native``
+
+    def __getstate__(self) -> None:
+        """Nothing beside the fields: a copy has other tensors, and ``packed`` their addresses."""
+
+    @property
+    def head_dim(self) -> int:
+        """Elements per vector."""
+        return self.tail.shape[-1]
