@@ -23,6 +23,7 @@ from kvquant_hf.cli.models import load_model
 from kvquant_hf.transformers_api.names import with_cache
 
 BASELINE = "DynamicCache"
+PAGE = 64
 
 
 class Greedy:
@@ -40,6 +41,14 @@ class Greedy:
         self.times.append(self.clock() - start)
 
 
+def phases(prompt: int, new: int) -> list[tuple[str, int, int]]:
+    """What happens in which steps: a name, the first step and the one after the last."""
+    full = max(1, PAGE + 1 - prompt)  # the step whose token does not fit in the first page
+    parts = [("the prompt", 0, 1), ("until the first page is full", 1, full)]
+    parts += [("the step that stores it", full, full + 1), ("after it", full + 1, new)]
+    return [(label, first, min(last, new)) for label, first, last in parts if first < min(last, new)]
+
+
 @torch.no_grad()  # as generate
 def compare(dtype: str, policies: list[str], prompt: int, new: int, rounds: int, clock: Callable[[], float]) -> None:
     """Print a line for each cache."""
@@ -48,7 +57,7 @@ def compare(dtype: str, policies: list[str], prompt: int, new: int, rounds: int,
     ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
     makers: dict[str, Callable[[], Any]] = {BASELINE: lambda: DynamicCache(config=model.config)}
     makers |= {policy: functools.partial(QuantizedPagedCache, model.config, policy) for policy in policies}
-    times: dict[str, list[float]] = {name: [] for name in makers}
+    times: dict[str, list[list[float]]] = {name: [] for name in makers}
     for turn in range(rounds + 1):
         running = {name: Greedy(model, ids, make(), clock) for name, make in makers.items()}
         for step in range(new):
@@ -56,14 +65,21 @@ def compare(dtype: str, policies: list[str], prompt: int, new: int, rounds: int,
                 running[name].step()
         if turn:  # the first round warms up
             for name, greedy in running.items():
-                times[name].append(sum(greedy.times))
+                times[name].append(greedy.times)
     for name, mine in times.items():
-        ratios = sorted(base / own for base, own in zip(times[BASELINE], mine, strict=True))
+        ratios = sorted(sum(base) / sum(own) for base, own in zip(times[BASELINE], mine, strict=True))
         print(
-            f"{dtype:9} {name:12} {new / statistics.median(mine):7.2f} tokens/s   {statistics.median(ratios):.3f} x "
-            f"{BASELINE} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
+            f"{dtype:9} {name:12} {new / statistics.median(map(sum, mine)):7.2f} tokens/s   "
+            f"{statistics.median(ratios):.3f} x {BASELINE} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
             flush=True,
         )
+        for label, first, last in phases(prompt, new):
+            pairs = [
+                [sum(x[first:last]) / (last - first) * 1e3 for x in both]
+                for both in zip(times[BASELINE], mine, strict=True)
+            ]
+            usual, more = (statistics.median(x) for x in zip(*((base, own - base) for base, own in pairs), strict=True))
+            print(f"{'':22} {label:40} {more:+7.2f} ms a step of {usual:6.1f}")
 
 
 def main() -> None:
