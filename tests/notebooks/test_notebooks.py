@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from kvquant_hf.triton_kernels.cpu.build import load
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
@@ -50,6 +52,7 @@ SHORTER = {
 def test_runs_from_top_to_bottom(path: Path, shorter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # as for a reader, not as for the tests of kernels
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm misses Jupyter's widgets here
+    load()  # the first on a machine to need the CPU kernels says that it compiles them, on stderr
     notebook = nbformat.read(path, as_version=4)
     for long, short in SHORTER[path.stem[:2]].items() if shorter else ():
         assert any(long in cell.source for cell in notebook.cells), long
