@@ -48,15 +48,26 @@ def why_not(device: torch.device) -> str | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _architecture(driver: Any, device: int | None) -> str:
-    """What ``driver`` compiles for; kept, because asking takes longer than a launch."""
+def _of_driver(driver: Any) -> str:
+    """What ``driver`` compiles for now."""
     target = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 
+@functools.lru_cache(maxsize=64)
+def _of_device(index: int) -> str:
+    """Of the GPU ``index``, which need not be the current one; kept, because asking takes longer than a launch."""
+    found = torch.cuda.get_device_properties(index)
+    return found.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+
+
 def architecture(device: torch.device) -> str:
     """``"sm_90"``, ``"gfx942"``, or ``"cpu"`` under the interpreter: what Triton compiles for, on ``device``."""
-    return "cpu" if interpreting() else _architecture(triton.runtime.driver.active, device.index)
+    if interpreting():
+        return "cpu"
+    if device.type == "cuda":
+        return _of_device(torch.cuda.current_device() if device.index is None else device.index)
+    return _of_driver(triton.runtime.driver.active)
 
 
 def has_ptx(device: torch.device) -> bool:

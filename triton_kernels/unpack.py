@@ -153,8 +153,11 @@ def unpack_signed_levels(words, rho, TABLE: tl.constexpr, ASM: tl.constexpr, DTY
     ``rho`` is of ``DTYPE`` and broadcasts to ``words``.
     """
     if PTX:
-        even = run_on_words_and_numbers(words, rho, ASM[0])
-        odd = run_on_words_and_numbers(words, rho, ASM[1])
+        # Entries of a constexpr tuple are plain strings in Triton 3.6, which no function under jit takes.
+        EVEN: tl.constexpr = ASM[0]
+        ODD: tl.constexpr = ASM[1]
+        even = run_on_words_and_numbers(words, rho, EVEN)
+        odd = run_on_words_and_numbers(words, rho, ODD)
         return even[0], odd[0], even[1], odd[1]
     else:
         parts = ()

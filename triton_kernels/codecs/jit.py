@@ -35,7 +35,7 @@ class KernelCodec:
         code_planes: planes that hold parts of one code, each read and unpacked beside the others.
         byte_codes: whether levels are unpacked from bytes; otherwise they are vectors in the model's dtype.
         token_scale, token_offset, channel_scale, channel_offset: which parts of ``Tile`` exist.
-        integer_codes: whether levels are the codes themselves.
+        integer_codes: whether levels are the codes themselves, as ``unpack_codes`` gives them: subnormal in PTX.
         layer_planes: whether the codec has planes per layer.
     """
 

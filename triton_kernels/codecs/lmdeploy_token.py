@@ -137,7 +137,13 @@ class TokenZeroPointCodec(Codec):
     @property
     def kernel(self) -> KernelCodec:
         return KernelCodec(
-            _zero_point_tile, no_channels, _zero_point_encode, 8 // self.bits, token_scale=True, token_offset=True
+            _zero_point_tile,
+            no_channels,
+            _zero_point_encode,
+            8 // self.bits,
+            token_scale=True,
+            token_offset=True,
+            integer_codes=True,
         )
 
     def cpu(self, head_dim: int) -> CpuCodec:
