@@ -82,14 +82,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # what -m and -k leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Notebooks first: each takes minutes in a process of its own, and at the end one worker would wait for them."""
+    """Notebooks first: each takes a minute in a process of its own, and at the end one worker would wait for them."""
     items.sort(key=lambda item: "notebooks" not in item.nodeid)
     if most := config.getoption("--cases"):
         tests: dict[str, list[pytest.Item]] = {}
-        for item in items:  # each cell of tests/support is another architecture
-            tests.setdefault(item.nodeid if "support" in item.nodeid else item.nodeid.partition("[")[0], []).append(
-                item
-            )
+        for item in items:
+            whole = "support" in item.nodeid  # each cell is another architecture
+            tests.setdefault(item.nodeid if whole else item.nodeid.partition("[")[0], []).append(item)
         kept = {cases[i * len(cases) // most] for cases in tests.values() for i in range(most)}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]

@@ -15,7 +15,7 @@ goes past the dispatcher (numpy, pickle, storages) is answered here by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -60,9 +60,8 @@ class ReadOnly(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def dense(self, reason: Any) -> torch.Tensor:
-        """The same as a plain tensor, for readers only; ``reason``: why, in words, or the operation that reads."""
-        raise NotImplementedError
+    # The same as a plain tensor, for readers only; takes the reason: in words, or the operation that reads.
+    dense: Callable[[Any], torch.Tensor]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the arguments of the disabled version

@@ -129,13 +129,10 @@ class StoreLayout:
 
         Reads no codes: the scales are a 64th of a page, or less.  Values that are just as large as the end count too.
         """
-        found = np.zeros(len(pages), dtype=bool)
+        found, rows = np.zeros(len(pages), dtype=bool), torch.from_numpy(pages).long()
         for plane in (planes[i] for i in self._scale_planes if not planes[i].is_meta):
             end, infinity, size = _end_of_range(plane.dtype)
-            if plane.device.type == "cpu":
-                sizes = _as_integers(plane)[pages]
-            else:
-                sizes = _as_integers(plane[torch.from_numpy(pages).to(plane.device, torch.long)].cpu())
+            sizes = _as_integers(plane[rows.to(plane.device)].cpu())
             sizes &= size  # without their signs floats are in the order of their bits
             if sizes.size and sizes.max() >= end:  # hardly ever
                 found |= ((sizes >= end) & (sizes <= infinity)).reshape(len(pages), -1).any(1)

@@ -69,7 +69,7 @@ class PagePool:
         self._free: list[int] = []
         self._abandoned: list[np.ndarray] = []
         # What stores have made of the planes, which must not outlive them: old planes would stay in memory.
-        self.made_of_planes: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.made_of_planes: weakref.WeakKeyDictionary[object, Any] = weakref.WeakKeyDictionary()
         self.budget = Budget() if budget is None else budget
         self.budget.adopt(self)
 

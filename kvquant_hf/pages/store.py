@@ -110,17 +110,17 @@ class PagedStore(StoreLayout):
 
     def view(self) -> StoreView:
         """The current content, for attention."""
-        keys, values = self._sides()
-        return StoreView(keys, values, self.page_table, self.lengths, self.tail_length)
+        return StoreView(*self._sides(), self.page_table, self.lengths, self.tail_length)
 
     def _sides(self, tails: tuple[torch.Tensor, ...] | None = None) -> tuple[PagedSide, PagedSide]:
         """Keys and values with ``tails`` for open pages; a snapshot: another fork may make the pool grow."""
         if tails is not None or self.pool.offloads:
             return self.sides(tuple(self.pool.planes), self._tail if tails is None else tails)
-        tails, kept = self._tail, self.pool.made_of_planes
-        if self not in kept:
-            kept[self] = self.sides(tuple(self.pool.planes), tails)
-        sides: tuple[PagedSide, PagedSide] = kept[self]
+        tails = self._tail
+        sides: tuple[PagedSide, PagedSide] | None = self.pool.made_of_planes.get(self)
+        if sides is None:
+            with self.pool.lock:  # not while another thread moves the planes
+                sides = self.pool.made_of_planes[self] = self.sides(tuple(self.pool.planes), tails)
         return sides
 
     def saturated_pages(self, last: int | None = None) -> int:

@@ -1,5 +1,6 @@
 """The CPU kernels' attention against plain float64 softmax attention over what the codecs decode to."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -184,6 +185,20 @@ def test_threads_and_splits(fork: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked(problem)
     checked(problem, mask=torch.arange(1000).reshape(1, 1, 1, -1) < 3, causal=False)
     checked(make_problem("int8", Case(1000, group=2, queries=70, batch=2)), window=100)
+
+
+def test_a_copy_of_pages_is_read_where_it_lies() -> None:
+    """What was packed for the kernels has addresses, and stays behind when the pages are copied."""
+    problem = make_problem("int4", Case(200, group=4))
+    checked(problem)
+    copied = copy.deepcopy((problem.keys, problem.values))
+    for pages in (problem.keys, problem.values):
+        assert native.held_side(pages) is native.held_side(pages)
+        for tensor in (*pages.planes, pages.tail):
+            tensor.zero_()
+    for original, pages in zip((problem.keys, problem.values), copied, strict=True):
+        assert native.held_side(pages) != native.held_side(original)
+    checked(problem._replace(keys=copied[0], values=copied[1]))
 
 
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-w")

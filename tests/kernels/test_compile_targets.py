@@ -128,7 +128,7 @@ def full(target: str, name: str) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
-# The oldest without and the newest with everything; the others are compiled when kernels change.
+# A GPU whose products run without tensor cores and one with everything; the others are compiled when kernels change.
 USUAL = ("sm_75", "sm_90")
 
 

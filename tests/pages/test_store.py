@@ -1,6 +1,7 @@
 """PagedStore: what is stored does not depend on how it came in, and every page is counted exactly once per holder."""
 
 import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -348,6 +349,20 @@ def test_fork_after_fork_and_crop() -> None:
     assert first.pool.used == len(live_pages(first)) == 2
     del first
     assert store.pool.used == store.pool.nbytes == 0
+
+
+@pytest.mark.parametrize("policy", ["int4", "exact"])
+def test_planes_that_were_outgrown_are_gone(policy: str) -> None:
+    """Nothing that a store has made of them keeps them, in no fork."""
+    store = filled(policy)
+    twin = store.fork()
+    views = store.view(), twin.view()
+    outgrown = [weakref.ref(plane) for plane in store.pool.planes]
+    more = vectors(2, 2, 10 * PAGE, 32)
+    fill(twin, more, more)
+    assert views[0].keys.planes[0].shape[0] < store.view().keys.planes[0].shape[0]
+    del views
+    assert [plane() for plane in outgrown] == [None] * len(outgrown)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 64, 65, 1000])
