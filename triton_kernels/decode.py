@@ -3,7 +3,8 @@
 One program serves one key/value head of one sequence, one block of rows, and one split of the pages; the query heads of
 the group and the queries are the rows of ``tl.dot``, so every packed byte is loaded once per row block.  Scales stay
 outside of the product (``codecs/base.py``): per-channel ones multiply the query once per page, per-token ones multiply
-scores and probabilities.  The open page is the last split of the same launch.  Each split leaves
+scores and probabilities.  The open page is one more split of the same launch, first in its grid and last in memory.
+Each split leaves
 
     accumulator [rows, columns] float32, maximum and sum [rows] float32 (base 2)
 
@@ -41,8 +42,8 @@ def _scores_to_base2(
 ):
     """Scale, softcap and mask raw scores ``[N, ROWS]`` of tokens ``first_token + offs_n``; base-2 logits.
 
-    ``visible`` tokens exist; all of them if it is None.  ``mask_rows`` ``[ROWS]`` points to each row of the
-    mask, or to the one row of a SHARED_MASK.
+    ``scale`` is a number, or ``[1, ROWS]``.  ``visible`` tokens exist; all of them if it is None.  ``mask_rows``
+    ``[ROWS]`` points to each row of the mask, or to the one row of a SHARED_MASK.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     if SOFTCAP:
@@ -172,7 +173,6 @@ def _decode_kernel(
     VALUE_DIM: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
-    PARTIAL_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -194,8 +194,10 @@ def _decode_kernel(
     # The way of a scaled query into the layout of an operand may meet barriers, and where there are many, levels that
     # wait for them do not fit in the registers.
     SCALE_FIRST: tl.constexpr = K_HAS[2] and K_PARTS > 4
+    NORMALIZE: tl.constexpr = K_FIELDS > 0 and K_DTYPE == tl.float16
+    TAIL: tl.constexpr = PAGE if PAGE < 32 else 32
     program = tl.program_id(0)
-    split = tl.program_id(1)
+    split = tl.program_id(1) - 1  # the open page first: it waits for nothing, and no wave waits for it
     row_blocks = tl.cdiv(GROUP * queries, ROWS)
     row_block = program % row_blocks
     head = (program // row_blocks) % heads
@@ -217,9 +219,10 @@ def _decode_kernel(
         mask_rows = mask_rows + query_head.to(tl.int64) * stride_mask_h
         mask_rows = mask_rows + query_index.to(tl.int64) * stride_mask_q  # [ROWS]
 
-    if split < splits:
+    if split >= 0:
         q = ()
         q_sum = tl.zeros([ROWS], tl.float32)
+        row_largest = tl.zeros([ROWS], tl.float32)
         accumulator = ()
         for part in tl.static_range(K_PARTS):
             channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
@@ -232,6 +235,20 @@ def _decode_kernel(
             q_part = tl.load(q_pointers, mask=mask_k[:, None] & row_exists[None, :], other=0.0)  # [K_WORDS, ROWS]
             q = q + (q_part.to(tl.float32),)
             q_sum += tl.sum(q[part], 0)
+            if NORMALIZE:
+                row_largest = tl.maximum(row_largest, tl.max(tl.abs(q[part]), 0))
+        row_scale = scale
+        if NORMALIZE:
+            # fp16 ends at 65504, which a query, or its product with a channel's scale, may pass: the power of two above
+            # the largest number of a row stays outside.  Subnormal numbers of a row lose what is below 2^-24 of that one.
+            exponent = tl.minimum(row_largest.to(tl.int32, bitcast=True) >> 23, 252)
+            normalizer = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+            normalized = ()
+            for part in tl.static_range(K_PARTS):
+                normalized = normalized + ((q[part] * normalizer[None, :]).to(rotated_query_ptr.dtype.element_ty),)
+            q = normalized
+            q_sum = q_sum * normalizer
+            row_scale = scale * ((exponent + 1) << 23).to(tl.float32, bitcast=True)[None, :]
         for _ in tl.static_range(V_PARTS):
             accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
         table_ptr += batch.to(tl.int64) * stride_table_b
@@ -240,8 +257,12 @@ def _decode_kernel(
         per_split = tl.cdiv(tl.maximum(end_page - first_page, 0), splits)
         first_page += split * per_split
         end_page = tl.minimum(first_page + per_split, end_page)
+        # The page after this one is looked up by hand: were its number loaded in the loop that copies it, the compiler
+        # would load numbers ahead and no pages.
+        page_id = tl.load(table_ptr + first_page, mask=first_page < end_page, other=0)
         for page_index in tl.range(first_page, end_page, num_stages=STAGES):
-            page_head = tl.load(table_ptr + page_index).to(tl.int64) * heads + head
+            page_head = page_id.to(tl.int64) * heads + head
+            page_id = tl.load(table_ptr + tl.minimum(page_index + 1, end_page - 1))
 
             if SCALE_FIRST:
                 channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
@@ -283,7 +304,7 @@ def _decode_kernel(
                 mask_rows,
                 stride_mask_n,
                 row_exists,
-                scale,
+                row_scale,
                 softcap,
                 CAUSAL,
                 WINDOW,
@@ -327,55 +348,58 @@ def _decode_kernel(
 
         if PTX and STAGES > 1 and K_FIELDS > 0:  # unpacking a page while the next one is copied takes all registers
             again = program_again(0)
-            split = program_again(1)
+            split = program_again(1) - 1
             row = again % row_blocks * ROWS + tl.arange(0, ROWS)
             row_exists = row < GROUP * queries
             head = (again // row_blocks) % heads
             batch = again // row_blocks // heads
         first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
         for part in tl.static_range(V_PARTS):
-            columns = part * V_WORDS + tl.arange(0, V_WORDS)
-            out_pointers = partial_ptr + first_row * PARTIAL_COLUMNS + row[None, :] * PARTIAL_COLUMNS + columns[:, None]
-            tl.store(out_pointers, accumulator[part], mask=row_exists[None, :])  # [V_WORDS, ROWS]
+            channel, mask_v = part_channels(part, VALUE_DIM, V_FIELDS, V_WORDS)
+            out_pointers = partial_ptr + first_row * VALUE_COLUMNS + row[None, :] * VALUE_COLUMNS + channel[:, None]
+            tl.store(out_pointers, accumulator[part], mask=mask_v[:, None] & row_exists[None, :])  # [V_WORDS, ROWS]
         _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
     else:
+        # A part at a time, so that it is the loop over packed pages that decides how much shared memory a program has.
         offs_k = tl.arange(0, KEY_COLUMNS)
         offs_v = tl.arange(0, VALUE_COLUMNS)
+        offs_t = tl.arange(0, TAIL)
         tail_pointers = query_ptr + batch.to(tl.int64) * stride_query_b
         tail_pointers = tail_pointers + query_head.to(tl.int64)[None, :] * stride_query_h
         tail_pointers = tail_pointers + query_index.to(tl.int64)[None, :] * stride_query_q + offs_k[:, None]
         q_mask = (offs_k < KEY_DIM)[:, None] & row_exists[None, :]
         query = tl.load(tail_pointers, mask=q_mask, other=0.0)  # [KEY_COLUMNS, ROWS]
-        held = offs_n < tail
-        tail_pointers = k_tail_ptr + batch.to(tl.int64) * stride_k_tail_b + head * stride_k_tail_h
-        tail_pointers = tail_pointers + offs_n[:, None] * stride_k_tail_n + offs_k[None, :]
-        k = tl.load(tail_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)  # [PAGE, KEY_COLUMNS]
-        tail_logits = _scores_to_base2(
-            tl.dot(k, query.to(k.dtype), input_precision=PRECISION),
-            offs_n,
-            sealed * PAGE,
-            tail,
-            query_position,
-            mask_rows,
-            stride_mask_n,
-            row_exists,
-            scale,
-            softcap,
-            CAUSAL,
-            WINDOW,
-            SOFTCAP,
-            MASK,
-            SHARED_MASK,
-        )
-        tail_weights, tail_decay, running_max, running_sum = online_softmax(tail_logits, running_max, running_sum)
-        tail_pointers = v_tail_ptr + batch.to(tl.int64) * stride_v_tail_b + head * stride_v_tail_h
-        tail_pointers = tail_pointers + offs_n[:, None] * stride_v_tail_n + offs_v[None, :]
-        v = tl.load(
-            tail_pointers, mask=held[:, None] & (offs_v < VALUE_DIM)[None, :], other=0.0
-        )  # [PAGE, VALUE_COLUMNS]
-        gathered = tl.dot(tl.trans(v), tail_weights.to(v.dtype), input_precision=PRECISION)  # [VALUE_COLUMNS, ROWS]
-        first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
-        tail_pointers = partial_ptr + first_row * PARTIAL_COLUMNS + row[:, None] * PARTIAL_COLUMNS + offs_v[None, :]
+        k_tail_ptr += batch.to(tl.int64) * stride_k_tail_b + head * stride_k_tail_h
+        v_tail_ptr += batch.to(tl.int64) * stride_v_tail_b + head * stride_v_tail_h
+        gathered = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
+        for start in tl.range(0, tail, TAIL, num_stages=1):
+            held = start + offs_t < tail
+            k_pointers = k_tail_ptr + (start + offs_t)[:, None] * stride_k_tail_n + offs_k[None, :]
+            k = tl.load(k_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)
+            tail_logits = _scores_to_base2(
+                tl.dot(k, query.to(k.dtype), input_precision=PRECISION),  # [TAIL, ROWS]
+                offs_t,
+                sealed * PAGE + start,
+                tail - start,
+                query_position,
+                mask_rows,
+                stride_mask_n,
+                row_exists,
+                scale,
+                softcap,
+                CAUSAL,
+                WINDOW,
+                SOFTCAP,
+                MASK,
+                SHARED_MASK,
+            )
+            tail_weights, tail_decay, running_max, running_sum = online_softmax(tail_logits, running_max, running_sum)
+            v_pointers = v_tail_ptr + (start + offs_t)[:, None] * stride_v_tail_n + offs_v[None, :]
+            v = tl.load(v_pointers, mask=held[:, None] & (offs_v < VALUE_DIM)[None, :], other=0.0)
+            product = tl.dot(tl.trans(v), tail_weights.to(v.dtype), input_precision=PRECISION)
+            gathered = gathered * tail_decay[None, :] + product  # [VALUE_COLUMNS, ROWS]
+        first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + splits) * (GROUP * queries)
+        tail_pointers = partial_ptr + first_row * VALUE_COLUMNS + row[:, None] * VALUE_COLUMNS + offs_v[None, :]
         tl.store(tail_pointers, tl.trans(gathered), mask=row_exists[:, None])  # [ROWS, VALUE_COLUMNS]
         _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
 
@@ -494,8 +518,7 @@ def decode(
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         KEY_COLUMNS=max(16, triton.next_power_of_2(key_dim)),
-        VALUE_COLUMNS=max(16, triton.next_power_of_2(value_dim)),
-        PARTIAL_COLUMNS=partial.shape[-1],
+        VALUE_COLUMNS=partial.shape[-1],
         GROUP=group,
         PAGE=page_size,
         ROWS=config.rows,

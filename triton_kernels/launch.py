@@ -11,8 +11,8 @@ What the rows follow from (registers and spills of every row: ``docs/kernels.md`
 * Eight rows are the least that a tensor core takes.  A block of 16 costs as many instructions per row and half the
   traffic to the second-level cache, so that is for chunks of queries; for codes of few bits the look-up fills the
   registers, and the traffic is small, so eight rows stay.
-* One stage ahead is enough: 8 programs x a page of 9 to 17 KB in flight are several times what bandwidth x latency
-  of an H100 asks of a multiprocessor.
+* Three stages are two buffers: the next page is copied while one is worked on.  8 programs x a page of 9 to 17 KB in
+  flight are several times what bandwidth x latency of an H100 asks of a multiprocessor, so more buffers give nothing.
 * Where products run without tensor cores (float32 models; GPUs before sm_80, by Triton's choice) registers decide:
   eight warps and no pipelining.  AMD's matrix cores take 16 rows at least, and their waves have 64 threads.
 """
@@ -31,7 +31,8 @@ class LaunchConfig:
     Args:
         rows: rows (query heads of a group times queries) of one program; a power of two.
         warps: warps of one program.
-        stages: software-pipelining depth of the loop over pages; 2 loads one page ahead.
+        stages: software-pipelining depth of the loop over pages.  1 copies a page and waits for it; 2 copies the next page
+            at the end of the work on one, into the same buffer; 3 during that work, into a second buffer.
         long_stages: the same for pages of more than 64 tokens where it differs, else 0.
         masked_warps: warps where there is a mask, if that differs, else 0.
         residents: programs that a multiprocessor holds at once; the choice of splits fills them.
@@ -39,7 +40,7 @@ class LaunchConfig:
 
     rows: int = 8
     warps: int = 1
-    stages: int = 2
+    stages: int = 3
     residents: int = 8
     long_stages: int = 0
     masked_warps: int = 0
@@ -79,27 +80,32 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("gfx", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
     LaunchRow("gfx", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
     # The same code takes a few registers more there than it has, with a mask also where codes have more bits.
-    LaunchRow("sm_1", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
-    LaunchRow("", 0, 64 * 128, 9, _ANY, 2, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
-    LaunchRow("sm_1", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8, masked_warps=2)),
-    LaunchRow("", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
+    LaunchRow("sm_1", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
+    LaunchRow("", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
+    LaunchRow("", 0, 64 * 128, 9, _ANY, 2, LaunchConfig(rows=16, warps=2, stages=3, residents=4)),
+    LaunchRow("sm_1", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8, masked_warps=2)),
+    LaunchRow("", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
     # Codes in two planes on either side.  More warps would unpack the same values again: the words of a token fill one
     # tile of a tensor core.  Between head_dim 64 and 96, copying a page ahead takes about a fifth of the loop.
     LaunchRow("", 0, 64 * 64, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 80, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=1, residents=8)),
     LaunchRow("", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
-    LaunchRow("", 0, 64 * 256, 9, 6, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
-    LaunchRow("sm_1", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    LaunchRow("", 0, 64 * 256, 9, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
+    LaunchRow("sm_1", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     # Without the prefetch on some: with it, look-up tables and a page ahead do not fit in their registers together.  A
     # narrower head, or a long page of one, is the other way round.
-    LaunchRow("", 0, 64 * 192, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
-    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
-    LaunchRow("", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, 64 * 256, 9, _ANY, 2, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
-    LaunchRow("", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    LaunchRow("", 0, 64 * 192, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
+    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=3)),
+    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=3)),
+    LaunchRow("", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
+    LaunchRow("", 0, 64 * 256, 9, 16, 2, LaunchConfig(rows=16, warps=4, stages=3, residents=2)),
+    LaunchRow("", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
+    # Exact pages.  Two of this size do not fit in 99 KiB of shared memory.
+    LaunchRow("sm_86", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=1)),
+    LaunchRow("sm_89", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=1)),
+    LaunchRow("sm_12", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=1)),
+    LaunchRow("", 0, 64 * 256, 9, _ANY, 2, LaunchConfig(rows=16, warps=4, stages=3, residents=2)),
+    LaunchRow("", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     LaunchRow("", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
 )
 

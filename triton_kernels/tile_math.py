@@ -75,6 +75,16 @@ def hadamard_signs(rows, columns, ORDER: tl.constexpr):
 
 
 @triton.jit
+def hadamard_rotate(x, COLUMNS: tl.constexpr, ORDER: tl.constexpr):
+    """``x`` ``[COLUMNS]`` float32 times the block-diagonal orthonormal Hadamard matrix: log2(ORDER) butterflies."""
+    for power in tl.static_range(ORDER.bit_length() - 1):
+        pairs = tl.trans(x.reshape(COLUMNS >> (power + 1), 2, 1 << power), 0, 2, 1)
+        a, b = tl.split(pairs)
+        x = tl.trans(tl.join(a + b, a - b), 0, 2, 1).reshape(COLUMNS)
+    return x * (1.0 / tl.sqrt(ORDER * 1.0))
+
+
+@triton.jit
 def lookup_levels(codes, TABLE: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr):
     """``TABLE[codes]`` in ``DTYPE``, by selection among ``COUNT`` entries."""
     levels = tl.full(codes.shape, TABLE[0], DTYPE)

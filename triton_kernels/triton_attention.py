@@ -7,7 +7,7 @@ import torch
 
 from .append import append
 from .combine import combine
-from .decode import decode, part_width
+from .decode import decode
 from .launch import launch_config, split_count
 from .pages import PagedSide
 from .rotate import rotate
@@ -74,8 +74,7 @@ def paged_attention_triton(
     if window:
         pages = min(pages, triton.cdiv(window + queries - 1, keys.page_size) + 1)  # more are never seen
     splits = split_count(config, programs, pages, processors(query.device))
-    packed_columns = v.parts * part_width(v, value_dim)
-    columns = max(packed_columns, triton.next_power_of_2(value_dim), 16)
+    columns = max(triton.next_power_of_2(value_dim), 16)
     partial = query.new_empty(batch, heads, splits + 1, rows, columns, dtype=torch.float32)
     state = query.new_empty(batch, heads, splits + 1, rows, 2, dtype=torch.float32)
     out = query.new_empty(batch, query_heads, queries, value_dim)
@@ -102,5 +101,5 @@ def paged_attention_triton(
         splits=splits,
         config=config,
     )
-    combine(out, partial, state, v, values.codec.rotated, packed_columns, sinks)
+    combine(out, partial, state, values.codec.rotated, sinks)
     return out

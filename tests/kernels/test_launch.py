@@ -49,7 +49,7 @@ def test_every_question_has_an_answer(architecture: str) -> None:
 
 
 def test_the_common_case_is_one_warp() -> None:
-    assert launch_config("sm_90", 2, 64 * 128, 4, 8) == LaunchConfig(rows=8, warps=1, stages=2, residents=8)
+    assert launch_config("sm_90", 2, 64 * 128, 4, 8) == LaunchConfig(rows=8, warps=1, stages=3, residents=8)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
