@@ -16,12 +16,18 @@ from .instruction import Instruction, elementwise
 Builder = Callable[[Instruction], Any]
 
 
-def extreme(*operands: np.ndarray, largest: bool) -> np.ndarray:
-    """Least or largest; among floats NaN loses, and -0 is below +0."""
-    return functools.reduce(functools.partial(_extreme_of_two, largest=largest), operands)
+def _extreme(instruction: Instruction) -> Any:
+    """``min`` and ``max``, of three from sm_100 on; ``.relu`` puts the end of the result at zero."""
+    choose = functools.partial(extreme_of_two, largest=instruction.name == "max")
+    if not instruction.has("relu"):
+        return elementwise(lambda *operands: functools.reduce(choose, operands))(instruction)
+    if not is_signed(instruction.kind):
+        raise instruction.refusal("modifier relu")
+    return elementwise(lambda *operands: np.maximum(functools.reduce(choose, operands), 0))(instruction)
 
 
-def _extreme_of_two(a: np.ndarray, b: np.ndarray, largest: bool) -> np.ndarray:
+def extreme_of_two(a: np.ndarray, b: np.ndarray, largest: bool) -> np.ndarray:
+    """Of floats NaN loses, and -0 is below +0."""
     if a.dtype.kind != "f":
         return np.maximum(a, b) if largest else np.minimum(a, b)
     zeros = (a == b) & (np.signbit(a) != np.signbit(b))
@@ -173,8 +179,8 @@ OPCODES: dict[str, tuple[Builder, str]] = {
     "fma": (_fused, "rn ftz"),
     "div": (elementwise(quotient), "rn full approx ftz"),
     "rem": (elementwise(lambda a, b: a - quotient(a, b) * b), ""),
-    "min": (elementwise(functools.partial(extreme, largest=False)), "ftz"),  # of three from sm_100 on
-    "max": (elementwise(functools.partial(extreme, largest=True)), "ftz"),
+    "min": (_extreme, "ftz relu"),
+    "max": (_extreme, "ftz relu"),
     "neg": (elementwise(lambda a: -a), "ftz"),
     "abs": (elementwise(np.abs), "ftz"),
     "sqrt": (elementwise(np.sqrt), "rn approx ftz"),
