@@ -31,9 +31,7 @@ def _pages(codec: Codec, planes: Sequence[torch.Tensor], head_dim: int) -> list[
 
 def inside_larger(x: torch.Tensor, before: Sequence[int], behind: Sequence[int]) -> torch.Tensor:
     """``x`` as a part of a larger tensor, poisoned around it: so many elements more in each dimension."""
-    around = test_append.poisoned(
-        tuple(b + n + e for b, n, e in zip(before, x.shape, behind, strict=True)), x.dtype
-    )
+    around = test_append.poisoned(tuple(b + n + e for b, n, e in zip(before, x.shape, behind, strict=True)), x.dtype)
     part = around[tuple(slice(b, b + n) for b, n in zip(before, x.shape, strict=True))]
     return part.copy_(x)
 
@@ -55,17 +53,22 @@ def attend_on(machine: Machine, arch: int, layout: str = "") -> Callable[..., to
     ones, "" as they come.
     """
 
-    def attend(query: Any, keys: PagedSide, values: PagedSide, table: Any, lengths: Any, **options: Any) -> torch.Tensor:
+    def attend(
+        query: Any, keys: PagedSide, values: PagedSide, table: Any, lengths: Any, **options: Any
+    ) -> torch.Tensor:
         mask = options.get("mask")
         if layout:
             more = 8 if layout == "fused" else 3
-            by_token = inside_larger(query.transpose(1, 2), (0, 0, 0, 0), (0, 1, more, 0))  # [batch, queries, heads, dim]
+            by_token = inside_larger(
+                query.transpose(1, 2), (0, 0, 0, 0), (0, 1, more, 0)
+            )  # [batch, queries, heads, dim]
             if layout == "odd":
                 flat = inside_larger(by_token.flatten(2), (0, 0, 1), (0, 0, 2))
                 by_token = flat.unflatten(2, by_token.shape[2:])
             query = by_token.transpose(1, 2)
             keys, values = (
-                side._replace(tail=inside_larger(side.tail, (0, 1, 0, 0), (0, 1, 2, 2 * more))) for side in (keys, values)
+                side._replace(tail=inside_larger(side.tail, (0, 1, 0, 0), (0, 1, 2, 2 * more)))
+                for side in (keys, values)
             )
             table = inside_larger(table, (0, 0), (0, 3))
             if mask is not None:
@@ -117,15 +120,28 @@ def check_attention(pair: Pair, case: test_decode.Case, arch: int, layout: str =
     return machine.launches
 
 
-def check_append(
-    pair: Pair, tokens: int, held: tuple[int, ...], dims: tuple[int, int], dtype: torch.dtype, arch: int, page: int = 64
-) -> list[Launch]:
-    """Equal to the reference's bytes, and nothing found; what was launched."""
+def append_and_compare(
+    machine: Machine,
+    pair: Pair,
+    tokens: int,
+    held: tuple[int, ...],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    arch: int,
+    page: int = 64,
+) -> None:
+    """Append so many ``tokens`` to sequences with ``held`` tokens in their open pages: as the reference does."""
     torch.manual_seed(0)
-    machine = Machine()
-    state = test_append.cache(test_append.named(pair), held, dims, dtype, page=page, pages=len(held) + 1 + tokens // page)
+    codecs, pages = test_append.named(pair), len(held) + 1 + tokens // page
+    state = test_append.cache(codecs, held, dims, dtype, page=page, pages=pages)
     new = (test_append.gaussian(len(held), 2, tokens, dim, dtype) for dim in dims)
     test_append.compare(state, *new, CPU, launch=append_on(machine, arch))
+
+
+def check_append(*call: Any) -> list[Launch]:
+    """Equal to the reference's bytes, and nothing found; what was launched.  ``call`` as of ``append_and_compare``."""
+    machine = Machine()
+    append_and_compare(machine, *call)
     machine.check()
     return machine.launches
 

@@ -4,6 +4,7 @@ A register holds bits: an unsigned NumPy vector over all threads, or a bool one 
 ``u8`` to ``b64``, ``f16``, ``bf16``, ``f32``, ``f64``, ``pred``, and with ``x2`` behind it two halves of one register.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 NAN16 = np.uint16(0x7FFF)  # what a GPU makes of any NaN in 16 bits
 
 
+@functools.cache
 def bits_of(kind: str) -> int:
     """Bits of a register of type ``kind``; of both halves for packed types."""
     if kind == "pred":

@@ -1,6 +1,7 @@
 """A GPU for tensors of the CPU: launches kernels, and keeps what was found and counted."""
 
 import ctypes
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from . import access, arithmetic, matrices, moves, warps, wgmma
 from .formats import UNSIGNED, bits_of
 from .instruction import GLOBAL_BASE, Instruction, PtxError
-from .memory import Memory
+from .memory import NEVER, Memory
 from .parser import Kernel, Step
 from .run import Run
 
@@ -34,6 +35,12 @@ def compile_step(instruction: Instruction) -> Step:
     instruction.require(understood)
     step: Step = build(instruction)
     return step
+
+
+@functools.lru_cache(maxsize=64)
+def parsed(text: str) -> Kernel:
+    """The kernel of ``text``, PTX."""
+    return Kernel(text, compile_step)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,6 @@ class Machine:
         self.launches: list[Launch] = []
         self._written: dict[int, np.ndarray] = {}  # of storages, whether each byte may be read
         self._storages: list[Any] = []  # kept, so that no other one gets their address
-        self._kernels: dict[str, Kernel] = {}
 
     def forbid(self, tensor: torch.Tensor) -> None:
         """Nobody may read these elements before a kernel has written them."""
@@ -101,9 +107,7 @@ class Machine:
 
     def launch(self, text: str, shared_bytes: int, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         """Run the kernel of ``text`` (PTX) on tensors, ints and floats in the order of its parameters."""
-        if text not in self._kernels:
-            self._kernels[text] = Kernel(text, compile_step)
-        kernel = self._kernels[text]
+        kernel = parsed(text)
         x, y, z = (*grid, 1, 1)[:3]
         layout = _Layout(kernel, arguments, self._written, self._report)
         parameters = dict(_parameters(kernel, layout, arguments))
@@ -187,7 +191,7 @@ class _Layout:
 
     def copy_back(self, written: dict[int, np.ndarray]) -> None:
         """What kernels wrote, to the tensors; it may be read from now on."""
-        new = np.repeat(self.memory.orders[0].written >= 0, self.memory.grain)
+        new = np.repeat(self.memory.orders[0].written != NEVER, self.memory.grain)
         for key, (at, storage) in self.storages.items():
             here = slice(at, at + storage.nbytes())
             _bytes_of(storage)[:] = self.memory.data[here]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .run import Run
 
 
+NEVER = np.uint64(2**64 - 1)  # the key of nobody
+
+
 class Order:
     """Who may touch what after whom, between the members of one kind of group.
 
@@ -36,16 +39,17 @@ class Order:
     """
 
     def __init__(self, level: str, bits: int, granules: int) -> None:
-        self.level, self.bits, self.several = level, bits, (1 << bits) - 1
-        self.written, self.read = np.full(granules, -1, np.int64), np.full(granules, -1, np.int64)
+        self.level, self.several = level, np.uint64((1 << bits) - 1)
+        self.written, self.read = (np.full(granules, NEVER) for _ in range(2))
 
     def unordered(self, earlier: np.ndarray, now: np.ndarray) -> np.ndarray:
-        return (earlier != now) & (earlier >> self.bits == now >> self.bits)
+        """Where keys differ, and only in the member.  The subtraction makes the largest number of no difference."""
+        return (earlier ^ now) - np.uint64(1) < self.several
 
     def note_read(self, granules: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Where what is read was written by another one."""
-        earlier = self.read[granules]
-        now = np.where(self.unordered(earlier, keys), keys | self.several, keys)
+        others = self.unordered(self.read[granules], keys)
+        now = np.where(others, keys | self.several, keys) if others.any() else keys
         self.read[granules] = now
         lost = self.read[granules] != now  # of several readers of this very instruction one remains
         if lost.any():
@@ -53,7 +57,7 @@ class Order:
         return self.unordered(self.written[granules], keys)
 
     def note_write(self, granules: np.ndarray, keys: np.ndarray, changes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where it is written over another one's write, and over what another one read."""
+        """Where another one's write changes, and where it comes after another one's read."""
         over_write = self.unordered(self.written[granules], keys) & changes
         over_read = self.unordered(self.read[granules], keys)
         self.written[granules] = keys
@@ -116,7 +120,7 @@ class Memory:
         if self.pending.any():
             found["write before the wait of an asynchronous copy"] = self.pending[granules] > 0
         for order in self.orders:
-            keys = np.broadcast_to(run.keys[order.level][threads][:, None], granules.shape)
+            keys = run.keys[order.level][threads][:, None]
             over_write, over_read = order.note_write(granules, keys, changes)
             found[f"race in a {order.level}: write after write"] = over_write
             found[f"race in a {order.level}: write after read"] = over_read

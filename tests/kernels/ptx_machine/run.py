@@ -15,9 +15,10 @@ from .instruction import GLOBAL_BASE, LOCAL_BASE, SHARED_BASE, PtxError
 from .memory import Memory
 from .parser import Kernel
 
-_POISON = {bits: UNSIGNED[bits](0xDEADBEEF_DEADBEEF & (1 << bits) - 1) for bits in (8, 16, 32, 64)}
+_POISON = {bits: UNSIGNED[bits](0xDEADBEEF_DEADBEEF & (1 << bits) - 1) for bits in UNSIGNED} | {1: np.True_}
 _GUARD = 64  # bytes behind the shared memory of a CTA that nobody may touch
 _MEMBER_BITS = 6  # of a warp in its CTA and of a thread in its warp; see ``memory.Order``
+_CLOCK_BITS = 24  # of the barriers that it has passed
 
 
 class Pending:
@@ -100,9 +101,9 @@ class Run:
         self.cta = first + self.all // kernel.threads
         warp = (first * kernel.threads + self.all) // 32
         self.keys = {  # see ``memory.Order``: barriers are counted in the bits between
-            "launch": self.cta.astype(np.int64),
-            "cta": (self.cta.astype(np.int64) << 24 << _MEMBER_BITS) | warp % (kernel.threads // 32),
-            "warp": (warp.astype(np.int64) << 24 << _MEMBER_BITS) | self.all % 32,
+            "launch": self.cta.astype(np.uint64),
+            "cta": (self.cta << _CLOCK_BITS << _MEMBER_BITS | warp % (kernel.threads // 32)).astype(np.uint64),
+            "warp": (warp << _CLOCK_BITS << _MEMBER_BITS | self.all % 32).astype(np.uint64),
         }
         self.stride = -(-shared_bytes // 16) * 16 + _GUARD
         orders = {"cta": _MEMBER_BITS, "warp": _MEMBER_BITS}
@@ -114,9 +115,8 @@ class Run:
         self.products = Pending(lanes, _check_operands)
         self.executed: Counter[str] = Counter()
         self.special = self._special_registers(grid) | parameters
-        self.registers = [
-            np.ones(lanes, bool) if kind == "pred" else np.full(lanes, _POISON[bits_of(kind)]) for kind in kernel.kinds
-        ]
+        poison = {bits: np.full(lanes, number) for bits, number in _POISON.items()}
+        self.registers = [poison[bits_of(kind)] for kind in kernel.kinds]  # shared: steps replace registers
 
     def _special_registers(self, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
         thread = (self.all % self.threads).astype(np.uint32)
@@ -160,7 +160,7 @@ class Run:
     def pass_barrier(self, active: Any, level: str) -> None:
         """Of the threads' warp or CTA: what comes is ordered behind what was."""
         for key in ("cta", "warp") if level == "cta" else ("warp",):
-            self.keys[key][slice(None) if active is None else active] += 1 << _MEMBER_BITS
+            self.keys[key][slice(None) if active is None else active] += np.uint64(1 << _MEMBER_BITS)
 
     def execute(self) -> None:
         """Run all threads to their end."""
