@@ -1,8 +1,8 @@
 """The product's launchers on CPU tensors, compiled by Triton and run by the PTX machine.
 
-What runs here runs in a process that does not interpret (``compiler_process.py``); the tests that call it are in
-``test_compiled.py``.  Inputs and budgets are those of the interpreter's tests, ``test_decode.py`` and ``test_append.py``;
-this module tells the machine what nobody may read, and checks that inputs stay as they are.
+What is here runs in a process that does not interpret (``compiler_process.py``); the tests that call it are those of
+``test_compiled.py``.  Inputs and budgets are those of the interpreter's tests, ``test_decode.py`` and
+``test_append.py``; this module tells the machine what nobody may read, and checks that inputs stay as they are.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from kernels import test_append, test_decode
-from kernels.ptx_machine import FoundError, Launch, Machine, running_on
+from kernels.ptx_machine import Launch, Machine, running_on
 
 from kvquant_hf.triton_kernels.append import append
-from kvquant_hf.triton_kernels.codecs import CODECS, Codec
+from kvquant_hf.triton_kernels.codecs import Codec
 from kvquant_hf.triton_kernels.launch import override_launch
 from kvquant_hf.triton_kernels.pages import PagedSide
 from kvquant_hf.triton_kernels.reference import paged_attention_reference
@@ -49,8 +49,8 @@ def unchanged(*tensors: torch.Tensor | None) -> Iterator[None]:
 def attend_on(machine: Machine, arch: int, layout: str = "") -> Callable[..., torch.Tensor]:
     """``paged_attention_triton`` on ``machine``.
 
-    ``layout``: "fused" for queries, open pages, tables and masks as parts of larger tensors at even places, "odd" at odd
-    ones, "" as they come.
+    ``layout``: "fused" for queries, open pages, tables and masks as parts of larger tensors at even places, "odd" at
+    odd ones, "" as they come.
     """
 
     def attend(

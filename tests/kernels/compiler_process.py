@@ -1,7 +1,7 @@
-"""Another process, in which Triton compiles: it decides on its interpreter once for a process, and this one interprets.
+"""Another process, in which Triton compiles: it decides once for a process, and this one has its interpreter.
 
-What the process imports takes longer than most of what it is asked for, so it stays until the end of this one, and so do
-the kernels that it has compiled.
+What the process imports takes longer than most of what it is asked for, so it stays until the end of this one, and so
+do the kernels that it has compiled.
 """
 
 import atexit

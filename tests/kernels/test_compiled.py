@@ -1,12 +1,13 @@
 """The kernels as Triton compiles them, run by the PTX machine: every codec pair against float64 and the reference.
 
-The interpreter takes other paths than a compiled kernel (inline PTX, bf16 products, tensor cores, asynchronous copies) and
-sees neither memory nor order.  Here every launch of the launchers is compiled for sm_75, sm_80 or sm_90 and run thread by
-thread: results within the budgets of ``test_decode.py`` and ``test_append.py``, accesses in bounds, aligned, of memory that
-was written, and in an order that barriers and waits ensure.
+The interpreter takes other paths than a compiled kernel (inline PTX, bf16 products, tensor cores, asynchronous copies),
+and sees neither memory nor order.  Here every launch of the launchers is compiled for sm_75, sm_80 or sm_90 and run
+thread by thread: results within the budgets of ``test_decode.py`` and ``test_append.py``, accesses in bounds, aligned,
+of memory that was written, and in an order that barriers and waits ensure.
 
-Cases are pairwise: for each pair of codecs and dtype, any two values of different factors are in one case together.  That is
-the full run (``-m full``); the usual one has one case for each pair of codecs and dtype, and every value in one of them.
+Cases are pairwise: for each pair of codecs and dtype, any two values of different factors are in one case together.
+That is the full run (``-m full``); the usual one has a quick case of each pair of codecs, of attention in both dtypes,
+and every value in one of them.
 """
 
 import functools
@@ -56,6 +57,14 @@ APPEND = {
 FACTORS = {"attention": ATTENTION, "append": APPEND}
 
 
+QUICK = 70 * 4 * 64
+
+
+def work(row: dict[str, Any]) -> int:
+    """What a case of attention costs, about: rows times columns, of products without tensor cores four times."""
+    return row.get("queries", 0) * row.get("group", 0) * row["dims"][1] * (4 if row["target"] == 75 else 1)
+
+
 def attention_case(row: dict[str, Any], dtype: torch.dtype) -> Case:
     queries, mask = row["queries"], row["mask"]
     return Case(
@@ -83,7 +92,10 @@ def cases(kernel: str, usual: bool = False) -> list[Any]:
     params = []
     for (i, policy), dtype in itertools.product(enumerate(ALL_PAIRS), DTYPES):
         rows = rows_of(kernel, dtype)
-        chosen = i * len(rows) // len(ALL_PAIRS)
+        quick = [number for number, row in enumerate(rows) if work(row) <= QUICK]
+        chosen = quick[i * len(quick) // len(ALL_PAIRS)]
+        if kernel == "append" and (i + (dtype == "fp16")) % 2:
+            chosen = None
         for number, row in enumerate(rows):
             if number == chosen or not usual:
                 marks = [pytest.mark.full] * (number != chosen)
@@ -180,14 +192,14 @@ PLANTED = Case((65, 400), dtype=torch.bfloat16, splits=1)
 
 def test_a_codec_without_its_flag_is_noticed() -> None:
     """The interpreter does not unpack by PTX, so it never asks whether levels are integers."""
-    with pytest.raises(AssertionError, match="error .* budget"):
+    with pytest.raises(AssertionError, match=r"error .* budget"):
         call(planted.without_integer_codes, PLANTED, 80)
 
 
 @pytest.mark.parametrize("policy", ["int4", pytest.param("turboquant-qjl", marks=pytest.mark.full)])
 def test_a_removed_wait_is_noticed(policy: str) -> None:
     found = call(planted.found_without, planted.WAIT, "_decode_kernel", planted.attend, ALL_PAIRS[policy], PLANTED, 80)
-    assert found and all("read before the wait of its asynchronous copy" in kinds for kinds in found)
+    assert found and all(any("asynchronous copy" in kind for kind in kinds) for kinds in found)
 
 
 @pytest.mark.parametrize("target", [80, pytest.param(90, marks=pytest.mark.full)])

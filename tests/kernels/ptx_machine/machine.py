@@ -14,13 +14,12 @@ import torch
 from . import access, arithmetic, matrices, moves, warps, wgmma
 from .formats import UNSIGNED, bits_of
 from .instruction import GLOBAL_BASE, Instruction, PtxError
-from .memory import NEVER, Memory
+from .memory import MEMBER_BITS, NEVER, Memory
 from .parser import Kernel, Step
 from .run import Run
 
 OPCODES = arithmetic.OPCODES | moves.OPCODES | access.OPCODES | warps.OPCODES | matrices.OPCODES | wgmma.OPCODES
 GAP = 4096  # bytes around every tensor that belong to nobody
-_ORDERS = {"launch": 40, "cta": 6, "warp": 6}  # bits of a member; see ``memory.Order``
 
 
 def compile_step(instruction: Instruction) -> Step:
@@ -173,7 +172,7 @@ class _Layout:
                 self.storages[key] = (at, storage)
                 size = at + storage.nbytes() + GAP
         grain = kernel.grain["global"]
-        self.memory = Memory("global", size, grain, self.report, _ORDERS)
+        self.memory = Memory("global", size, grain, self.report, tuple(MEMBER_BITS))
         valid, known = (np.zeros(len(self.memory.data), bool) for _ in range(2))
         for key, (at, storage) in self.storages.items():
             here = slice(at, at + storage.nbytes())
@@ -191,7 +190,7 @@ class _Layout:
 
     def copy_back(self, written: dict[int, np.ndarray]) -> None:
         """What kernels wrote, to the tensors; it may be read from now on."""
-        new = np.repeat(self.memory.orders[0].written != NEVER, self.memory.grain)
+        new = np.repeat(self.memory.order.written[0] != NEVER, self.memory.grain)
         for key, (at, storage) in self.storages.items():
             here = slice(at, at + storage.nbytes())
             _bytes_of(storage)[:] = self.memory.data[here]

@@ -23,58 +23,66 @@ if TYPE_CHECKING:
 
 
 NEVER = np.uint64(2**64 - 1)  # the key of nobody
+MEMBER_BITS = {"launch": 40, "CTA": 6, "warp": 6}
 
 
 class Order:
-    """Who may touch what after whom, between the members of one kind of group.
+    """Who may touch what after whom, between the members of each kind of group, its *level*.
 
-    ``level``      members              group         made orderly by
-    ``"launch"``   CTAs                 the launch    nothing
-    ``"cta"``      warps                a CTA         a barrier of the CTA
-    ``"warp"``     threads              a warp        a barrier of the warp or the CTA
+    ``"launch"``   CTAs      of the launch   nothing makes them orderly
+    ``"CTA"``      warps     of a CTA        its barriers do
+    ``"warp"``     threads   of a warp       its barriers and those of its CTA do
 
-    The *key* of a thread is (group, barriers that it has passed, member); two accesses are unordered if their keys
-    differ in the member alone.  For each granule the key of the last write and of the last reads is kept; where several
-    members have read, the member is ``2**bits - 1``, which is nobody.
+    The *key* of a thread at a level is (group, barriers that it has passed, member); two accesses are unordered if
+    their keys differ in the member alone.  For each granule the keys of the last write and of the last reads are kept,
+    ``[levels, granules]``; where several members have read, all bits of the member are set, which is nobody.
     """
 
-    def __init__(self, level: str, bits: int, granules: int) -> None:
-        self.level, self.several = level, np.uint64((1 << bits) - 1)
-        self.written, self.read = (np.full(granules, NEVER) for _ in range(2))
+    def __init__(self, levels: tuple[str, ...], granules: int) -> None:
+        self.levels = levels
+        self.several = np.array([(1 << MEMBER_BITS[level]) - 1 for level in levels], np.uint64).reshape(-1, 1, 1)
+        self.written, self.read = (np.full((len(levels), granules), NEVER) for _ in range(2))
 
     def unordered(self, earlier: np.ndarray, now: np.ndarray) -> np.ndarray:
         """Where keys differ, and only in the member.  The subtraction makes the largest number of no difference."""
         return (earlier ^ now) - np.uint64(1) < self.several
 
+    @staticmethod
+    def _put(known: np.ndarray, granules: np.ndarray, keys: np.ndarray) -> None:
+        for row, key in zip(known, keys, strict=True):
+            row[granules] = key
+
     def note_read(self, granules: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Where what is read was written by another one."""
-        others = self.unordered(self.read[granules], keys)
+        """Where what is read was written by another one, ``[levels, threads, granules]``."""
+        others = self.unordered(self.read.take(granules, 1), keys)
         now = np.where(others, keys | self.several, keys) if others.any() else keys
-        self.read[granules] = now
-        lost = self.read[granules] != now  # of several readers of this very instruction one remains
-        if lost.any():
-            self.read[granules[lost]] |= self.several
-        return self.unordered(self.written[granules], keys)
+        self._put(self.read, granules, now)
+        lost = self.read.take(granules, 1) != now  # of several readers of this very instruction one remains
+        for row, several, overwritten in zip(self.read, self.several.flat, lost, strict=True):
+            row[granules[overwritten]] |= several
+        return self.unordered(self.written.take(granules, 1), keys)
 
     def note_write(self, granules: np.ndarray, keys: np.ndarray, changes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where another one's write changes, and where it comes after another one's read."""
-        over_write = self.unordered(self.written[granules], keys) & changes
-        over_read = self.unordered(self.read[granules], keys)
-        self.written[granules] = keys
+        over_write = self.unordered(self.written.take(granules, 1), keys) & changes
+        over_read = self.unordered(self.read.take(granules, 1), keys)
+        self._put(self.written, granules, keys)
         return over_write, over_read
 
 
 class Memory:
     """``size`` bytes with what is known of each granule of ``grain`` bytes; at first nothing may be touched."""
 
-    def __init__(self, name: str, size: int, grain: int, report: Callable[..., None], orders: dict[str, int]) -> None:
+    def __init__(
+        self, name: str, size: int, grain: int, report: Callable[..., None], levels: tuple[str, ...] = ()
+    ) -> None:
         self.name, self.grain, self._report = name, grain, report
         size = -(-size // 16) * 16
         granules = size // grain
         self.data = np.full(size, 0xFF, np.uint8)
         self.valid, self.written = np.zeros(granules, bool), np.zeros(granules, bool)
-        self.pending = np.zeros(granules, np.int16)
-        self.orders = [Order(level, bits, granules) for level, bits in orders.items()]
+        self.pending, self.any_pending = np.zeros(granules, np.int16), False
+        self.order = Order(levels, granules)
         self.bytes_read = self.bytes_written = 0
 
     def allowed(
@@ -103,11 +111,10 @@ class Memory:
         """``threads[i]`` reads ``granules[i]``."""
         self.bytes_read += granules.size * self.grain
         found = {"read of what nobody wrote": ~self.written[granules]}
-        if self.pending.any():
+        if self.any_pending:
             found["read before the wait of its asynchronous copy"] = self.pending[granules] > 0
-        for order in self.orders:
-            keys = run.keys[order.level][threads][:, None]
-            found[f"race in a {order.level}: read after write"] = order.note_read(granules, keys)
+        after_write = self.order.note_read(granules, run.keys_of(threads, self.order.levels))
+        self._add_races(found, "read after write", after_write)
         self._report_all(found, run, threads, granules, where)
 
     def note_write(
@@ -117,15 +124,18 @@ class Memory:
         self.bytes_written += granules.size * self.grain
         changes = np.ones(granules.shape, bool) if changes is None else changes
         found = {}
-        if self.pending.any():
+        if self.any_pending:
             found["write before the wait of an asynchronous copy"] = self.pending[granules] > 0
-        for order in self.orders:
-            keys = run.keys[order.level][threads][:, None]
-            over_write, over_read = order.note_write(granules, keys, changes)
-            found[f"race in a {order.level}: write after write"] = over_write
-            found[f"race in a {order.level}: write after read"] = over_read
+        keys = run.keys_of(threads, self.order.levels)
+        after_write, after_read = self.order.note_write(granules, keys, changes)
+        self._add_races(found, "write after write", after_write)
+        self._add_races(found, "write after read", after_read)
         self.written[granules] = True
         self._report_all(found, run, threads, granules, where)
+
+    def _add_races(self, found: dict[str, np.ndarray], what: str, unordered: np.ndarray) -> None:
+        if unordered.any():
+            found |= {f"race in a {level}: {what}": unordered[i] for i, level in enumerate(self.order.levels)}
 
     def _report_all(self, found: dict[str, Any], run: "Run", threads: Any, granules: Any, where: str) -> None:
         for kind, bad in found.items():
@@ -161,6 +171,11 @@ class Memory:
             self._report(
                 self, "several threads write different values at once", run, where, threads[lost], offsets[lost]
             )
+
+    def expect(self, granules: np.ndarray, copies: int) -> None:
+        """So many asynchronous copies more (or, having landed, fewer) to ``granules``."""
+        self.pending[granules] += copies
+        self.any_pending = bool(copies > 0 or self.pending.any())
 
     def fill(self, offsets: np.ndarray, rows: np.ndarray | int, size: int) -> None:
         """Bytes ``rows[i]`` to each offset, unchecked."""

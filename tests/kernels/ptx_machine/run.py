@@ -12,12 +12,11 @@ import numpy as np
 
 from .formats import UNSIGNED, bits_of
 from .instruction import GLOBAL_BASE, LOCAL_BASE, SHARED_BASE, PtxError
-from .memory import Memory
+from .memory import MEMBER_BITS, Memory
 from .parser import Kernel
 
 _POISON = {bits: UNSIGNED[bits](0xDEADBEEF_DEADBEEF & (1 << bits) - 1) for bits in UNSIGNED} | {1: np.True_}
 _GUARD = 64  # bytes behind the shared memory of a CTA that nobody may touch
-_MEMBER_BITS = 6  # of a warp in its CTA and of a thread in its warp; see ``memory.Order``
 _CLOCK_BITS = 24  # of the barriers that it has passed
 
 
@@ -66,13 +65,13 @@ class Copies(Pending):
         """Of ``data`` ``[threads, bytes]``."""
         memory = run.shared
         memory.note_write(run, threads, granules, where)
-        memory.pending[granules] += 1
+        memory.expect(granules, 1)
         memory.fill(offsets, 0xFF, data.shape[1])
         self.issue(threads, where, offsets, data, granules)
 
     def _land(self, run: "Run", where: str, threads: Any, offsets: Any, data: Any, granules: Any) -> None:
         run.shared.fill(offsets, data, data.shape[1])
-        run.shared.pending[granules] -= 1
+        run.shared.expect(granules, -1)
         run.shared.note_write(run, threads, granules, where)
         run.shared.bytes_written -= data.size  # counted when it began
 
@@ -100,16 +99,17 @@ class Run:
         self.all = np.arange(lanes)
         self.cta = first + self.all // kernel.threads
         warp = (first * kernel.threads + self.all) // 32
-        self.keys = {  # see ``memory.Order``: barriers are counted in the bits between
+        shift, clock = MEMBER_BITS["CTA"], _CLOCK_BITS  # see ``memory.Order``: barriers are counted in the bits between
+        self.keys = {
             "launch": self.cta.astype(np.uint64),
-            "cta": (self.cta << _CLOCK_BITS << _MEMBER_BITS | warp % (kernel.threads // 32)).astype(np.uint64),
-            "warp": (warp << _CLOCK_BITS << _MEMBER_BITS | self.all % 32).astype(np.uint64),
+            "CTA": (self.cta << clock << shift | warp % (kernel.threads // 32)).astype(np.uint64),
+            "warp": (warp << clock << shift | self.all % 32).astype(np.uint64),
         }
+        self._key_tables: dict[tuple[str, ...], np.ndarray] = {}
         self.stride = -(-shared_bytes // 16) * 16 + _GUARD
-        orders = {"cta": _MEMBER_BITS, "warp": _MEMBER_BITS}
-        self.shared = Memory("shared", self.stride * len(places), kernel.grain["shared"], report, orders)
+        self.shared = Memory("shared", self.stride * len(places), kernel.grain["shared"], report, ("CTA", "warp"))
         self.shared.valid.reshape(len(places), -1)[:, : shared_bytes // self.shared.grain] = True
-        self.stack = Memory("stack", kernel.local * lanes, 1, report, {})
+        self.stack = Memory("stack", kernel.local * lanes, 1, report)
         self.stack.valid[: kernel.local * lanes] = True
         self.copies = Copies(lanes)
         self.products = Pending(lanes, _check_operands)
@@ -159,8 +159,16 @@ class Run:
 
     def pass_barrier(self, active: Any, level: str) -> None:
         """Of the threads' warp or CTA: what comes is ordered behind what was."""
-        for key in ("cta", "warp") if level == "cta" else ("warp",):
-            self.keys[key][slice(None) if active is None else active] += np.uint64(1 << _MEMBER_BITS)
+        for key in ("CTA", "warp") if level == "CTA" else ("warp",):
+            self.keys[key][slice(None) if active is None else active] += np.uint64(1 << MEMBER_BITS[key])
+        self._key_tables.clear()
+
+    def keys_of(self, threads: np.ndarray, levels: tuple[str, ...]) -> np.ndarray:
+        """Their keys, ``[levels, threads, 1]``; see ``memory.Order``."""
+        if levels not in self._key_tables:
+            keys = [self.keys[level] for level in levels]
+            self._key_tables[levels] = np.stack(keys) if keys else np.zeros((0, self.lanes), np.uint64)
+        return self._key_tables[levels].take(threads, 1)[:, :, None]
 
     def execute(self) -> None:
         """Run all threads to their end."""
@@ -250,7 +258,7 @@ class _Schedule:
 
     def _barrier(self, number: int, segment: Any, active: Any) -> None:
         if active is None:
-            self.current.pass_barrier(None, "cta")
+            self.current.pass_barrier(None, "CTA")
             self.groups[number + 1] = None
             return
         self.waiting |= active
@@ -266,6 +274,6 @@ class _Schedule:
         free = np.repeat(complete, run.threads) & self.waiting
         if free.any():
             self.waiting &= ~free
-            run.pass_barrier(free, "cta")
+            run.pass_barrier(free, "CTA")
             for segment in np.unique(self.resume[free]):
                 self.join(int(segment), free & (self.resume == segment))
