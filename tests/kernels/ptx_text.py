@@ -1,6 +1,7 @@
 """Kernels written by hand, and numbers as the IEEE formats define them, for the checks of the PTX machine itself."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from kernels.ptx_machine import Machine
 
+COUNT = 400  # rows of numbers for each check
 DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 # Bits with the leading one, exponents of the smallest and of the largest normal number, and bits of the exponent.
 FORMATS = {"f16": (11, -14, 15, 5), "bf16": (8, -126, 127, 8), "f32": (24, -126, 127, 8)}
@@ -41,23 +43,29 @@ def pointer(register: str, parameter: int, width: int, index: str = "%r0") -> st
     return f"ld.param.b64 {register}, [k_param_{parameter}];\nmad.wide.s32 {register}, {index}, {width}, {register};\n"
 
 
-def elementwise(code: str, inputs: Sequence[np.ndarray], result_bits: int) -> np.ndarray:
-    """%o after ``code``, which reads %a, %b and %c, for unsigned inputs of any width; unsigned."""
+def evaluate(code: str, inputs: Sequence[np.ndarray], results: int, result_bits: int = 32) -> list[np.ndarray]:
+    """%o0 and following after ``code``, which reads %a, %b and %c, for unsigned inputs of any width; unsigned."""
     count = -(-len(inputs[0]) // 32) * 32
     body = "mov.u32 %r0, %ctaid.x;\nmov.u32 %r1, %tid.x;\nmad.lo.s32 %r0, %r0, 32, %r1;\n"
-    declared, tensors = f".reg .b{result_bits} %o;\n", []
+    declared, tensors = f".reg .b{result_bits} %o<{results}>;\n", []
     for i, (name, given) in enumerate(zip("abc", inputs, strict=False)):
         bits = given.dtype.itemsize * 8
         declared += f".reg .b{bits} %{name};\n"
         body += pointer(f"%d{i}", i, bits // 8) + f"ld.global.b{bits} %{name}, [%d{i}];\n"
         tensors.append(torch.from_numpy(np.resize(given, count).view(f"i{bits // 8}").copy()))
-    tensors.append(torch.zeros(count, dtype=DTYPES[result_bits]))
-    body += f"mov.b{result_bits} %o, 0;\n{code}\n"
-    body += pointer("%d9", len(inputs), result_bits // 8) + f"st.global.b{result_bits} [%d9], %o;\n"
-    machine = Machine()
+    body += "".join(f"mov.b{result_bits} %o{i}, 0;\n" for i in range(results)) + f"{code}\n"
+    for i in range(results):
+        body += pointer("%d9", len(tensors), result_bits // 8) + f"st.global.b{result_bits} [%d9], %o{i};\n"
+        tensors.append(torch.zeros(count, dtype=DTYPES[result_bits]))
+    machine = Machine(lanes=1 << 16)
     machine.launch(kernel(body, len(tensors), registers=declared), 0, (count // 32,), tensors)
     machine.check()
-    return tensors[-1].numpy()[: len(inputs[0])].view(f"u{result_bits // 8}")
+    return [tensor.numpy()[: len(inputs[0])].view(f"u{result_bits // 8}") for tensor in tensors[len(inputs) :]]
+
+
+def elementwise(code: str, inputs: Sequence[np.ndarray], result_bits: int) -> np.ndarray:
+    """%o after ``code``, as of ``evaluate``."""
+    return evaluate(re.sub(r"%o\b", "%o0", code), inputs, 1, result_bits)[0]
 
 
 def words(count: int, bits: int = 32, seed: int = 0) -> np.ndarray:
@@ -141,3 +149,25 @@ def differing(
         if not right:
             wrong.append(f"{[hex(raw) for raw in raws]}: {found:#x}, should be {answer}")
     return wrong
+
+
+def inputs_of(kinds: Sequence[str]) -> list[np.ndarray]:
+    """Random bits for operands; those of type "n" are counts up to 40."""
+    made = []
+    for seed, kind in enumerate(kinds):
+        if kind == "n":
+            made.append(np.random.default_rng(seed).integers(0, 40, COUNT).astype(np.uint32))
+        else:
+            made.append(floats(COUNT, kind, seed) if kind in FORMATS else words(COUNT, int(kind[1:]), seed))
+    return made
+
+
+def check(code: str, kinds: str, result: str, function: Callable[..., Any]) -> None:
+    """%o after ``code`` has the bits of ``function`` of the operands, whose types are ``kinds``."""
+    operands = kinds.split()
+    given = inputs_of(operands)
+    if code.startswith(("div", "rem")):
+        given[1] |= given[1].dtype.type(1)  # by zero is undefined
+    got = elementwise(code, given, int(result.lstrip("bfsu")))
+    wrong = differing(got, function, given, ["u32" if kind == "n" else kind for kind in operands], result)
+    assert not wrong, f"{len(wrong)} of {COUNT}: {wrong[:3]}"

@@ -10,37 +10,7 @@ import numpy as np
 import pytest
 import torch
 from kernels.ptx_machine import Machine, PtxError
-from kernels.ptx_text import differing, elementwise, floats, kernel, pointer, words
-
-COUNT = 400
-
-
-def bits_of(kind: str) -> int:
-    return int("".join(c for c in kind.removeprefix("bf") if c.isdigit()))
-
-
-def inputs_of(kinds: list[str]) -> list[np.ndarray]:
-    """Random bits for operands; those of type "n" are counts up to 40."""
-    made = []
-    for seed, kind in enumerate(kinds):
-        if kind == "n":
-            made.append(np.random.default_rng(seed).integers(0, 40, COUNT).astype(np.uint32))
-        elif kind in ("f16", "bf16", "f32"):
-            made.append(floats(COUNT, kind, seed))
-        else:
-            made.append(words(COUNT, bits_of(kind), seed))
-    return made
-
-
-def check(code: str, kinds: str, result: str, function: Callable[..., Any]) -> None:
-    operands = kinds.split()
-    given = inputs_of(operands)
-    if code.startswith(("div", "rem")) and "f" not in kinds:
-        given[1] |= given[1].dtype.type(1)  # by zero is undefined
-    types = ["u32" if kind == "n" else kind for kind in operands]
-    got = elementwise(code, given, bits_of(result))
-    wrong = differing(got, function, given, types, result)
-    assert not wrong, f"{len(wrong)} of {COUNT}: {wrong[:3]}"
+from kernels.ptx_text import COUNT, check, differing, elementwise, floats, kernel, words
 
 
 def towards_zero(a: int, b: int) -> int:
@@ -145,7 +115,9 @@ def larger(a: Any, b: Any) -> Any:
 
 def whole(low: int, high: int, rounding: Callable[[Any], int]) -> Callable[[Any], int]:
     """Of a float, within a range; 0 for NaN."""
-    return lambda x: 0 if x != x else (high if x > 0 else low) if abs(x) == math.inf else max(low, min(high, rounding(x)))
+    return lambda x: (
+        0 if x != x else (high if x > 0 else low) if abs(x) == math.inf else max(low, min(high, rounding(x)))
+    )
 
 
 FLOATS = {
