@@ -21,9 +21,8 @@ from .formats import UNSIGNED
 if TYPE_CHECKING:
     from .run import Run
 
-
 NEVER = np.uint64(2**64 - 1)  # the key of nobody
-MEMBER_BITS = {"launch": 40, "CTA": 6, "warp": 6}
+MEMBER_BITS = {"launch": 40, "CTA": 6, "warp": 6}  # levels of ``Order``, and bits of a member
 
 
 class Order:
