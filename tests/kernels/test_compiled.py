@@ -93,9 +93,9 @@ def cases(kernel: str, usual: bool = False) -> list[Any]:
     for (i, policy), dtype in itertools.product(enumerate(ALL_PAIRS), DTYPES):
         rows = rows_of(kernel, dtype)
         quick = [number for number, row in enumerate(rows) if work(row) <= QUICK]
-        chosen = quick[i * len(quick) // len(ALL_PAIRS)]
+        chosen = quick[9 * i % len(quick)]  # neighbours are alike
         if kernel == "append" and (i + (dtype == "fp16")) % 2:
-            chosen = None
+            chosen = -1
         for number, row in enumerate(rows):
             if number == chosen or not usual:
                 marks = [pytest.mark.full] * (number != chosen)
