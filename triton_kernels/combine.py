@@ -208,5 +208,6 @@ def combine(
         ORDER=hadamard_block(value_dim),
         SINKS=sinks is not None,
         num_warps=8 if many and not rotated else 4,
+        enable_fp_fusion=True,
         **({"ROWS": MANY_ROWS, "PRECISION": precision} if many else {"BLOCK": 16}),
     )

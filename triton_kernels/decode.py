@@ -8,8 +8,8 @@ Each split leaves
 
     accumulator [rows, columns] float32, maximum and sum [rows] float32 (base 2)
 
-and ``combine.py`` merges them, rotating packed values back once per row.  With one split this is flash attention over
-pages for long chunks of queries; row blocks are then larger (``launch.py``).
+and ``combine.py`` merges them, rotating packed values back once per row.  Many queries are attended to in another way
+(``chunk.py``).
 """
 
 import torch
@@ -18,63 +18,8 @@ from .codecs.jit import KernelCodec
 from .launch import LaunchConfig
 from .ptx import program_again
 from .target import has_ptx, tl, triton
-from .tile_math import online_softmax
+from .tile_math import online_softmax, scores_to_base2
 from .unpack import part_channels
-
-
-@triton.jit
-def _scores_to_base2(
-    scores,
-    offs_n,
-    first_token,
-    visible,
-    query_position,
-    mask_rows,
-    stride_mask_n,
-    row_exists,
-    scale,
-    softcap,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    SHARED_MASK: tl.constexpr,
-):
-    """Scale, softcap and mask raw scores ``[N, ROWS]`` of tokens ``first_token + offs_n``; base-2 logits.
-
-    ``scale`` is a number, or ``[1, ROWS]``.  ``visible`` tokens exist; all of them if it is None.  ``mask_rows``
-    ``[ROWS]`` points to each row of the mask, or to the one row of a SHARED_MASK.
-    """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (e^2x + 1), which saturates at both ends.
-        doubled = tl.exp2(scores * (scale * 2.0 * LOG2E / softcap))
-        logits = (softcap * LOG2E) * (1.0 - 2.0 / (doubled + 1.0))
-    else:
-        logits = scores * (scale * LOG2E)
-    token = first_token + offs_n
-    if visible is not None:
-        logits = tl.where((offs_n < visible)[:, None], logits, float("-inf"))
-    if CAUSAL:
-        logits = tl.where(token[:, None] <= query_position[None, :], logits, float("-inf"))
-    if WINDOW > 0:
-        logits = tl.where(token[:, None] > query_position[None, :] - WINDOW, logits, float("-inf"))
-    if MASK != 0:
-        if SHARED_MASK:
-            exists = (offs_n < visible) if visible is not None else (offs_n >= 0)
-            entry = tl.load(mask_rows + token * stride_mask_n, mask=exists, other=0)[:, None]  # [N, 1]
-        else:
-            pointers = mask_rows[None, :] + (token * stride_mask_n)[:, None]
-            seen = row_exists[None, :]
-            if visible is not None:
-                seen = seen & (offs_n < visible)[:, None]
-            entry = tl.load(pointers, mask=seen, other=0)  # [N, ROWS]
-        if MASK == 1:
-            # A limit instead of a selection: predicates and the tile they select from crowd the registers of a warp.
-            logits = tl.minimum(logits, tl.where(entry != 0, float("inf"), float("-inf")))
-        else:
-            logits = logits + entry.to(tl.float32) * LOG2E
-    return logits
 
 
 @triton.jit
@@ -240,7 +185,7 @@ def _decode_kernel(
         row_scale = scale
         if NORMALIZE:
             # fp16 ends at 65504, which a query, or its product with a channel's scale, may pass: the power of two above
-            # the largest number of a row stays outside.  Subnormal numbers of a row lose what is below 2^-24 of that one.
+            # the largest number of a row stays outside.  Subnormal numbers lose what is below 2^-24 of that one.
             exponent = tl.minimum(row_largest.to(tl.int32, bitcast=True) >> 23, 252)
             normalizer = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
             normalized = ()
@@ -295,7 +240,7 @@ def _decode_kernel(
                     shift += q[part] * channel_offset[part][:, None]
                 scores = scores + tl.sum(shift, 0)[None, :]
 
-            logits = _scores_to_base2(
+            logits = scores_to_base2(
                 scores,
                 offs_n,
                 page_index * PAGE,
@@ -376,7 +321,7 @@ def _decode_kernel(
             held = start + offs_t < tail
             k_pointers = k_tail_ptr + (start + offs_t)[:, None] * stride_k_tail_n + offs_k[None, :]
             k = tl.load(k_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)
-            tail_logits = _scores_to_base2(
+            tail_logits = scores_to_base2(
                 tl.dot(k, query.to(k.dtype), input_precision=PRECISION),  # [TAIL, ROWS]
                 offs_t,
                 sealed * PAGE + start,
@@ -529,6 +474,7 @@ def decode(
         SHARED_MASK=queries == 1 and strides[1] == 0,
         PRECISION="ieee",
         PTX=ptx,
-        STAGES=config.depth(page_size),
+        STAGES=config.stages,
         num_warps=config.warps,
+        enable_fp_fusion=True,  # later versions of Triton turn it off where nobody asks
     )

@@ -31,9 +31,8 @@ class LaunchConfig:
     Args:
         rows: rows (query heads of a group times queries) of one program; a power of two.
         warps: warps of one program.
-        stages: software-pipelining depth of the loop over pages.  1 copies a page and waits for it; 2 copies the next page
-            at the end of the work on one, into the same buffer; 3 during that work, into a second buffer.
-        long_stages: the same for pages of more than 64 tokens where it differs, else 0.
+        stages: software-pipelining depth of the loop over pages.  1 copies a page and waits for it; 2 copies the next
+            page at the end of the work on one, into the same buffer; 3 during that work, into a second buffer.
         masked_warps: warps where there is a mask, if that differs, else 0.
         residents: programs that a multiprocessor holds at once; the choice of splits fills them.
     """
@@ -42,7 +41,6 @@ class LaunchConfig:
     warps: int = 1
     stages: int = 3
     residents: int = 8
-    long_stages: int = 0
     masked_warps: int = 0
 
     def masked(self) -> "LaunchConfig":
@@ -51,10 +49,6 @@ class LaunchConfig:
             return self
         residents = max(1, self.residents * self.warps // self.masked_warps)
         return dataclasses.replace(self, warps=self.masked_warps, residents=residents)
-
-    def depth(self, page_size: int) -> int:
-        """Pipelining depth for pages of ``page_size`` tokens."""
-        return self.long_stages if self.long_stages and page_size > 64 else self.stages
 
 
 @dataclass(frozen=True)
@@ -92,11 +86,10 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 256, 9, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     LaunchRow("sm_1", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
-    # Without the prefetch on some: with it, look-up tables and a page ahead do not fit in their registers together.  A
-    # narrower head, or a long page of one, is the other way round.
+    # Look-up tables and a page ahead do not fit in the registers of two warps together on some.
     LaunchRow("", 0, 64 * 192, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
-    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=3)),
-    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=3)),
+    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
+    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     LaunchRow("", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
     LaunchRow("", 0, 64 * 256, 9, 16, 2, LaunchConfig(rows=16, warps=4, stages=3, residents=2)),
     LaunchRow("", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),

@@ -1,13 +1,16 @@
 """Append and attention over packed pages by Triton kernels.
 
-Append is one launch, attention three at most: rotate the query, ``decode``, ``combine``.
+Append is one launch, attention of few queries three at most: rotate the query, ``decode``, ``combine``.  Many queries
+go through ``chunk_attention``.
 """
 
 import torch
 
 from .append import append
+from .chunk import MANY_QUERIES, chunk_attention
 from .combine import combine
 from .decode import decode
+from .dense_pages import PackedPages
 from .launch import launch_config, split_count
 from .pages import PagedSide
 from .rotate import rotate
@@ -63,10 +66,17 @@ def paged_attention_triton(
     rows = query_heads // heads * queries
     k, v = keys.codec.kernel, values.codec.kernel
     assert k is not None and v is not None, "choose() lets no other codec through"
+    out = query.new_empty(batch, query_heads, queries, value_dim)
+    if queries >= MANY_QUERIES:
+        planes = list(keys.planes), list(values.planes)
+        rotated = keys.codec.rotated, values.codec.rotated
+        packed = PackedPages(k, v, *planes, keys.tail, values.tail, *rotated, page_table, lengths)
+        chunk_attention(out, query, packed, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
+        return out
     elements = keys.page_size * max(key_dim, value_dim)
     bits = keys.codec.bits + values.codec.bits
-    planes = k.code_planes + v.code_planes
-    config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits, planes)
+    code_planes = k.code_planes + v.code_planes
+    config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits, code_planes)
     if mask is not None:
         config = config.masked()
     programs = batch * heads * triton.cdiv(rows, config.rows)
@@ -77,7 +87,6 @@ def paged_attention_triton(
     columns = max(triton.next_power_of_2(value_dim), 16)
     partial = query.new_empty(batch, heads, splits + 1, rows, columns, dtype=torch.float32)
     state = query.new_empty(batch, heads, splits + 1, rows, 2, dtype=torch.float32)
-    out = query.new_empty(batch, query_heads, queries, value_dim)
     rotated = rotate(query) if keys.codec.rotated else query
     decode(
         partial,

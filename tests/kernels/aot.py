@@ -85,7 +85,7 @@ class Case:
 @dataclass(frozen=True)
 class Built:
     """A compiled kernel.  ``registers`` and ``spilled`` (bytes of stack of a thread) are None where no tool reads
-    them."""
+    them; ``buffers`` is how many tiles each pipelined load has room for in shared memory."""
 
     name: str
     warps: int
@@ -94,6 +94,7 @@ class Built:
     registers: int | None
     spilled: int | None
     sass: str = ""
+    buffers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,9 @@ def inspect(kernel: Any, sass: bool = False) -> Built:
             int(re.search(rf"\.{word}:\s+(\d+)", kernel.asm["amdgcn"])[1])
             for word in ("vgpr_count", "private_segment_fixed_size")
         )
-    return Built(metadata.name, metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled, text)
+    buffers = tuple(map(int, re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x", kernel.asm.get("ttgir", ""))))
+    figures = (metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled)
+    return Built(metadata.name, *figures, text, buffers)
 
 
 def compile_case(case: Case, sass: bool = False) -> list[Built]:
