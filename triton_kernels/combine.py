@@ -11,16 +11,16 @@ Chunks of queries have rows enough to fill a device otherwise: there a program s
 split after the other, and makes the signs once for all its rows.
 """
 
-import torch
+from typing import Any
 
 from .codecs.jit import KernelCodec
 from .hadamard import hadamard_block
-from .target import has_ptx, tl, triton
+from .target import tl, triton
 from .tile_math import hadamard_signs
 from .unpack import column_channels
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["queries", "splits"])
 def _combine_kernel(
     out_ptr,
     partial_ptr,
@@ -184,48 +184,39 @@ def _combine_rows_kernel(
 MANY_ROWS = 16
 
 
-def combine(
-    out: torch.Tensor,
-    partial: torch.Tensor,
-    state: torch.Tensor,
+def combine_constants(
     values: KernelCodec,
     rotated: bool,
+    ptx: bool,
+    value_dim: int,
     columns: int,
-    sinks: torch.Tensor | None,
-) -> None:
-    """Write ``out`` ``[batch, query_heads, queries, value_dim]`` from what ``decode`` left.
+    partial_columns: int,
+    group: int,
+    sinks: bool,
+    many: bool,
+) -> dict[str, Any]:
+    """The constants of ``_combine_kernel``, or with ``many`` rows of ``_combine_rows_kernel``, and how it is launched.
 
     Args:
-        partial: ``[batch, heads, splits + 1, rows, columns]`` float32.
-        state: ``[batch, heads, splits + 1, rows, 2]`` float32: maximum (base 2) and sum.
-        values: the values' codec; ``rotated`` whether its domain is rotated; ``columns`` its packed width.
-        sinks: ``[query_heads]`` logits that take probability and carry no value.
+        values: the values' codec as kernels see it; ``rotated`` whether its domain is; ``columns`` its packed width.
+        ptx: whether it is compiled for an NVIDIA GPU.
+        value_dim: head_dim of the values.
+        partial_columns: width of ``partial``.
+        group: query heads per key/value head.
+        sinks: whether there are any.
     """
-    batch, query_heads, queries, value_dim = out.shape
-    heads, splits, rows = partial.shape[1], partial.shape[2] - 1, partial.shape[3]
-    many = rows >= 4 * MANY_ROWS
-    kernel = _combine_rows_kernel if many else _combine_kernel
-    blocks = triton.cdiv(rows, MANY_ROWS) if many else rows
     # Signs are exact in TF32, and accumulators in two parts of it but for the last bits.
-    precision = "tf32x3" if has_ptx(out.device) else "ieee"
-    kernel[(batch * heads * blocks,)](
-        out,
-        partial,
-        state,
-        state if sinks is None else sinks,
-        heads,
-        queries,
-        splits,
-        *out.stride()[:3],
-        VALUE_DIM=value_dim,
-        FIELDS=values.fields if values.byte_codes else 0,
-        COLUMNS=columns,
-        PARTIAL_COLUMNS=partial.shape[-1],
-        GROUP=query_heads // heads,
-        SLICE=32,
-        ROTATED=rotated,
-        ORDER=hadamard_block(value_dim),
-        SINKS=sinks is not None,
-        num_warps=8 if many and not rotated else 4,
+    precision = "tf32x3" if ptx else "ieee"
+    return {
+        "VALUE_DIM": value_dim,
+        "FIELDS": values.fields if values.byte_codes else 0,
+        "COLUMNS": columns,
+        "PARTIAL_COLUMNS": partial_columns,
+        "GROUP": group,
+        "SLICE": 32,
+        "ROTATED": rotated,
+        "ORDER": hadamard_block(value_dim),
+        "SINKS": sinks,
+        "num_warps": 8 if many and not rotated else 4,
         **({"ROWS": MANY_ROWS, "PRECISION": precision} if many else {"BLOCK": 16}),
-    )
+    }

@@ -4,14 +4,19 @@ The rotation is a product with signs made in registers.  Queries enter it as the
 in the model's dtype and only the float32 sums round.
 """
 
+import functools
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 
 from .hadamard import hadamard_block
-from .target import tl, triton
+from .launching import Launcher
+from .target import compiled_for, tl, triton
 from .tile_math import hadamard_signs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "queries"])
 def _rotate_kernel(
     out_ptr,
     x_ptr,
@@ -43,6 +48,26 @@ def _rotate_kernel(
     tl.store(pointers, total * (ORDER**-0.5), mask=exists[:, None] & (columns < HEAD_DIM)[None, :])
 
 
+ROWS = 16  # of a program: a product has as many at least
+
+
+def rotate_constants(head_dim: int) -> dict[str, Any]:
+    """The constants of ``_rotate_kernel``, and how it is launched."""
+    return {
+        "HEAD_DIM": head_dim,
+        "COLUMNS": max(16, triton.next_power_of_2(head_dim)),
+        "ORDER": hadamard_block(head_dim),
+        "ROWS": ROWS,
+        "num_warps": 4,
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def rotation(head_dim: int, dtype: torch.dtype, where: Hashable) -> Launcher:
+    """The launch of ``rotate`` for queries of ``dtype``; ``where``: see ``target.compiled_for``."""
+    return Launcher(_rotate_kernel, rotate_constants(head_dim))
+
+
 def rotate(query: torch.Tensor) -> torch.Tensor:
     """``hadamard(query)`` in float32.
 
@@ -54,19 +79,7 @@ def rotate(query: torch.Tensor) -> torch.Tensor:
     """
     batch, heads, queries, head_dim = query.shape
     rows = batch * heads * queries
-    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-    block = 16
-    _rotate_kernel[(triton.cdiv(rows, block),)](
-        out,
-        query,
-        rows,
-        heads,
-        queries,
-        *query.stride()[:3],
-        HEAD_DIM=head_dim,
-        COLUMNS=max(16, triton.next_power_of_2(head_dim)),
-        ORDER=hadamard_block(head_dim),
-        ROWS=block,
-        num_warps=4,
-    )
+    out = query.new_empty(query.shape, dtype=torch.float32)
+    launcher = rotation(head_dim, query.dtype, compiled_for(query))
+    launcher((-(-rows // ROWS), 1, 1), out, query, rows, heads, queries, *query.stride()[:3])
     return out

@@ -6,12 +6,9 @@ Append is one launch, attention three at most: rotate the query, ``decode``, ``c
 import torch
 
 from .append import append
-from .combine import combine
-from .decode import decode, part_width
-from .launch import launch_config, split_count
 from .pages import PagedSide
+from .plan import attention_plan
 from .rotate import rotate
-from .target import architecture, processors, triton
 
 
 def append_triton(
@@ -29,8 +26,8 @@ def append_triton(
         values,
         key_side.codec,
         value_side.codec,
-        list(key_side.planes),
-        list(value_side.planes),
+        key_side.planes,
+        value_side.planes,
         key_side.tail,
         value_side.tail,
         page_table,
@@ -53,54 +50,70 @@ def paged_attention_triton(
     sinks: torch.Tensor | None = None,
     window: int = 0,
 ) -> torch.Tensor:
-    """``ops.paged_attention``, which see."""
+    """``ops.paged_attention``, which see.
+
+    Scratch memory, float32: ``partial`` ``[batch, heads, splits + 1, rows, columns]``, the accumulator of each split
+    and of the open page, and ``state`` ``[.., rows, 2]``, its maximum (base 2) and sum.
+    """
     if query.stride(-1) != 1:
         query = query.contiguous()
     if mask is not None and mask.stride(-1) not in (0, 1):
         mask = mask.contiguous()
-    batch, query_heads, queries, key_dim = query.shape
-    heads, value_dim = values.tail.shape[1], values.head_dim
-    rows = query_heads // heads * queries
-    k, v = keys.codec.kernel, values.codec.kernel
-    assert k is not None and v is not None, "choose() lets no other codec through"
-    elements = keys.page_size * max(key_dim, value_dim)
-    bits = keys.codec.bits + values.codec.bits
-    planes = k.code_planes + v.code_planes
-    config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits, planes)
-    if mask is not None:
-        config = config.masked()
-    programs = batch * heads * triton.cdiv(rows, config.rows)
-    pages = page_table.shape[1]
-    if window:
-        pages = min(pages, triton.cdiv(window + queries - 1, keys.page_size) + 1)  # more are never seen
-    splits = split_count(config, programs, pages, processors(query.device))
-    packed_columns = v.parts * part_width(v, value_dim)
-    columns = max(packed_columns, triton.next_power_of_2(value_dim), 16)
-    partial = query.new_empty(batch, heads, splits + 1, rows, columns, dtype=torch.float32)
-    state = query.new_empty(batch, heads, splits + 1, rows, 2, dtype=torch.float32)
-    out = query.new_empty(batch, query_heads, queries, value_dim)
-    rotated = rotate(query) if keys.codec.rotated else query
-    decode(
-        partial,
-        state,
+    plan = attention_plan(query, keys, values, page_table, mask, causal, window, softcap is not None, sinks)
+    kernels, splits = plan.kernels, plan.splits
+    batch, query_heads, queries, _ = query.shape
+    key_tail, value_tail = keys.tail, values.tail
+    heads, value_dim = value_tail.shape[1], value_tail.shape[3]
+    rotated = rotate(query) if kernels.rotated else query
+    seen, *mask_strides = (lengths, 0, 0, 0, 0) if mask is None else _broadcast(mask)
+    inputs = (
         query,
         rotated,
-        k,
-        v,
-        list(keys.planes),
-        list(values.planes),
-        keys.tail,
-        values.tail,
+        kernels.keys.arguments(keys.planes, heads),
+        kernels.values.arguments(values.planes, heads),
+        key_tail,
+        value_tail,
         page_table,
         lengths,
-        mask,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        page_size=keys.page_size,
-        splits=splits,
-        config=config,
+        seen,
+        float(scale),
+        0.0 if softcap is None else float(softcap),
+        heads,
+        queries,
     )
-    combine(out, partial, state, v, values.codec.rotated, packed_columns, sinks)
+    strides = (
+        *query.stride()[:3],
+        *rotated.stride()[:3],
+        *key_tail.stride()[:3],
+        *value_tail.stride()[:3],
+        page_table.stride(0),
+        *mask_strides,
+    )
+    rows = query_heads // heads * queries
+    if not splits:
+        scratch = query.new_empty(1, dtype=torch.float32)
+        plan.settle((scratch, scratch, *inputs, 1, *strides))
+        splits = plan.splits
+    partial = query.new_empty((batch, heads, splits + 1, rows, kernels.columns), dtype=torch.float32)
+    state = query.new_empty((batch, heads, splits + 1, rows, 2), dtype=torch.float32)
+    out = query.new_empty((batch, query_heads, queries, value_dim))
+    kernels.decode((plan.programs, splits + 1, 1), partial, state, *inputs, splits, *strides)
+    kernels.combine(
+        plan.combine_grid,
+        out,
+        partial,
+        state,
+        state if sinks is None else sinks,
+        heads,
+        queries,
+        splits,
+        *out.stride()[:3],
+    )
     return out
+
+
+def _broadcast(mask: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
+    """A mask as kernels read it, and its strides, 0 where one entry stands for all."""
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    strides[3] = mask.stride(3)
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask, *strides)  # type: ignore[return-value]

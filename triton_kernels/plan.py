@@ -1,0 +1,223 @@
+"""What one call of attention has in common with all calls like it, made once and kept.
+
+AttentionKernels   by codecs, dtypes, dims, page size, kind of mask: kernels with their constants, and how many
+                   programs of the first a multiprocessor holds, which is known when it is compiled
+AttentionPlan      by the shapes of a call as well: grids and splits
+"""
+
+import dataclasses
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from .codecs import CODECS
+from .combine import MANY_ROWS, _combine_kernel, _combine_rows_kernel, combine_constants
+from .decode import _decode_kernel, decode_constants, part_width
+from .launch import LaunchConfig, launch_config, overridden, split_count
+from .launching import Launcher
+from .occupancy import multiprocessor, residents
+from .pages import PagedSide
+from .target import architecture, compiled_for, has_ptx, processors
+
+
+class AttentionKernels:
+    """The kernels of one kind of call on one device, and the layout of what the first leaves for the second.
+
+    Args:
+        names: the codecs' names, keys and values.
+        dtype: of the queries; ``device``: where they are.
+        page_size: tokens of a page; ``dims``: head_dim of keys and of values.
+        group: query heads per key/value head.
+        many: whether there are many rows to combine.
+        config: how the first is launched.
+        causal, window, softcap: as constants of ``decode``.
+        mask: 0 for none, 1 for a bool mask, 2 for one that is added; ``shared_mask`` whether all rows have one row.
+        sinks: whether there are any.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, str],
+        dtype: torch.dtype,
+        device: torch.device,
+        page_size: int,
+        dims: tuple[int, int],
+        group: int,
+        many: bool,
+        config: LaunchConfig,
+        causal: bool,
+        window: int,
+        softcap: bool,
+        mask: int,
+        shared_mask: bool,
+        sinks: bool,
+    ) -> None:
+        keys, values = CODECS[names[0]].kernel, CODECS[names[1]].kernel
+        assert keys is not None and values is not None, "choose() lets no other codec through"
+        self.keys, self.values, self.config, self.device = keys, values, config, device
+        self.rotated = CODECS[names[0]].rotated
+        ptx = has_ptx(device)
+        packed_columns = values.parts * part_width(values, dims[1])
+        self.columns = max(packed_columns, 1 << (dims[1] - 1).bit_length(), 16)
+        self.decode = Launcher(
+            _decode_kernel,
+            decode_constants(
+                keys,
+                values,
+                dtype,
+                ptx,
+                dims,
+                page_size,
+                group,
+                self.columns,
+                config,
+                causal=causal,
+                window=window,
+                softcap=softcap,
+                mask=mask,
+                shared_mask=shared_mask,
+            ),
+        )
+        rotated = CODECS[names[1]].rotated
+        self.combine = Launcher(
+            _combine_rows_kernel if many else _combine_kernel,
+            combine_constants(values, rotated, ptx, dims[1], packed_columns, self.columns, group, sinks, many),
+        )
+        self._residents = 0
+
+    def residents(self, args: tuple[Any, ...]) -> int:
+        """Programs of ``decode`` that a multiprocessor holds, where it is called with ``args``: at most those of the
+        launch table, and what shared memory and registers leave.  Compiles it."""
+        if not self._residents:
+            self._residents = self.config.residents
+            limits = multiprocessor(architecture(self.device), self.device)
+            if limits is not None and (compiled := self.decode.compile(*args)) is not None:
+                if self.device.type == "cuda":
+                    compiled.run  # noqa: B018  # loads it, and only then its registers are known
+                registers = getattr(compiled, "n_regs", None) or 255
+                held = residents(limits, compiled.metadata.shared, self.config.warps, registers)
+                self._residents = min(self._residents, held)
+        return self._residents
+
+
+class AttentionPlan:
+    """One shape of call.
+
+    Args:
+        kernels: what runs.
+        batch, heads: of the keys and values.
+        rows: rows of one head.
+        many: whether there are many rows to combine.
+        pages: pages of the longest sequence that a query may see.
+    """
+
+    def __init__(self, kernels: AttentionKernels, batch: int, heads: int, rows: int, many: bool, pages: int) -> None:
+        self.kernels, self.pages = kernels, pages
+        self.programs = batch * heads * -(-rows // kernels.config.rows)
+        self.combine_grid = (batch * heads * (-(-rows // MANY_ROWS) if many else rows), 1, 1)
+        self.splits = 0  # not known yet
+
+    def settle(self, args: tuple[Any, ...]) -> None:
+        """Choose ``splits``; ``args`` are those of the first call of ``decode``, but for them."""
+        config, device = self.kernels.config, self.kernels.device
+        if not {"splits", "residents"} & dict(overridden()).keys():
+            config = dataclasses.replace(config, residents=self.kernels.residents(args))
+        self.splits = split_count(config, self.programs, self.pages, processors(device))
+
+
+def attention_plan(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    softcap: bool,
+    sinks: torch.Tensor | None,
+) -> AttentionPlan:
+    """The plan of a call; arguments as of ``ops.paged_attention``, ``softcap`` whether there is one.
+
+    Raises:
+        ValueError: the rows of one head have 2^31 accumulated numbers or more, which 32-bit offsets do not reach.
+    """
+    tail = values.tail
+    return _attention_plan(
+        (keys.codec.name, values.codec.name),
+        query.shape,
+        query.dtype,
+        keys.tail.dtype,
+        tail.shape,
+        tail.dtype,
+        page_table.shape[1],
+        query.device,
+        compiled_for(query),
+        None if mask is None else (mask.dtype, mask.shape[1] == 1 or mask.stride(1) == 0),
+        causal,
+        window,
+        softcap,
+        None if sinks is None else sinks.dtype,
+        overridden(),
+    )
+
+
+@functools.lru_cache(maxsize=2048)
+def _attention_plan(
+    names: tuple[str, str],
+    query: torch.Size,
+    dtype: torch.dtype,
+    key_dtype: torch.dtype,
+    tail: torch.Size,
+    value_dtype: torch.dtype,
+    pages: int,
+    device: torch.device,
+    where: Hashable,
+    mask: tuple[torch.dtype, bool] | None,
+    causal: bool,
+    window: int,
+    softcap: bool,
+    sinks: torch.dtype | None,
+    overrides: Hashable,
+) -> AttentionPlan:
+    batch, query_heads, queries, key_dim = query
+    heads, page_size, value_dim = tail[1:]
+    group = query_heads // heads
+    rows, dims = group * queries, (key_dim, value_dim)
+    codecs = [CODECS[name] for name in names]
+    planes = sum(codec.kernel.code_planes for codec in codecs if codec.kernel is not None)
+    bits = sum(codec.bits for codec in codecs)
+    config = launch_config(architecture(device), dtype.itemsize, page_size * max(dims), rows, bits, planes)
+    if mask is not None:
+        config = config.masked()
+    many = rows >= 4 * MANY_ROWS
+    kind = 0 if mask is None else 1 if mask[0] == torch.bool else 2
+    kernels = _attention_kernels(
+        names,
+        dtype,
+        device,
+        page_size,
+        dims,
+        group,
+        many,
+        config,
+        causal and queries > 1,
+        window,
+        softcap,
+        kind,
+        mask is not None and mask[1] and queries == 1,
+        sinks is not None,
+        # What a launcher has to know apart: dtypes of its tensors, and what it is compiled for.
+        unlike=(key_dtype, value_dtype, where, mask and mask[0], sinks),
+    )
+    if rows * kernels.columns >= 1 << 31:
+        raise ValueError(f"{queries} queries for {group} heads are too many for one launch; pass them in chunks")
+    if window:
+        pages = min(pages, -(-(window + queries - 1) // page_size) + 1)  # more are never seen
+    return AttentionPlan(kernels, batch, heads, rows, many, pages)
+
+
+@functools.lru_cache(maxsize=512)
+def _attention_kernels(*arguments: Any, unlike: Hashable) -> AttentionKernels:
+    return AttentionKernels(*arguments)
