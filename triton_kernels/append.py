@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .codecs import CODECS
+from .codecs import likeness
 from .codecs.base import Codec
 from .codecs.jit import KernelCodec
 from .hadamard import hadamard_block
@@ -306,17 +306,18 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def _plan(
-    names: tuple[str, str],
+    key_codec: Codec,
+    value_codec: Codec,
     dims: tuple[int, int],
     dtypes: tuple[torch.dtype, ...],
     page_size: int,
     one: bool,
     where: Hashable,
 ) -> _Plan:
-    keys, values = CODECS[names[0]], CODECS[names[1]]
-    assert keys.kernel is not None and values.kernel is not None, "choose() lets no other codec through"
-    constants = append_constants(keys, values, dims, dtypes[0], page_size, one)
-    return _Plan(Launcher(_append_kernel, constants), keys.kernel, values.kernel)
+    keys, values = key_codec.kernel, value_codec.kernel
+    assert keys is not None and values is not None, "choose() lets no other codec through"
+    constants = append_constants(key_codec, value_codec, dims, dtypes[0], page_size, one)
+    return _Plan(Launcher(_append_kernel, constants), keys, values)
 
 
 def append(
@@ -346,7 +347,8 @@ def append(
     batch, heads, tokens, key_dim = keys.shape
     value_dim, page_size = values.shape[3], key_tail.shape[2]
     plan = _plan(
-        (key_codec.name, value_codec.name),
+        likeness(key_codec),
+        likeness(value_codec),
         (key_dim, value_dim),
         (keys.dtype, values.dtype, key_tail.dtype, value_tail.dtype),
         page_size,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .codecs import CODECS
+from .codecs import Codec, likeness
 from .combine import MANY_ROWS, _combine_kernel, _combine_rows_kernel, combine_constants
 from .decode import _decode_kernel, decode_constants, part_width
 from .launch import LaunchConfig, launch_config, overridden, split_count
@@ -26,7 +26,7 @@ class AttentionKernels:
     """The kernels of one kind of call on one device, and the layout of what the first leaves for the second.
 
     Args:
-        names: the codecs' names, keys and values.
+        codecs: of keys and of values.
         dtype: of the queries; ``device``: where they are.
         page_size: tokens of a page; ``dims``: head_dim of keys and of values.
         group: query heads per key/value head.
@@ -39,7 +39,7 @@ class AttentionKernels:
 
     def __init__(
         self,
-        names: tuple[str, str],
+        codecs: tuple[Codec, Codec],
         dtype: torch.dtype,
         device: torch.device,
         page_size: int,
@@ -54,10 +54,10 @@ class AttentionKernels:
         shared_mask: bool,
         sinks: bool,
     ) -> None:
-        keys, values = CODECS[names[0]].kernel, CODECS[names[1]].kernel
+        keys, values = codecs[0].kernel, codecs[1].kernel
         assert keys is not None and values is not None, "choose() lets no other codec through"
         self.keys, self.values, self.config, self.device = keys, values, config, device
-        self.rotated = CODECS[names[0]].rotated
+        self.rotated = codecs[0].rotated
         ptx = has_ptx(device)
         packed_columns = values.parts * part_width(values, dims[1])
         self.columns = max(packed_columns, 1 << (dims[1] - 1).bit_length(), 16)
@@ -80,10 +80,11 @@ class AttentionKernels:
                 shared_mask=shared_mask,
             ),
         )
-        rotated = CODECS[names[1]].rotated
         self.combine = Launcher(
             _combine_rows_kernel if many else _combine_kernel,
-            combine_constants(values, rotated, ptx, dims[1], packed_columns, self.columns, group, sinks, many),
+            combine_constants(
+                values, codecs[1].rotated, ptx, dims[1], packed_columns, self.columns, group, sinks, many
+            ),
         )
         self._residents = 0
 
@@ -145,7 +146,7 @@ def attention_plan(
     """
     tail = values.tail
     return _attention_plan(
-        (keys.codec.name, values.codec.name),
+        (likeness(keys.codec), likeness(values.codec)),
         query.shape,
         query.dtype,
         keys.tail.dtype,
@@ -165,7 +166,7 @@ def attention_plan(
 
 @functools.lru_cache(maxsize=2048)
 def _attention_plan(
-    names: tuple[str, str],
+    codecs: tuple[Codec, Codec],
     query: torch.Size,
     dtype: torch.dtype,
     key_dtype: torch.dtype,
@@ -185,7 +186,6 @@ def _attention_plan(
     heads, page_size, value_dim = tail[1:]
     group = query_heads // heads
     rows, dims = group * queries, (key_dim, value_dim)
-    codecs = [CODECS[name] for name in names]
     planes = sum(codec.kernel.code_planes for codec in codecs if codec.kernel is not None)
     bits = sum(codec.bits for codec in codecs)
     config = launch_config(architecture(device), dtype.itemsize, page_size * max(dims), rows, bits, planes)
@@ -194,7 +194,7 @@ def _attention_plan(
     many = rows >= 4 * MANY_ROWS
     kind = 0 if mask is None else 1 if mask[0] == torch.bool else 2
     kernels = _attention_kernels(
-        names,
+        codecs,
         dtype,
         device,
         page_size,
