@@ -13,13 +13,15 @@ profilers set), and wherever somebody has put another function in the place of `
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from functools import reduce
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
 
 from .target import triton
 
+_ADDRESS = torch.Tensor.data_ptr
 _INT32 = (1 << 31) - 1
 _MOST_VARIANTS = 512  # of one launcher: strides of prompts of any length must not pile up
 
@@ -114,14 +116,15 @@ def _key_of(args: Sequence[Any], plain: Sequence[bool]) -> Callable[[tuple[Any, 
     special, others = _picked([i for i in numbers if not plain[i]]), _picked([i for i in numbers if plain[i]])
 
     def key(args: tuple[Any, ...]) -> object:
-        pointers, within = [*tensors(args)], special(args)
+        pointers, within, wide = tensors(args), special(args), others(args)
         for place, count in tuples:  # tensors come first in them
             pointers += args[place][:count]
             within += args[place][count:]
-        wide = others(args)
+        # Nearly always all are aligned, so their addresses are looked at together.
+        aligned = reduce(or_, map(_ADDRESS, pointers)) & 15 == 0
         return (
-            tuple([x.data_ptr() & 15 == 0 for x in pointers]),
             within,
+            aligned or tuple([_ADDRESS(x) & 15 == 0 for x in pointers]),
             wide if max(wide, default=0) > _INT32 else None,
         )
 
