@@ -32,8 +32,9 @@ from .codecs import likeness
 from .codecs.base import Codec
 from .codecs.jit import KernelCodec
 from .hadamard import hadamard_block
-from .launching import Launcher
+from .launching import Launcher, Variant, aligned
 from .pack import byte_columns
+from .pages import PagedSide
 from .target import compiled_for, interpreting, tl, triton
 from .tile_math import hadamard_signs
 
@@ -320,6 +321,62 @@ def _plan(
     return _Plan(Launcher(_append_kernel, constants), keys, values)
 
 
+class AppendCall:
+    """A call of append to given pages: what stays from step to step is put together once.
+
+    Args:
+        keys, values: of a first call; those of later ones have its shapes, dtypes and strides.
+        key_side, value_side: the pages.
+        page_table: where they are.
+    """
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_side: PagedSide,
+        value_side: PagedSide,
+        page_table: torch.Tensor,
+    ) -> None:
+        self.values, self.page_table = value_side, page_table
+        batch, heads, tokens, key_dim = keys.shape
+        k, v, page_size = key_side, value_side, key_side.page_size
+        plan = _plan(
+            likeness(k.codec),
+            likeness(v.codec),
+            (key_dim, values.shape[3]),
+            (keys.dtype, values.dtype, k.tail.dtype, v.tail.dtype),
+            page_size,
+            tokens == 1,
+            compiled_for(keys),
+        )
+        self._launcher = plan.launcher
+        self._variant: Variant | None = None
+        slots = max(1, -(-tokens // page_size))  # held <= page_size: never more pages are completed
+        self._grid = (batch * heads, slots, 2)
+        self._planes = (plan.keys.arguments(k.planes, heads), plan.values.arguments(v.planes, heads))
+        self._tails = (k.tail, v.tail, page_table)
+        self._numbers = (
+            heads,
+            tokens,
+            *keys.stride(),
+            *values.stride(),
+            *k.tail.stride()[:3],
+            *v.tail.stride()[:3],
+            page_table.stride(0),
+        )
+
+    def __call__(
+        self, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, new_lengths: torch.Tensor
+    ) -> None:
+        """Append; arguments as of ``append``."""
+        args = (*self._planes, keys, values, *self._tails, lengths, new_lengths, *self._numbers)
+        if aligned(keys, values, lengths, new_lengths):
+            self._variant = self._launcher(self._grid, args, self._variant)
+        else:
+            self._launcher(self._grid, args)
+
+
 def append(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -344,37 +401,10 @@ def append(
         lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence before this call.
         new_lengths: int32 ``[batch, 2]``, another tensor: the same after this call; written.
     """
-    batch, heads, tokens, key_dim = keys.shape
-    value_dim, page_size = values.shape[3], key_tail.shape[2]
-    plan = _plan(
-        likeness(key_codec),
-        likeness(value_codec),
-        (key_dim, value_dim),
-        (keys.dtype, values.dtype, key_tail.dtype, value_tail.dtype),
-        page_size,
-        tokens == 1,
-        compiled_for(keys),
-    )
-    slots = max(1, -(-tokens // page_size))  # held <= page_size: never more pages are completed
-    plan.launcher(
-        (batch * heads, slots, 2),
-        plan.keys.arguments(key_planes, heads),
-        plan.values.arguments(value_planes, heads),
-        keys,
-        values,
-        key_tail,
-        value_tail,
-        page_table,
-        lengths,
-        new_lengths,
-        heads,
-        tokens,
-        *keys.stride(),
-        *values.stride(),
-        *key_tail.stride()[:3],
-        *value_tail.stride()[:3],
-        page_table.stride(0),
-    )
+    page_size = key_tail.shape[2]
+    key_side = PagedSide(key_codec, key_planes, key_tail, page_size)
+    value_side = PagedSide(value_codec, value_planes, value_tail, page_size)
+    AppendCall(keys, values, key_side, value_side, page_table)(keys, values, lengths, new_lengths)
 
 
 def _dot_dtype(model_dtype: torch.dtype) -> "tl.dtype":

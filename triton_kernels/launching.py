@@ -43,6 +43,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 _launch = launch
+# How a compiled kernel is started: the driver's function, handle and metadata, and the constants, which it passes over.
+Variant = tuple[Any, Any, Any, tuple[Any, ...]]
 
 
 class Launcher:
@@ -57,26 +59,35 @@ class Launcher:
 
     def __init__(self, kernel: Any, constants: Mapping[str, Any]) -> None:
         self.kernel, self.constants = kernel, dict(constants)
-        self._variants: dict[object, tuple[Any, ...]] = {}
+        self._variants: dict[object, Variant] = {}
         self._key: Callable[[tuple[Any, ...]], object] | None = None
 
-    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
-        """Launch with ``args`` as of ``launch``."""
-        if launch is not _launch:
+    def __call__(
+        self, grid: tuple[int, int, int], args: tuple[Any, ...], kept: Variant | None = None
+    ) -> Variant | None:
+        """Launch.
+
+        Args:
+            grid, args: as of ``launch``.
+            kept: what an earlier call returned whose integers were the same, and all whose pointers were aligned, or
+                not, like those of this one; it saves looking at them.
+
+        Returns:
+            What may be kept, or None.
+        """
+        if launch is not _launch or _watched(self.kernel):
             launch(self.kernel, grid, *args, **self.constants)
-            return
-        if self._key is None or _watched(self.kernel):
-            self._learn(launch(self.kernel, grid, *args, **self.constants), args)
-            return
-        key = self._key(args)
-        found = self._variants.get(key)
-        if found is None:
-            self._keep(key, launch(self.kernel, grid, *args, **self.constants))
-            return
-        run, function, metadata, constants = found
+            return None
+        if kept is None:
+            key = None if self._key is None else self._key(args)
+            kept = self._variants.get(key)
+            if kept is None:
+                return self._keep(launch(self.kernel, grid, *args, **self.constants), args)
+        run, function, metadata, constants = kept
         driver = triton.runtime.driver.active
         stream = driver.get_current_stream(driver.get_current_device())
         run(*grid, stream, function, metadata, None, None, None, *args, *constants)
+        return kept
 
     def compile(self, *args: Any) -> Any:
         """What Triton makes of the kernel for ``args``, not launched; None under the interpreter."""
@@ -84,27 +95,32 @@ class Launcher:
             return None
         return self.kernel.run(*args, grid=(1, 1, 1), warmup=True, **self.constants)
 
-    def _learn(self, compiled: Any, args: tuple[Any, ...]) -> None:
-        """After a first launch: whether, and by what, its compiled kernel can be found again."""
-        known = hasattr(compiled, "packed_metadata") and compiled.metadata.target.backend == "cuda"
-        if not known or self._key is not None:
-            return
-        self._key = _key_of(args, [parameter.do_not_specialize for parameter in self.kernel.params])
-        self._keep(self._key(args), compiled)
-
-    def _keep(self, key: object, compiled: Any) -> None:
+    def _keep(self, compiled: Any, args: tuple[Any, ...]) -> Variant | None:
+        """After a launch with ``args``: what it was compiled to, where it is known what that depends on."""
+        if not hasattr(compiled, "packed_metadata") or compiled.metadata.target.backend != "cuda":
+            return None
+        parameters = self.kernel.params
+        if self._key is None:
+            self._key = _key_of(args, [parameter.do_not_specialize for parameter in parameters])
         if len(self._variants) >= _MOST_VARIANTS:
             self._variants.clear()
-        names = self.kernel.arg_names[-sum(parameter.is_constexpr for parameter in self.kernel.params) :]
-        constants = tuple(self.constants[name] for name in names)
-        self._variants[key] = (compiled.run, compiled.function, compiled.packed_metadata, constants)
+        constants = tuple(self.constants[parameter.name] for parameter in parameters if parameter.is_constexpr)
+        variant = (compiled.run, compiled.function, compiled.packed_metadata, constants)
+        self._variants[self._key(args)] = variant
+        return variant
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether all begin at multiples of 16 bytes."""
+    return reduce(or_, map(_ADDRESS, tensors)) & 15 == 0
 
 
 def _watched(kernel: Any) -> bool:
     """Whether somebody wants to see launches: Triton calls them, and knows what with."""
     hooks = triton.knobs.runtime
     enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks)
+    calls = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or getattr(kernel, "pre_run_hooks", None)
+    return bool(calls)
 
 
 def _key_of(args: Sequence[Any], plain: Sequence[bool]) -> Callable[[tuple[Any, ...]], object]:
@@ -120,11 +136,9 @@ def _key_of(args: Sequence[Any], plain: Sequence[bool]) -> Callable[[tuple[Any, 
         for place, count in tuples:  # tensors come first in them
             pointers += args[place][:count]
             within += args[place][count:]
-        # Nearly always all are aligned, so their addresses are looked at together.
-        aligned = reduce(or_, map(_ADDRESS, pointers)) & 15 == 0
         return (
             within,
-            aligned or tuple([_ADDRESS(x) & 15 == 0 for x in pointers]),
+            aligned(*pointers) or tuple([_ADDRESS(x) & 15 == 0 for x in pointers]),
             wide if max(wide, default=0) > _INT32 else None,
         )
 

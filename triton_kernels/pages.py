@@ -24,6 +24,7 @@ class PagedSide(_PagedSide):
     """
 
     packed: bytes  # what the CPU kernels take, once they have asked: see ``cpu.native``
+    calls: dict[Any, Any]  # what stays from step to step, by kind of call: see ``triton_attention``
     chosen: tuple[Any, ...]  # what runs beside which values, once somebody has asked: see ``choice.choose``
 
     def __getstate__(self) -> None:

@@ -16,9 +16,10 @@ from .codecs import Codec, likeness
 from .combine import MANY_ROWS, _combine_kernel, _combine_rows_kernel, combine_constants
 from .decode import _decode_kernel, decode_constants, part_width
 from .launch import LaunchConfig, launch_config, overridden, split_count
-from .launching import Launcher
+from .launching import Launcher, Variant, aligned
 from .occupancy import multiprocessor, residents
 from .pages import PagedSide
+from .rotate import rotate
 from .target import architecture, compiled_for, has_ptx, processors
 
 
@@ -108,24 +109,125 @@ class AttentionPlan:
 
     Args:
         kernels: what runs.
-        batch, heads: of the keys and values.
-        rows: rows of one head.
+        query: shape of the queries.
+        heads: heads of the keys and values; ``value_dim`` head_dim of the values.
         many: whether there are many rows to combine.
         pages: pages of the longest sequence that a query may see.
     """
 
-    def __init__(self, kernels: AttentionKernels, batch: int, heads: int, rows: int, many: bool, pages: int) -> None:
+    def __init__(
+        self, kernels: AttentionKernels, query: torch.Size, heads: int, value_dim: int, many: bool, pages: int
+    ) -> None:
         self.kernels, self.pages = kernels, pages
+        batch, query_heads, queries, key_dim = query
+        rows = query_heads // heads * queries
+        self.counts = (heads, queries)
         self.programs = batch * heads * -(-rows // kernels.config.rows)
         self.combine_grid = (batch * heads * (-(-rows // MANY_ROWS) if many else rows), 1, 1)
-        self.splits = 0  # not known yet
+        self.out = torch.Size((batch, query_heads, queries, value_dim))
+        self.out_strides = (query_heads * queries * value_dim, queries * value_dim, value_dim)
+        self.rotated_strides = (query_heads * queries * key_dim, queries * key_dim, key_dim)
+        self._rows = (batch, heads, rows)
+        # Not known before ``settle``: splits, and the shapes of scratch memory, which is float32.
+        self.splits = 0
+        self.partial: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, columns], each split's accumulator
+        self.state: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, 2], its maximum (base 2) and sum
 
     def settle(self, args: tuple[Any, ...]) -> None:
-        """Choose ``splits``; ``args`` are those of the first call of ``decode``, but for them."""
+        """Choose the splits, for calls of ``decode`` with arguments like ``args``."""
         config, device = self.kernels.config, self.kernels.device
         if not {"splits", "residents"} & dict(overridden()).keys():
             config = dataclasses.replace(config, residents=self.kernels.residents(args))
-        self.splits = split_count(config, self.programs, self.pages, processors(device))
+        splits = split_count(config, self.programs, self.pages, processors(device))
+        batch, heads, rows = self._rows
+        self.partial = (batch, heads, splits + 1, rows, self.kernels.columns)
+        self.state = (batch, heads, splits + 1, rows, 2)
+        self.splits = splits
+
+
+class AttentionCall:
+    """A call of attention over given pages: what stays from step to step is put together once.
+
+    Args:
+        plan: of the call.
+        query: of a first call; those of later ones have its shape, dtype and strides, and so has the ``mask``.
+        keys, values: the pages.
+        page_table: where they are.
+    """
+
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        query: torch.Tensor,
+        keys: PagedSide,
+        values: PagedSide,
+        page_table: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> None:
+        self._plan, self._kernels, self.values, self.page_table = plan, plan.kernels, values, page_table
+        heads = plan.counts[0]
+        key_planes = plan.kernels.keys.arguments(keys.planes, heads)
+        value_planes = plan.kernels.values.arguments(values.planes, heads)
+        self._pages = (key_planes, value_planes, keys.tail, values.tail, page_table)
+        self._strides = (
+            *query.stride()[:3],
+            *(plan.rotated_strides if plan.kernels.rotated else query.stride()[:3]),
+            *keys.tail.stride()[:3],
+            *values.tail.stride()[:3],
+            page_table.stride(0),
+            *((0, 0, 0, 0) if mask is None else _mask_strides(mask)),
+        )
+        self._decode: Variant | None = None
+        self._combine: Variant | None = None
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The attention; arguments as of ``ops.paged_attention``."""
+        plan, kernels = self._plan, self._kernels
+        rotated = rotate(query) if kernels.rotated else query
+        seen = lengths if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        inputs = (
+            query,
+            rotated,
+            *self._pages,
+            lengths,
+            seen,
+            scale,
+            0.0 if softcap is None else softcap,
+            *plan.counts,
+        )
+        if not plan.splits:
+            scratch = query.new_empty(1, dtype=torch.float32)
+            plan.settle((scratch, scratch, *inputs, 1, *self._strides))
+        partial = query.new_empty(plan.partial, dtype=torch.float32)
+        state = query.new_empty(plan.state, dtype=torch.float32)
+        out = query.new_empty(plan.out)
+        splits = plan.splits
+        args = (partial, state, *inputs, splits, *self._strides)
+        if aligned(partial, state, query, rotated, lengths, seen):
+            self._decode = kernels.decode((plan.programs, splits + 1, 1), args, self._decode)
+        else:
+            kernels.decode((plan.programs, splits + 1, 1), args)
+        merged = (out, partial, state, state if sinks is None else sinks, *plan.counts, splits, *plan.out_strides)
+        if aligned(*merged[:4]):
+            self._combine = kernels.combine(plan.combine_grid, merged, self._combine)
+        else:
+            kernels.combine(plan.combine_grid, merged)
+        return out
+
+
+def _mask_strides(mask: torch.Tensor) -> list[int]:
+    """Strides of a mask, 0 where one entry stands for all."""
+    return [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride(), strict=False)] + [
+        mask.stride(3)
+    ]
 
 
 def attention_plan(
@@ -182,7 +284,7 @@ def _attention_plan(
     sinks: torch.dtype | None,
     overrides: Hashable,
 ) -> AttentionPlan:
-    batch, query_heads, queries, key_dim = query
+    _, query_heads, queries, key_dim = query
     heads, page_size, value_dim = tail[1:]
     group = query_heads // heads
     rows, dims = group * queries, (key_dim, value_dim)
@@ -215,7 +317,7 @@ def _attention_plan(
         raise ValueError(f"{queries} queries for {group} heads are too many for one launch; pass them in chunks")
     if window:
         pages = min(pages, -(-(window + queries - 1) // page_size) + 1)  # more are never seen
-    return AttentionPlan(kernels, batch, heads, rows, many, pages)
+    return AttentionPlan(kernels, query, heads, value_dim, many, pages)
 
 
 @functools.lru_cache(maxsize=512)

@@ -81,5 +81,5 @@ def rotate(query: torch.Tensor) -> torch.Tensor:
     rows = batch * heads * queries
     out = query.new_empty(query.shape, dtype=torch.float32)
     launcher = rotation(head_dim, query.dtype, compiled_for(query))
-    launcher((-(-rows // ROWS), 1, 1), out, query, rows, heads, queries, *query.stride()[:3])
+    launcher((-(-rows // ROWS), 1, 1), (out, query, rows, heads, queries, *query.stride()[:3]))
     return out
