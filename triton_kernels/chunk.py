@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import launching
 from .dense_pages import PackedPages, dense_pages
 from .rotate import rotate
 from .target import architecture, tl, triton
@@ -276,7 +277,9 @@ def chunk_attention(
                 causal=causal,
                 window=window,
             )
-            _chunk_kernel[(triton.cdiv(size, rows), batch * query_heads)](
+            launching.launch(
+                _chunk_kernel,
+                (triton.cdiv(size, rows), batch * query_heads),
                 written,
                 accumulators,
                 states,

@@ -12,12 +12,14 @@ and ``combine.py`` merges them, rotating packed values back once per row.  Many 
 (``chunk.py``).
 """
 
+from typing import Any
+
 import torch
 
 from .codecs.jit import KernelCodec
 from .launch import LaunchConfig
 from .ptx import program_again
-from .target import has_ptx, tl, triton
+from .target import tl, triton
 from .tile_math import online_softmax, scores_to_base2
 from .unpack import part_channels
 
@@ -373,108 +375,75 @@ def level_unit(codec: KernelCodec, ptx: bool) -> float:
     return 2.0**24 if ptx and codec.integer_codes else 1.0
 
 
-def decode(
-    partial: torch.Tensor,
-    state: torch.Tensor,
-    query: torch.Tensor,
-    rotated_query: torch.Tensor,
+def decode_constants(
     keys: KernelCodec,
     values: KernelCodec,
-    key_planes: list[torch.Tensor],
-    value_planes: list[torch.Tensor],
-    key_tail: torch.Tensor,
-    value_tail: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    ptx: bool,
+    dims: tuple[int, int],
+    page_size: int,
+    group: int,
+    columns: int,
+    config: LaunchConfig,
     *,
-    scale: float,
     causal: bool,
     window: int,
-    softcap: float | None,
-    page_size: int,
-    splits: int,
-    config: LaunchConfig,
-) -> None:
-    """Fill ``partial`` ``[batch, heads, splits + 1, rows, columns]`` and ``state`` ``[.., rows, 2]``, both float32.
+    softcap: bool,
+    mask: int,
+    shared_mask: bool,
+) -> dict[str, Any]:
+    """The constants of ``_decode_kernel``, and how it is launched.
 
     Args:
-        query: ``[batch, query_heads, queries, key_dim]``, last dimension contiguous.
-        rotated_query: the same in the keys' domain; ``query`` itself where keys are not rotated.
         keys, values: codecs as kernels see them.
-        key_planes, value_planes: planes of all pages, ``[pages, heads, ...]`` contiguous.
-        key_tail, value_tail: open pages ``[batch, heads, page_size, dim]``, last dimension contiguous.
-        page_table: int32 ``[batch, pages]``.
-        lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence, on the device.
-        mask: broadcastable to ``[batch, query_heads, queries, tokens]``; bool or additive.
-
-    Raises:
-        ValueError: the rows of one head have 2^31 accumulated numbers or more, which 32-bit offsets do not reach.
+        dtype: the model's.
+        ptx: whether it is compiled for an NVIDIA GPU.
+        dims: head_dim of keys and of values.
+        page_size: tokens of a page.
+        group: query heads per key/value head.
+        columns: width of ``partial``: ``dims[1]`` padded to a power of two, 16 at least.
+        config: how to launch.
+        causal: whether the causal rule hides anything.
+        window: tokens that a query sees; 0 for all.
+        softcap: whether there is one.
+        mask: 0 for none, 1 for a bool mask, 2 for one that is added.
+        shared_mask: whether all rows have the same row of the mask.
     """
-    batch, query_heads, queries, key_dim = query.shape
-    heads, value_dim = value_tail.shape[1], value_tail.shape[3]
-    group = query_heads // heads
-    if group * queries * partial.shape[-1] >= 1 << 31:
-        raise ValueError(f"{queries} queries for {group} heads are too many for one launch; pass them in chunks")
-    row_blocks = triton.cdiv(group * queries, config.rows)
-    strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, query_heads, queries, mask.shape[-1]).stride()
-    ptx = has_ptx(query.device) and query.dtype != torch.float32
-    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    _decode_kernel[(batch * heads * row_blocks, splits + 1)](
-        partial,
-        state,
-        query,
-        rotated_query,
-        keys.arguments(key_planes, heads),
-        values.arguments(value_planes, heads),
-        key_tail,
-        value_tail,
-        page_table,
-        lengths,
-        partial if mask is None else mask.view(torch.uint8) if kind == 1 else mask,
-        scale,
-        0.0 if softcap is None else softcap,
-        heads,
-        queries,
-        splits,
-        *query.stride()[:3],
-        *rotated_query.stride()[:3],
-        *key_tail.stride()[:3],
-        *value_tail.stride()[:3],
-        page_table.stride(0),
-        *strides,
-        K_TILE=keys.tile,
-        K_CHANNELS=keys.channels,
-        K_HAS=(keys.token_scale, keys.token_offset, keys.channel_scale, keys.channel_offset),
-        K_PARTS=keys.parts,
-        K_FIELDS=keys.fields if keys.byte_codes else 0,
+    key_dim, value_dim = dims
+    ptx = ptx and dtype != torch.float32
+    return {
+        "K_TILE": keys.tile,
+        "K_CHANNELS": keys.channels,
+        "K_HAS": (keys.token_scale, keys.token_offset, keys.channel_scale, keys.channel_offset),
+        "K_PARTS": keys.parts,
+        "K_FIELDS": keys.fields if keys.byte_codes else 0,
         # A product of tensor cores sums over 16 elements at least.
-        K_WORDS=part_width(keys, key_dim, 16),
-        K_DTYPE=level_dtype(keys, query.dtype),
-        K_UNIT=level_unit(keys, ptx),
-        V_TILE=values.tile,
-        V_CHANNELS=values.channels,
-        V_HAS=(values.token_scale, values.token_offset, values.channel_scale, values.channel_offset),
-        V_PARTS=values.parts,
-        V_FIELDS=values.fields if values.byte_codes else 0,
-        V_WORDS=part_width(values, value_dim),
-        V_DTYPE=level_dtype(values, query.dtype),
-        V_UNIT=level_unit(values, ptx),
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        KEY_COLUMNS=max(16, triton.next_power_of_2(key_dim)),
-        VALUE_COLUMNS=partial.shape[-1],
-        GROUP=group,
-        PAGE=page_size,
-        ROWS=config.rows,
-        CAUSAL=causal and queries > 1,
-        WINDOW=window,
-        SOFTCAP=softcap is not None,
-        MASK=kind,
-        SHARED_MASK=queries == 1 and strides[1] == 0,
-        PRECISION="ieee",
-        PTX=ptx,
-        STAGES=config.stages,
-        num_warps=config.warps,
-        enable_fp_fusion=True,  # later versions of Triton turn it off where nobody asks
-    )
+        "K_WORDS": part_width(keys, key_dim, 16),
+        "K_DTYPE": level_dtype(keys, dtype),
+        "K_UNIT": level_unit(keys, ptx),
+        "V_TILE": values.tile,
+        "V_CHANNELS": values.channels,
+        "V_HAS": (values.token_scale, values.token_offset, values.channel_scale, values.channel_offset),
+        "V_PARTS": values.parts,
+        "V_FIELDS": values.fields if values.byte_codes else 0,
+        "V_WORDS": part_width(values, value_dim),
+        "V_DTYPE": level_dtype(values, dtype),
+        "V_UNIT": level_unit(values, ptx),
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "KEY_COLUMNS": max(16, triton.next_power_of_2(key_dim)),
+        "VALUE_COLUMNS": columns,
+        "GROUP": group,
+        "PAGE": page_size,
+        "ROWS": config.rows,
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "SOFTCAP": softcap,
+        "MASK": mask,
+        "SHARED_MASK": shared_mask,
+        "PRECISION": "ieee",
+        "PTX": ptx,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+        "enable_fp_fusion": True,  # later versions of Triton turn it off where nobody asks
+    }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import launching
 from .codecs.jit import KernelCodec
 from .decode import level_dtype, level_unit, part_width
 from .hadamard import hadamard_block
@@ -253,7 +254,9 @@ def dense_pages(
     value_dim, page_size, dtype = values.shape[3], pages.key_tail.shape[2], keys.dtype
     ptx = has_ptx(keys.device) and dtype != torch.float32
     k, v = pages.keys, pages.values
-    _dense_pages_kernel[(batch * heads, tokens // page_size, 2)](
+    launching.launch(
+        _dense_pages_kernel,
+        (batch * heads, tokens // page_size, 2),
         keys,
         values,
         k.arguments(pages.key_planes, heads),

@@ -34,7 +34,8 @@ class LaunchConfig:
         stages: software-pipelining depth of the loop over pages.  1 copies a page and waits for it; 2 copies the next
             page at the end of the work on one, into the same buffer; 3 during that work, into a second buffer.
         masked_warps: warps where there is a mask, if that differs, else 0.
-        residents: programs that a multiprocessor holds at once; the choice of splits fills them.
+        residents: programs that a multiprocessor holds at once at most, by the registers of a thread; shared memory
+            may allow fewer (``occupancy.py``), and the choice of splits fills them.
     """
 
     rows: int = 8
@@ -126,6 +127,11 @@ def override_launch(**values: int) -> Iterator[None]:
         _override.update(before)
 
 
+def overridden() -> tuple[tuple[str, int], ...]:
+    """What ``override_launch`` replaces at present."""
+    return tuple(_override.items()) if _override else ()
+
+
 def launch_row(architecture: str, itemsize: int, elements: int, rows: int, bits: int, planes: int = 2) -> LaunchRow:
     """The table's first row that fits; arguments as in ``launch_config``."""
     for row in LAUNCH_TABLE:
@@ -157,8 +163,9 @@ def launch_config(
 def split_count(config: LaunchConfig, programs: int, pages: int, processors: int) -> int:
     """Splits of the pages, each but the last of as many pages, none of them empty.
 
-    Programs run in waves of what the device holds, and a wave takes as long as one program: the choice is the fewest
-    splits whose waves x (pages of a split + ``PROGRAM_COST``) is the least, or close to it.
+    The choice is the fewest splits that take the least time, or close to it.  A program takes as long as it has pages
+    and ``PROGRAM_COST``; the open pages have programs of their own, which come first; whoever ends makes room for the
+    next.
 
     Args:
         config: its ``residents`` is what a multiprocessor holds.
@@ -171,13 +178,18 @@ def split_count(config: LaunchConfig, programs: int, pages: int, processors: int
     return _fastest_splits(programs, max(pages, 1), processors * config.residents)
 
 
+def makespan(programs: int, splits: int, pages: int, held: int) -> int:
+    """How long ``programs`` open pages and then ``programs`` x ``splits`` splits of ``pages`` pages take where ``held``
+    run at once and whoever ends makes room for the next; in pages."""
+    waves, late = divmod(programs, held)  # of open pages; ``late`` places are free one such wave after the others
+    rounds = -(-programs * splits // held)
+    wait = waves + (programs * splits > rounds * held - late)
+    return wait * (1 + PROGRAM_COST) + rounds * (-(-pages // splits) + PROGRAM_COST)
+
+
 @functools.lru_cache(maxsize=4096)
 def _fastest_splits(programs: int, pages: int, held: int) -> int:
-    def cost(splits: int) -> int:
-        waves = -(-programs * splits // held)
-        return waves * (-(-pages // splits) + PROGRAM_COST)
-
     choices = range(1, min(pages, MAX_SPLITS) + 1)
-    enough = min(map(cost, choices)) * (1 + TOLERANCE)
-    splits = next(n for n in choices if cost(n) <= enough)
+    enough = min(makespan(programs, n, pages, held) for n in choices) * (1 + TOLERANCE)
+    splits = next(n for n in choices if makespan(programs, n, pages, held) <= enough)
     return -(-pages // -(-pages // splits))

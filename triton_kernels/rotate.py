@@ -4,14 +4,19 @@ One launch.  The rotation is a product with signs made in registers.  Queries en
 products are exact in the model's dtype and only the float32 sums round.
 """
 
+import functools
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 
 from .hadamard import hadamard_block
-from .target import tl, triton
+from .launching import Launcher
+from .target import compiled_for, tl, triton
 from .tile_math import hadamard_signs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "queries"])
 def _rotate_kernel(
     out_ptr,
     x_ptr,
@@ -48,6 +53,27 @@ def _rotate_kernel(
     tl.store(out_ptr + start[:, None] + columns[None, :], total, mask=exists[:, None] & (columns < HEAD_DIM)[None, :])
 
 
+ROWS = 16  # of a program: a product has as many at least
+
+
+def rotate_constants(head_dim: int) -> dict[str, Any]:
+    """The constants of ``_rotate_kernel``, and how it is launched."""
+    return {
+        "HEAD_DIM": head_dim,
+        "COLUMNS": max(16, triton.next_power_of_2(head_dim)),
+        "ORDER": hadamard_block(head_dim),
+        "ROWS": ROWS,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def rotation(head_dim: int, dtypes: tuple[torch.dtype, torch.dtype], where: Hashable) -> Launcher:
+    """The launch of ``rotate`` from and to ``dtypes``; ``where``: see ``target.compiled_for``."""
+    return Launcher(_rotate_kernel, rotate_constants(head_dim))
+
+
 def rotate(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """``hadamard(x)``.
 
@@ -62,21 +88,7 @@ def rotate(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     batch, heads, queries, head_dim = x.shape
     rows = batch * heads * queries
     if out is None:
-        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    block = 16
-    _rotate_kernel[(triton.cdiv(rows, block),)](
-        out,
-        x,
-        rows,
-        heads,
-        queries,
-        *x.stride()[:3],
-        *out.stride()[:3],
-        HEAD_DIM=head_dim,
-        COLUMNS=max(16, triton.next_power_of_2(head_dim)),
-        ORDER=hadamard_block(head_dim),
-        ROWS=block,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+        out = x.new_empty(x.shape, dtype=torch.float32)
+    launcher = rotation(head_dim, (x.dtype, out.dtype), compiled_for(x))
+    launcher((-(-rows // ROWS), 1, 1), (out, x, rows, heads, queries, *x.stride()[:3], *out.stride()[:3]))
     return out

@@ -152,20 +152,21 @@ class _Driver:
 def compiling_for(target: Target) -> Iterator[list[Any]]:
     """Launches inside the ``with`` block compile for ``target`` and append Triton's compiled kernel to the list."""
     import triton
-    from triton.runtime.jit import JITFunction
 
-    launch, compiled = JITFunction.run, []
+    from kvquant_hf.triton_kernels import launching
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+    original, compiled = launching.launch, []
+
+    def compile_only(kernel: Any, grid: Any, *args: Any, **constants: Any) -> Any:
+        compiled.append(kernel.run(*args, grid=grid, warmup=True, **constants))
         return compiled[-1]
 
-    JITFunction.run = run
+    launching.launch = compile_only
     triton.runtime.driver.set_active(_Driver(target))
     try:
         yield compiled
     finally:
-        JITFunction.run = launch
+        launching.launch = original
 
 
 class _Call:
