@@ -99,7 +99,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Loop:
-    """The longest loop of a disassembled kernel."""
+    """The loop over pages of a disassembled kernel."""
 
     opcodes: dict[str, int]
 
@@ -114,10 +114,15 @@ class Loop:
 
 
 def main_loop(sass: str) -> Loop:
-    """The longest loop in ``nvdisasm``'s text: what lies between a label and the last jump back to it."""
+    """The loop over pages in ``nvdisasm``'s text, what lies between a label and the last jump back to it: the one that
+    copies most into shared memory, or the longest."""
+
+    def weight(body: list[str]) -> tuple[int, int]:
+        return sum(opcode.startswith("LDGSTS") for opcode in body), len(body)
+
     labels: dict[str, int] = {}
     instructions: list[str] = []
-    longest: list[str] = []
+    main: list[str] = []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
@@ -125,9 +130,9 @@ def main_loop(sass: str) -> Loop:
             text = re.sub(r"^@!?\w+\s+", "", instruction[1])
             instructions.append(text.split()[0])
             jump = re.search(r"^BRA.*`\((\.L_x_\d+)\)", text)
-            if jump and jump[1] in labels and len(instructions) - labels[jump[1]] > len(longest):
-                longest = instructions[labels[jump[1]] :]
-    return Loop(dict(Counter(longest)))
+            if jump and jump[1] in labels:
+                main = max(main, instructions[labels[jump[1]] :], key=weight)
+    return Loop(dict(Counter(main)))
 
 
 class _Driver:
