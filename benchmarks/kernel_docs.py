@@ -22,7 +22,7 @@ import triton
 from kernels.aot import TARGETS, Built, Case, Loop, compile_cases, main_loop
 
 from kvquant_hf.triton_kernels.codecs import CODECS
-from kvquant_hf.triton_kernels.launch import launch_config, makespan, split_count
+from kvquant_hf.triton_kernels.launch import OPEN_COST, launch_config, split_count
 from kvquant_hf.triton_kernels.occupancy import MULTIPROCESSORS, residents
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -209,33 +209,30 @@ def estimates_table(loops: dict[str, Counted]) -> str:
         kernel, loop = counted.kernel, counted.loop
         splits, places = counted.splits(name)
         floor = pages * page_bytes(name) / COPY
-        issue = pages * loop.instructions * kernel.warps / (PROCESSORS * SCHEDULERS * CLOCK) / FULL
-        # One wave shares the bandwidth; each further one begins when programs of the last have ended.
-        in_pages = makespan(programs, splits, TOKENS // PAGE, places)
-        waves = -(-programs * (splits + 1) // places)
-        work = loop.instructions / (ALONE * CLOCK)
+        waves = -(-programs * splits // places)
+        in_turn = waves * (-(-(TOKENS // PAGE + OPEN_COST) // splits))
+        # A scheduler that is full gives each of its warps a share of its slots.
+        warps = places // PROCESSORS * kernel.warps / SCHEDULERS
+        work = loop.instructions / CLOCK * max(warps / FULL, 1 / ALONE)
         merged = 2 * programs * (splits + 1) * GROUP * (DIM + 2) * 4 / COPY
-        begin = 3 * LATENCY  # lengths, a page's number, the page: each load waits for the one before
-        end = work + LATENCY
+        begin = waves * 3 * LATENCY  # lengths, a page's number, the page: each load waits for the one before
+        end = waves * LATENCY
         a_row = counted.combine * 4 / SCHEDULERS * -(-programs * GROUP // PROCESSORS) / (FULL * CLOCK)
         combine = NEXT_KERNEL + 3 * LATENCY + a_row
-        total = max(floor, issue) + merged + begin + end + combine
-        a_page = floor * min(places, programs * splits) / pages
+        total = max(floor, in_turn * work) + merged + begin + end + combine
         rows.append(
             [
                 name,
-                f"{programs * (splits + 1)} in {places}",
-                str(waves),
-                f"{in_pages}",
-                f"{work * 1e6:.1f} of {a_page * 1e6:.1f}",
-                *(f"{x * 1e6:.1f}" for x in (floor, issue, merged, begin, end, combine)),
+                f"{programs * splits} in {places}",
+                str(in_turn),
+                f"{work * 1e6:.2f} of {floor / in_turn * 1e6:.2f}",
+                *(f"{x * 1e6:.1f}" for x in (floor, in_turn * work, merged, begin + end, combine)),
                 f"**{total * 1e6:.0f}**",
                 f"**{total / floor:.2f}**",
             ]
         )
-    header = ["", "programs in places", "waves", "pages in turn", "work of a page, of its time"]
-    header += ["memory", "issue", "accumulators", "begin", "end", "combine", "sum", "over memory"]
-    return table(header, rows)
+    header = ["", "programs in places", "pages in turn", "work of a page, of its time", "memory", "work"]
+    return table([*header, "accumulators", "begin and end", "combine", "sum", "over memory"], rows)
 
 
 def versions() -> str:

@@ -103,9 +103,11 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
 )
 
-MAX_SPLITS = 128
+MAX_SPLITS = 160
 # What a program costs besides its pages, in pages: reading its queries, writing and merging its accumulator.
 PROGRAM_COST = 1
+# What the open page takes, in packed pages: it is read in two parts, one after the other, each waited for.
+OPEN_COST = 2
 # What fewer splits, and so less to merge, may cost.
 TOLERANCE = 0.03
 
@@ -161,11 +163,10 @@ def launch_config(
 
 
 def split_count(config: LaunchConfig, programs: int, pages: int, processors: int) -> int:
-    """Splits of the pages, each but the last of as many pages, none of them empty.
+    """Splits of the pages, each but the last of as many pages; the last one has the open page too.
 
-    The choice is the fewest splits that take the least time, or close to it.  A program takes as long as it has pages
-    and ``PROGRAM_COST``; the open pages have programs of their own, which come first; whoever ends makes room for the
-    next.
+    Programs run in waves of what the device holds, and a wave takes as long as one program: the choice is the fewest
+    splits whose waves x (pages of a split + ``PROGRAM_COST``) is the least, or close to it.
 
     Args:
         config: its ``residents`` is what a multiprocessor holds.
@@ -175,21 +176,17 @@ def split_count(config: LaunchConfig, programs: int, pages: int, processors: int
     """
     if "splits" in _override:
         return max(1, min(_override["splits"], max(pages, 1)))
-    return _fastest_splits(programs, max(pages, 1), processors * config.residents)
-
-
-def makespan(programs: int, splits: int, pages: int, held: int) -> int:
-    """How long ``programs`` open pages and then ``programs`` x ``splits`` splits of ``pages`` pages take where ``held``
-    run at once and whoever ends makes room for the next; in pages."""
-    waves, late = divmod(programs, held)  # of open pages; ``late`` places are free one such wave after the others
-    rounds = -(-programs * splits // held)
-    wait = waves + (programs * splits > rounds * held - late)
-    return wait * (1 + PROGRAM_COST) + rounds * (-(-pages // splits) + PROGRAM_COST)
+    return _fastest_splits(programs, pages, processors * config.residents)
 
 
 @functools.lru_cache(maxsize=4096)
 def _fastest_splits(programs: int, pages: int, held: int) -> int:
-    choices = range(1, min(pages, MAX_SPLITS) + 1)
-    enough = min(makespan(programs, n, pages, held) for n in choices) * (1 + TOLERANCE)
-    splits = next(n for n in choices if makespan(programs, n, pages, held) <= enough)
-    return -(-pages // -(-pages // splits))
+    def cost(splits: int) -> int:
+        waves = -(-programs * splits // held)
+        return waves * (-(-(pages + OPEN_COST) // splits) + PROGRAM_COST)
+
+    choices = range(1, min(pages + 1, MAX_SPLITS) + 1)
+    enough = min(map(cost, choices)) * (1 + TOLERANCE)
+    splits = next(n for n in choices if cost(n) <= enough)
+    each = -(-(pages + OPEN_COST) // splits)
+    return -(-(pages + OPEN_COST) // each)

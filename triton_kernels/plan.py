@@ -209,9 +209,9 @@ class AttentionCall:
         splits = plan.splits
         args = (partial, state, *inputs, splits, *self._strides)
         if aligned(partial, state, query, rotated, lengths, seen):
-            self._decode = kernels.decode((plan.programs, splits + 1, 1), args, self._decode)
+            self._decode = kernels.decode((plan.programs, splits, 1), args, self._decode)
         else:
-            kernels.decode((plan.programs, splits + 1, 1), args)
+            kernels.decode((plan.programs, splits, 1), args)
         merged = (out, partial, state, state if sinks is None else sinks, *plan.counts, splits, *plan.out_strides)
         if aligned(*merged[:4]):
             self._combine = kernels.combine(plan.combine_grid, merged, self._combine)
