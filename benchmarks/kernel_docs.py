@@ -112,6 +112,26 @@ def shapes() -> str:
     return table(["sm_90", *columns], [[n, *(cell(cases[n, c]) for c in columns)] for n in PAIRS])
 
 
+def chunks() -> str:
+    """The kernel of many queries on every GPU, by head_dim; it reads dense tokens, whatever the pair."""
+    dims = (64, 128, 256)
+    cases = {(t, d): Case(t, *PAIRS["int4"], dtype=half(t), head_dim=d, queries=512) for t in TARGETS for d in dims}
+    cases = {(t, d): case for (t, d), case in cases.items() if "gfx" not in t}
+    built = compile_cases(list(cases.values()))
+
+    def cell(case: Case) -> str:
+        answer = built[case]
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        (kernel,) = (kernel for kernel in answer if "chunk" in kernel.name)
+        stack = f" + {kernel.spilled} B" if kernel.spilled else ""
+        return f"{kernel.warps} × {kernel.registers}{stack}, {kernel.shared / 1024:.0f} K"
+
+    targets = [t for t in TARGETS if "gfx" not in t]
+    header = ["", *(f"head_dim {d}" for d in dims)]
+    return table(header, [[f"`{t}`", *(cell(cases[t, d]) for d in dims)] for t in targets])
+
+
 def page_bytes(name: str) -> float:
     """Bytes of keys and values of one page of one head, scales included."""
     return sum(CODECS[codec].bytes_per_token(DIM, PAGE, torch.bfloat16) for codec in PAIRS[name]) * PAGE
@@ -256,6 +276,7 @@ def main() -> None:
         "versions": versions(),
         "resources": resources(),
         "shapes": shapes(),
+        "chunks": chunks(),
         "loops": loops_table(loops),
         "floors": floors_table(loops),
         "estimates": estimates_table(loops),

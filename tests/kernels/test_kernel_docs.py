@@ -57,15 +57,9 @@ def test_on_paper_the_policies_are_close_to_memory(kernel_docs: ModuleType) -> N
 
 
 def test_every_table_is_filled(kernel_docs: ModuleType) -> None:
-    assert set(re.findall(r"<!-- begin:(\w+) -->", TEXT)) == {
-        "versions",
-        "resources",
-        "shapes",
-        "loops",
-        "floors",
-        "estimates",
-    }
-    for name in ("resources", "shapes", "loops", "floors", "estimates"):
+    names = {"versions", "resources", "shapes", "loops", "floors", "estimates", "chunks"}
+    assert set(re.findall(r"<!-- begin:(\w+) -->", TEXT)) == names
+    for name in ("resources", "shapes", "loops", "floors", "estimates", "chunks"):
         assert len(section(name)) > 5
     assert "Not yet measured on a GPU" in TEXT
     assert {row[0].strip("`") for row in section("resources")[1:]} == set(kernel_docs.TARGETS)
