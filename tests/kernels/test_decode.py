@@ -10,6 +10,7 @@ dequantized keys and the probabilities instead), which is one more unit in the l
 a vector's largest element over all of them, for the codes and for the offset that they are counted from.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -208,7 +209,12 @@ def reach(codec: Codec, group: int) -> torch.Tensor:
     return ((zero - 128 * scale).abs() + 255 * scale).double().repeat_interleave(group, 0)
 
 
-def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
+def check(
+    pair: tuple[str, str],
+    case: Case,
+    device: torch.device,
+    attend: Callable[..., torch.Tensor] = paged_attention_triton,
+) -> None:
     torch.manual_seed(0)
     heads, batch = case.heads, len(case.tokens)
     query_heads = heads * case.group
@@ -232,7 +238,7 @@ def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
         for b, tokens in enumerate(case.tokens):
             read[b, : max(tokens - case.queries - case.window + 1, 0) // PAGE] = pages - 1
     with override_launch(splits=case.splits, **({"rows": case.rows} if case.rows else {})):
-        out = paged_attention_triton(
+        out = attend(
             query,
             keys,
             values,
