@@ -22,13 +22,20 @@ The rotation is a product with the Hadamard signs, made in registers, in slices 
 signs and vectors as the model made them, so products are exact in the model's dtype and only the float32 sums round.
 """
 
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
 import torch
 
+from .codecs import likeness
 from .codecs.base import Codec
 from .codecs.jit import KernelCodec
 from .hadamard import hadamard_block
+from .launching import Launcher, Variant, aligned
 from .pack import byte_columns
-from .target import interpreting, tl, triton
+from .pages import PagedSide
+from .target import compiled_for, interpreting, tl, triton
 from .tile_math import hadamard_signs
 
 
@@ -256,13 +263,127 @@ def padded_bytes(codec: KernelCodec, head_dim: int) -> int:
     return max(triton.next_power_of_2(head_dim // fields), 16 // fields)
 
 
+def append_constants(
+    key_codec: Codec, value_codec: Codec, dims: tuple[int, int], dtype: torch.dtype, page_size: int, one: bool
+) -> dict[str, Any]:
+    """The constants of ``_append_kernel``, and how it is launched.
+
+    Args:
+        key_codec, value_codec: storage formats.
+        dims: head_dim of keys and of values.
+        dtype: the model's.
+        page_size: tokens of a page.
+        one: whether there is one new token.
+    """
+    k, v = key_codec.kernel, value_codec.kernel
+    assert k is not None and v is not None, "choose() lets no other codec through"
+    return {
+        "K_ENCODE": k.encode,
+        "K_FIELDS": max(1, k.fields),
+        "K_BYTES": padded_bytes(k, dims[0]),
+        "K_ORDER": hadamard_block(dims[0]) if key_codec.rotated else 0,
+        "V_ENCODE": v.encode,
+        "V_FIELDS": max(1, v.fields),
+        "V_BYTES": padded_bytes(v, dims[1]),
+        "V_ORDER": hadamard_block(dims[1]) if value_codec.rotated else 0,
+        "KEY_DIM": dims[0],
+        "VALUE_DIM": dims[1],
+        "DOT_DTYPE": _dot_dtype(dtype),
+        "PAGE": page_size,
+        "TAIL_ROWS": 1 if one else page_size,
+        "num_warps": 8,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }
+
+
+class _Plan(NamedTuple):
+    """What calls for the same codecs, dims, dtypes and device have in common."""
+
+    launcher: Launcher
+    keys: KernelCodec
+    values: KernelCodec
+
+
+@functools.lru_cache(maxsize=512)
+def _plan(
+    key_codec: Codec,
+    value_codec: Codec,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, ...],
+    page_size: int,
+    one: bool,
+    where: Hashable,
+) -> _Plan:
+    keys, values = key_codec.kernel, value_codec.kernel
+    assert keys is not None and values is not None, "choose() lets no other codec through"
+    constants = append_constants(key_codec, value_codec, dims, dtypes[0], page_size, one)
+    return _Plan(Launcher(_append_kernel, constants), keys, values)
+
+
+class AppendCall:
+    """A call of append to given pages: what stays from step to step is put together once.
+
+    Args:
+        keys, values: of a first call; those of later ones have its shapes, dtypes and strides.
+        key_side, value_side: the pages.
+        page_table: where they are.
+    """
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_side: PagedSide,
+        value_side: PagedSide,
+        page_table: torch.Tensor,
+    ) -> None:
+        self.values, self.page_table = value_side, page_table
+        batch, heads, tokens, key_dim = keys.shape
+        k, v, page_size = key_side, value_side, key_side.page_size
+        plan = _plan(
+            likeness(k.codec),
+            likeness(v.codec),
+            (key_dim, values.shape[3]),
+            (keys.dtype, values.dtype, k.tail.dtype, v.tail.dtype),
+            page_size,
+            tokens == 1,
+            compiled_for(keys),
+        )
+        self._launcher = plan.launcher
+        self._variant: Variant | None = None
+        slots = max(1, -(-tokens // page_size))  # held <= page_size: never more pages are completed
+        self._grid = (batch * heads, slots, 2)
+        self._planes = (plan.keys.arguments(k.planes, heads), plan.values.arguments(v.planes, heads))
+        self._tails = (k.tail, v.tail, page_table)
+        self._numbers = (
+            heads,
+            tokens,
+            *keys.stride(),
+            *values.stride(),
+            *k.tail.stride()[:3],
+            *v.tail.stride()[:3],
+            page_table.stride(0),
+        )
+
+    def __call__(
+        self, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, new_lengths: torch.Tensor
+    ) -> None:
+        """Append; arguments as of ``append``."""
+        args = (*self._planes, keys, values, *self._tails, lengths, new_lengths, *self._numbers)
+        if aligned(keys, values, lengths, new_lengths):
+            self._variant = self._launcher(self._grid, args, self._variant)
+        else:
+            self._launcher(self._grid, args)
+
+
 def append(
     keys: torch.Tensor,
     values: torch.Tensor,
     key_codec: Codec,
     value_codec: Codec,
-    key_planes: list[torch.Tensor],
-    value_planes: list[torch.Tensor],
+    key_planes: Sequence[torch.Tensor],
+    value_planes: Sequence[torch.Tensor],
     key_tail: torch.Tensor,
     value_tail: torch.Tensor,
     page_table: torch.Tensor,
@@ -280,45 +401,10 @@ def append(
         lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence before this call.
         new_lengths: int32 ``[batch, 2]``, another tensor: the same after this call; written.
     """
-    batch, heads, tokens, key_dim = keys.shape
-    value_dim, page_size = values.shape[3], key_tail.shape[2]
-    k, v = key_codec.kernel, value_codec.kernel
-    assert k is not None and v is not None, "choose() lets no other codec through"
-    slots = max(1, triton.cdiv(tokens, page_size))  # held <= page_size: never more pages are completed
-    _append_kernel[(batch * heads, slots, 2)](
-        k.arguments(key_planes, heads),
-        v.arguments(value_planes, heads),
-        keys,
-        values,
-        key_tail,
-        value_tail,
-        page_table,
-        lengths,
-        new_lengths,
-        heads,
-        tokens,
-        *keys.stride(),
-        *values.stride(),
-        *key_tail.stride()[:3],
-        *value_tail.stride()[:3],
-        page_table.stride(0),
-        K_ENCODE=k.encode,
-        K_FIELDS=max(1, k.fields),
-        K_BYTES=padded_bytes(k, key_dim),
-        K_ORDER=hadamard_block(key_dim) if key_codec.rotated else 0,
-        V_ENCODE=v.encode,
-        V_FIELDS=max(1, v.fields),
-        V_BYTES=padded_bytes(v, value_dim),
-        V_ORDER=hadamard_block(value_dim) if value_codec.rotated else 0,
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        DOT_DTYPE=_dot_dtype(keys.dtype),
-        PAGE=page_size,
-        TAIL_ROWS=1 if tokens == 1 else page_size,
-        num_warps=8,
-        num_stages=1,
-        enable_fp_fusion=False,
-    )
+    page_size = key_tail.shape[2]
+    key_side = PagedSide(key_codec, key_planes, key_tail, page_size)
+    value_side = PagedSide(value_codec, value_planes, value_tail, page_size)
+    AppendCall(keys, values, key_side, value_side, page_table)(keys, values, lengths, new_lengths)
 
 
 def _dot_dtype(model_dtype: torch.dtype) -> "tl.dtype":

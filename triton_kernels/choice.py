@@ -123,7 +123,7 @@ def _obstacle(
 
 
 def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide) -> Choice:
-    """What ``impl`` means for these pages.
+    """What ``impl`` means for these pages; kept with them, because every step of every layer asks.
 
     Args:
         impl: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
@@ -133,10 +133,14 @@ def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide) ->
     Raises:
         ImplementationError: ``"triton"`` or ``"cpu"`` was asked for and cannot run; unknown ``impl``.
     """
+    kept = keys.__dict__.get("chosen")
+    if kept is not None and kept[0] is values and kept[1] is dtype and kept[2] == impl:
+        answer: Choice = kept[3]
+        return answer
     if impl not in IMPLEMENTATIONS:
         raise ImplementationError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
     tail = keys.tail
-    return _choose(
+    answer = _choose(
         impl,
         tail.device,
         dtype,
@@ -146,3 +150,5 @@ def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide) ->
         (keys.codec.name, values.codec.name),  # not the codecs, whose hash is that of all their fields
         (tail.is_cuda or impl == "triton") and interpreting(),
     )
+    keys.chosen = (values, dtype, impl, answer)
+    return answer

@@ -11,14 +11,14 @@ Chunks of queries have rows enough to fill a device otherwise: there a program s
 split after the other, and multiplies by Hadamard signs, made ``SLICE`` channels at a time for all its rows.
 """
 
-import torch
+from typing import Any
 
 from .hadamard import hadamard_block
-from .target import has_ptx, tl, triton
+from .target import tl, triton
 from .tile_math import hadamard_rotate, hadamard_signs
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["queries", "splits"])
 def _combine_kernel(
     out_ptr,
     partial_ptr,
@@ -169,44 +169,36 @@ def _combine_rows_kernel(
 MANY_ROWS = 16
 
 
-def combine(
-    out: torch.Tensor,
-    partial: torch.Tensor,
-    state: torch.Tensor,
+def combine_constants(
     rotated: bool,
-    sinks: torch.Tensor | None,
-) -> None:
-    """Write ``out`` ``[batch, query_heads, queries, value_dim]`` from what ``decode`` left.
+    ptx: bool,
+    value_dim: int,
+    columns: int,
+    group: int,
+    sinks: bool,
+    many: bool,
+) -> dict[str, Any]:
+    """The constants of ``_combine_kernel``, or with ``many`` rows of ``_combine_rows_kernel``, and how it is launched.
 
     Args:
-        partial: ``[batch, heads, splits + 1, rows, columns]`` float32, a power of two of columns.
-        state: ``[batch, heads, splits + 1, rows, 2]`` float32: maximum (base 2) and sum.
-        rotated: whether packed values are.
-        sinks: ``[query_heads]`` logits that take probability and carry no value.
+        rotated: whether the domain of the values' codec is.
+        ptx: whether it is compiled for an NVIDIA GPU.
+        value_dim: head_dim of the values.
+        columns: width of ``partial``, a power of two.
+        group: query heads per key/value head.
+        sinks: whether there are any.
     """
-    batch, query_heads, queries, value_dim = out.shape
-    heads, splits, rows = partial.shape[1], partial.shape[2] - 1, partial.shape[3]
-    many = rows >= 4 * MANY_ROWS
-    kernel = _combine_rows_kernel if many else _combine_kernel
-    blocks = triton.cdiv(rows, MANY_ROWS) if many else rows
     # Signs are exact in TF32, and accumulators in two parts of it but for the last bits.
-    precision = "tf32x3" if has_ptx(out.device) else "ieee"
-    kernel[(batch * heads * blocks,)](
-        out,
-        partial,
-        state,
-        state if sinks is None else sinks,
-        heads,
-        queries,
-        splits,
-        *out.stride()[:3],
-        VALUE_DIM=value_dim,
-        COLUMNS=partial.shape[-1],
-        GROUP=query_heads // heads,
-        SLICE=32,
-        ROTATED=rotated,
-        ORDER=hadamard_block(value_dim),
-        SINKS=sinks is not None,
-        num_warps=8 if many and not rotated else 4,
+    precision = "tf32x3" if ptx else "ieee"
+    return {
+        "VALUE_DIM": value_dim,
+        "COLUMNS": columns,
+        "GROUP": group,
+        "SLICE": 32,
+        "ROTATED": rotated,
+        "ORDER": hadamard_block(value_dim),
+        "SINKS": sinks,
+        "num_warps": 8 if many and not rotated else 4,
+        "enable_fp_fusion": True,
         **({"ROWS": MANY_ROWS, "PRECISION": precision} if many else {"BLOCK": 16}),
-    )
+    }

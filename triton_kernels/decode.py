@@ -3,78 +3,25 @@
 One program serves one key/value head of one sequence, one block of rows, and one split of the pages; the query heads of
 the group and the queries are the rows of ``tl.dot``, so every packed byte is loaded once per row block.  Scales stay
 outside of the product (``codecs/base.py``): per-channel ones multiply the query once per page, per-token ones multiply
-scores and probabilities.  The open page is one more split of the same launch, first in its grid and last in memory.
-Each split leaves
+scores and probabilities.  The program of the last split, which has fewer pages, takes the open page after them, as a
+result of its own: packed values may be in another domain.  Each split, and the open page, leaves
 
     accumulator [rows, columns] float32, maximum and sum [rows] float32 (base 2)
 
-and ``combine.py`` merges them, rotating packed values back once per row.  With one split this is flash attention over
-pages for long chunks of queries; row blocks are then larger (``launch.py``).
+and ``combine.py`` merges them, rotating packed values back once per row.  Many queries are attended to in another way
+(``chunk.py``).
 """
+
+from typing import Any
 
 import torch
 
 from .codecs.jit import KernelCodec
-from .launch import LaunchConfig
+from .launch import OPEN_COST, LaunchConfig
 from .ptx import program_again
-from .target import has_ptx, tl, triton
-from .tile_math import online_softmax
+from .target import tl, triton
+from .tile_math import online_softmax, scores_to_base2
 from .unpack import part_channels
-
-
-@triton.jit
-def _scores_to_base2(
-    scores,
-    offs_n,
-    first_token,
-    visible,
-    query_position,
-    mask_rows,
-    stride_mask_n,
-    row_exists,
-    scale,
-    softcap,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    SHARED_MASK: tl.constexpr,
-):
-    """Scale, softcap and mask raw scores ``[N, ROWS]`` of tokens ``first_token + offs_n``; base-2 logits.
-
-    ``scale`` is a number, or ``[1, ROWS]``.  ``visible`` tokens exist; all of them if it is None.  ``mask_rows``
-    ``[ROWS]`` points to each row of the mask, or to the one row of a SHARED_MASK.
-    """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (e^2x + 1), which saturates at both ends.
-        doubled = tl.exp2(scores * (scale * 2.0 * LOG2E / softcap))
-        logits = (softcap * LOG2E) * (1.0 - 2.0 / (doubled + 1.0))
-    else:
-        logits = scores * (scale * LOG2E)
-    token = first_token + offs_n
-    if visible is not None:
-        logits = tl.where((offs_n < visible)[:, None], logits, float("-inf"))
-    if CAUSAL:
-        logits = tl.where(token[:, None] <= query_position[None, :], logits, float("-inf"))
-    if WINDOW > 0:
-        logits = tl.where(token[:, None] > query_position[None, :] - WINDOW, logits, float("-inf"))
-    if MASK != 0:
-        if SHARED_MASK:
-            exists = (offs_n < visible) if visible is not None else (offs_n >= 0)
-            entry = tl.load(mask_rows + token * stride_mask_n, mask=exists, other=0)[:, None]  # [N, 1]
-        else:
-            pointers = mask_rows[None, :] + (token * stride_mask_n)[:, None]
-            seen = row_exists[None, :]
-            if visible is not None:
-                seen = seen & (offs_n < visible)[:, None]
-            entry = tl.load(pointers, mask=seen, other=0)  # [N, ROWS]
-        if MASK == 1:
-            # A limit instead of a selection: predicates and the tile they select from crowd the registers of a warp.
-            logits = tl.minimum(logits, tl.where(entry != 0, float("inf"), float("-inf")))
-        else:
-            logits = logits + entry.to(tl.float32) * LOG2E
-    return logits
 
 
 @triton.jit
@@ -184,8 +131,9 @@ def _decode_kernel(
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     STAGES: tl.constexpr,
+    OPEN_COST: tl.constexpr,
 ):
-    """Grid: (batch * heads * row blocks, splits + 1).
+    """Grid: (batch * heads * row blocks, splits).
 
     ``*_HAS`` = (token_scale, token_offset, channel_scale, channel_offset), each a flag; ``*_UNIT`` is what levels are
     to be multiplied by; KEY_COLUMNS and VALUE_COLUMNS are padded widths of the open page.  Tiles have tokens or
@@ -197,7 +145,7 @@ def _decode_kernel(
     NORMALIZE: tl.constexpr = K_FIELDS > 0 and K_DTYPE == tl.float16
     TAIL: tl.constexpr = PAGE if PAGE < 32 else 32
     program = tl.program_id(0)
-    split = tl.program_id(1) - 1  # the open page first: it waits for nothing, and no wave waits for it
+    split = splits - 1 - tl.program_id(1)  # the last one, which has the open page too, begins first
     row_blocks = tl.cdiv(GROUP * queries, ROWS)
     row_block = program % row_blocks
     head = (program // row_blocks) % heads
@@ -219,156 +167,167 @@ def _decode_kernel(
         mask_rows = mask_rows + query_head.to(tl.int64) * stride_mask_h
         mask_rows = mask_rows + query_index.to(tl.int64) * stride_mask_q  # [ROWS]
 
-    if split >= 0:
-        q = ()
-        q_sum = tl.zeros([ROWS], tl.float32)
-        row_largest = tl.zeros([ROWS], tl.float32)
-        accumulator = ()
-        for part in tl.static_range(K_PARTS):
-            channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
-            q_pointers = (
-                rotated_query_ptr
-                + batch.to(tl.int64) * stride_rotated_b
-                + query_head.to(tl.int64)[None, :] * stride_rotated_h
-            )
-            q_pointers = q_pointers + query_index.to(tl.int64)[None, :] * stride_rotated_q + channel[:, None]
-            q_part = tl.load(q_pointers, mask=mask_k[:, None] & row_exists[None, :], other=0.0)  # [K_WORDS, ROWS]
-            q = q + (q_part.to(tl.float32),)
-            q_sum += tl.sum(q[part], 0)
-            if NORMALIZE:
-                row_largest = tl.maximum(row_largest, tl.max(tl.abs(q[part]), 0))
-        row_scale = scale
+    q = ()
+    q_sum = tl.zeros([ROWS], tl.float32)
+    row_largest = tl.zeros([ROWS], tl.float32)
+    accumulator = ()
+    for part in tl.static_range(K_PARTS):
+        channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
+        q_pointers = (
+            rotated_query_ptr
+            + batch.to(tl.int64) * stride_rotated_b
+            + query_head.to(tl.int64)[None, :] * stride_rotated_h
+        )
+        q_pointers = q_pointers + query_index.to(tl.int64)[None, :] * stride_rotated_q + channel[:, None]
+        q_part = tl.load(q_pointers, mask=mask_k[:, None] & row_exists[None, :], other=0.0)  # [K_WORDS, ROWS]
+        q = q + (q_part.to(tl.float32),)
+        q_sum += tl.sum(q[part], 0)
         if NORMALIZE:
-            # fp16 ends at 65504, which a query, or its product with a channel's scale, may pass: the power of two above
-            # the largest number of a row stays outside.  Subnormal numbers of a row lose what is below 2^-24 of that one.
-            exponent = tl.minimum(row_largest.to(tl.int32, bitcast=True) >> 23, 252)
-            normalizer = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
-            normalized = ()
+            row_largest = tl.maximum(row_largest, tl.max(tl.abs(q[part]), 0))
+    row_scale = scale
+    if NORMALIZE:
+        # fp16 ends at 65504, which a query, or its product with a channel's scale, may pass: the power of two above
+        # the largest number of a row stays outside.  Subnormal numbers lose what is below 2^-24 of that one.
+        exponent = tl.minimum(row_largest.to(tl.int32, bitcast=True) >> 23, 252)
+        normalizer = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+        normalized = ()
+        for part in tl.static_range(K_PARTS):
+            normalized = normalized + ((q[part] * normalizer[None, :]).to(rotated_query_ptr.dtype.element_ty),)
+        q = normalized
+        q_sum = q_sum * normalizer
+        row_scale = scale * ((exponent + 1) << 23).to(tl.float32, bitcast=True)[None, :]
+    for _ in tl.static_range(V_PARTS):
+        accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
+    table_ptr += batch.to(tl.int64) * stride_table_b
+
+    first_page, end_page = _seen_pages(row_block, queries, sealed, tail, GROUP, ROWS, PAGE, CAUSAL, WINDOW)
+    # The open page counts for a few packed ones in the share of the last split.
+    per_split = tl.cdiv(tl.maximum(end_page - first_page, 0) + OPEN_COST, splits)
+    first_page += split * per_split
+    end_page = tl.minimum(first_page + per_split, end_page)
+    # The page after this one is looked up by hand: were its number loaded in the loop that copies it, the compiler
+    # would load numbers ahead and no pages.
+    page_id = tl.load(table_ptr + first_page, mask=first_page < end_page, other=0)
+    for page_index in tl.range(first_page, end_page, num_stages=STAGES):
+        page_head = page_id.to(tl.int64) * heads + head
+        page_id = tl.load(table_ptr + tl.minimum(page_index + 1, end_page - 1))
+
+        if SCALE_FIRST:
+            channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+            operands = ()
             for part in tl.static_range(K_PARTS):
-                normalized = normalized + ((q[part] * normalizer[None, :]).to(rotated_query_ptr.dtype.element_ty),)
-            q = normalized
-            q_sum = q_sum * normalizer
-            row_scale = scale * ((exponent + 1) << 23).to(tl.float32, bitcast=True)[None, :]
-        for _ in tl.static_range(V_PARTS):
-            accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
-        table_ptr += batch.to(tl.int64) * stride_table_b
-
-        first_page, end_page = _seen_pages(row_block, queries, sealed, tail, GROUP, ROWS, PAGE, CAUSAL, WINDOW)
-        per_split = tl.cdiv(tl.maximum(end_page - first_page, 0), splits)
-        first_page += split * per_split
-        end_page = tl.minimum(first_page + per_split, end_page)
-        # The page after this one is looked up by hand: were its number loaded in the loop that copies it, the compiler
-        # would load numbers ahead and no pages.
-        page_id = tl.load(table_ptr + first_page, mask=first_page < end_page, other=0)
-        for page_index in tl.range(first_page, end_page, num_stages=STAGES):
-            page_head = page_id.to(tl.int64) * heads + head
-            page_id = tl.load(table_ptr + tl.minimum(page_index + 1, end_page - 1))
-
+                operands = operands + ((q[part] * channel_scale[part][:, None]).to(K_DTYPE),)
+        levels, token_scale, token_offset = K_TILE(
+            k_planes, page_head, offs_n, KEY_DIM, PAGE, K_FIELDS, K_WORDS, K_DTYPE, False, PTX
+        )
+        if not SCALE_FIRST:
+            channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+        scores = tl.zeros([PAGE, ROWS], tl.float32)
+        for part in tl.static_range(K_PARTS):
             if SCALE_FIRST:
-                channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
-                operands = ()
-                for part in tl.static_range(K_PARTS):
-                    operands = operands + ((q[part] * channel_scale[part][:, None]).to(K_DTYPE),)
-            levels, token_scale, token_offset = K_TILE(
-                k_planes, page_head, offs_n, KEY_DIM, PAGE, K_FIELDS, K_WORDS, K_DTYPE, False, PTX
-            )
-            if not SCALE_FIRST:
-                channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
-            scores = tl.zeros([PAGE, ROWS], tl.float32)
-            for part in tl.static_range(K_PARTS):
-                if SCALE_FIRST:
-                    scaled = operands[part]
-                elif K_HAS[2]:
-                    scaled = (q[part] * channel_scale[part][:, None]).to(K_DTYPE)
-                else:
-                    scaled = q[part].to(K_DTYPE)
-                scores = tl.dot(levels[part], scaled, scores, input_precision=PRECISION)  # [PAGE, ROWS]
-            if K_HAS[0]:
-                scores = scores * (token_scale * K_UNIT)[:, None]
-            elif K_UNIT != 1.0:
-                scores = scores * K_UNIT
-            if K_HAS[1]:
-                scores = scores + q_sum[None, :] * token_offset[:, None]
-            if K_HAS[3]:
-                shift = q[0] * channel_offset[0][:, None]
-                for part in tl.static_range(1, K_PARTS):
-                    shift += q[part] * channel_offset[part][:, None]
-                scores = scores + tl.sum(shift, 0)[None, :]
-
-            logits = _scores_to_base2(
-                scores,
-                offs_n,
-                page_index * PAGE,
-                None,
-                query_position,
-                mask_rows,
-                stride_mask_n,
-                row_exists,
-                row_scale,
-                softcap,
-                CAUSAL,
-                WINDOW,
-                SOFTCAP,
-                MASK,
-                SHARED_MASK,
-            )
-            weights, decay, running_max, running_sum = online_softmax(logits, running_max, running_sum)
-
-            levels, token_scale, token_offset = V_TILE(
-                v_planes, page_head, offs_n, VALUE_DIM, PAGE, V_FIELDS, V_WORDS, V_DTYPE, True, PTX
-            )
-            channel_scale, channel_offset = V_CHANNELS(v_planes, page_head, VALUE_DIM, V_FIELDS, V_WORDS)
-            if V_HAS[0]:
-                # Token scales reach into the subnormals of fp16; the page's largest is kept out of the product.
-                largest = tl.maximum(tl.max(tl.abs(token_scale), 0), 1e-30)
-                scaled = weights * (token_scale * (1.0 / largest))[:, None]
-                unit = largest * V_UNIT
+                scaled = operands[part]
+            elif K_HAS[2]:
+                scaled = (q[part] * channel_scale[part][:, None]).to(K_DTYPE)
             else:
-                scaled = weights
-                unit = V_UNIT
-            scaled = scaled.to(V_DTYPE)
-            total_offset = tl.zeros([ROWS], tl.float32)
-            if V_HAS[1]:
-                total_offset = tl.sum(weights * token_offset[:, None], 0)
-            if V_HAS[3]:
-                total = tl.sum(weights, 0)
-            added = ()
-            for part in tl.static_range(V_PARTS):
-                product = tl.dot(levels[part], scaled, input_precision=PRECISION)  # [V_WORDS, ROWS]
-                if V_HAS[2]:
-                    product = product * channel_scale[part][:, None]
-                if V_HAS[0] or V_UNIT != 1.0:
-                    product = product * unit
-                if V_HAS[1]:
-                    product = product + total_offset[None, :]
-                if V_HAS[3]:
-                    product = product + total[None, :] * channel_offset[part][:, None]
-                added = added + (accumulator[part] * decay[None, :] + product,)
-            accumulator = added
+                scaled = q[part].to(K_DTYPE)
+            scores = tl.dot(levels[part], scaled, scores, input_precision=PRECISION)  # [PAGE, ROWS]
+        if K_HAS[0]:
+            scores = scores * (token_scale * K_UNIT)[:, None]
+        elif K_UNIT != 1.0:
+            scores = scores * K_UNIT
+        if K_HAS[1]:
+            scores = scores + q_sum[None, :] * token_offset[:, None]
+        if K_HAS[3]:
+            shift = q[0] * channel_offset[0][:, None]
+            for part in tl.static_range(1, K_PARTS):
+                shift += q[part] * channel_offset[part][:, None]
+            scores = scores + tl.sum(shift, 0)[None, :]
 
-        if PTX and STAGES > 1 and K_FIELDS > 0:  # unpacking a page while the next one is copied takes all registers
-            again = program_again(0)
-            split = program_again(1) - 1
-            row = again % row_blocks * ROWS + tl.arange(0, ROWS)
-            row_exists = row < GROUP * queries
-            head = (again // row_blocks) % heads
-            batch = again // row_blocks // heads
-        first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
+        logits = scores_to_base2(
+            scores,
+            offs_n,
+            page_index * PAGE,
+            None,
+            query_position,
+            mask_rows,
+            stride_mask_n,
+            row_exists,
+            row_scale,
+            softcap,
+            CAUSAL,
+            WINDOW,
+            SOFTCAP,
+            MASK,
+            SHARED_MASK,
+        )
+        weights, decay, running_max, running_sum = online_softmax(logits, running_max, running_sum)
+
+        levels, token_scale, token_offset = V_TILE(
+            v_planes, page_head, offs_n, VALUE_DIM, PAGE, V_FIELDS, V_WORDS, V_DTYPE, True, PTX
+        )
+        channel_scale, channel_offset = V_CHANNELS(v_planes, page_head, VALUE_DIM, V_FIELDS, V_WORDS)
+        if V_HAS[0]:
+            # Token scales reach into the subnormals of fp16; the page's largest is kept out of the product.
+            largest = tl.maximum(tl.max(tl.abs(token_scale), 0), 1e-30)
+            scaled = weights * (token_scale * (1.0 / largest))[:, None]
+            unit = largest * V_UNIT
+        else:
+            scaled = weights
+            unit = V_UNIT
+        scaled = scaled.to(V_DTYPE)
+        total_offset = tl.zeros([ROWS], tl.float32)
+        if V_HAS[1]:
+            total_offset = tl.sum(weights * token_offset[:, None], 0)
+        if V_HAS[3]:
+            total = tl.sum(weights, 0)
+        added = ()
         for part in tl.static_range(V_PARTS):
-            channel, mask_v = part_channels(part, VALUE_DIM, V_FIELDS, V_WORDS)
-            out_pointers = partial_ptr + first_row * VALUE_COLUMNS + row[None, :] * VALUE_COLUMNS + channel[:, None]
-            tl.store(out_pointers, accumulator[part], mask=mask_v[:, None] & row_exists[None, :])  # [V_WORDS, ROWS]
-        _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
-    else:
+            product = tl.dot(levels[part], scaled, input_precision=PRECISION)  # [V_WORDS, ROWS]
+            if V_HAS[2]:
+                product = product * channel_scale[part][:, None]
+            if V_HAS[0] or V_UNIT != 1.0:
+                product = product * unit
+            if V_HAS[1]:
+                product = product + total_offset[None, :]
+            if V_HAS[3]:
+                product = product + total[None, :] * channel_offset[part][:, None]
+            added = added + (accumulator[part] * decay[None, :] + product,)
+        accumulator = added
+
+    if PTX and STAGES > 1 and K_FIELDS > 0:  # unpacking a page while the next one is copied takes all registers
+        again = program_again(0)
+        split = splits - 1 - program_again(1)
+        row = again % row_blocks * ROWS + tl.arange(0, ROWS)
+        row_exists = row < GROUP * queries
+        head = (again // row_blocks) % heads
+        batch = again // row_blocks // heads
+    first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
+    for part in tl.static_range(V_PARTS):
+        channel, mask_v = part_channels(part, VALUE_DIM, V_FIELDS, V_WORDS)
+        out_pointers = partial_ptr + first_row * VALUE_COLUMNS + row[None, :] * VALUE_COLUMNS + channel[:, None]
+        tl.store(out_pointers, accumulator[part], mask=mask_v[:, None] & row_exists[None, :])  # [V_WORDS, ROWS]
+    _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
+    if split == splits - 1:
         # A part at a time, so that it is the loop over packed pages that decides how much shared memory a program has.
+        query_index = row % queries
+        query_head = head * GROUP + row // queries
+        sealed = tl.load(lengths_ptr + batch * 2)
+        tail = tl.load(lengths_ptr + batch * 2 + 1)
+        query_position = sealed * PAGE + tail - queries + query_index
+        mask_rows = mask_ptr + batch.to(tl.int64) * stride_mask_b
+        if not SHARED_MASK:
+            mask_rows = mask_rows + query_head.to(tl.int64) * stride_mask_h
+            mask_rows = mask_rows + query_index.to(tl.int64) * stride_mask_q  # [ROWS]
+        running_max = tl.full([ROWS], float("-inf"), tl.float32)
+        running_sum = tl.zeros([ROWS], tl.float32)
         offs_k = tl.arange(0, KEY_COLUMNS)
         offs_v = tl.arange(0, VALUE_COLUMNS)
         offs_t = tl.arange(0, TAIL)
-        tail_pointers = query_ptr + batch.to(tl.int64) * stride_query_b
-        tail_pointers = tail_pointers + query_head.to(tl.int64)[None, :] * stride_query_h
-        tail_pointers = tail_pointers + query_index.to(tl.int64)[None, :] * stride_query_q + offs_k[:, None]
+        query_pointers = query_ptr + batch.to(tl.int64) * stride_query_b
+        query_pointers = query_pointers + query_head.to(tl.int64)[None, :] * stride_query_h
+        query_pointers = query_pointers + query_index.to(tl.int64)[None, :] * stride_query_q + offs_k[:, None]
         q_mask = (offs_k < KEY_DIM)[:, None] & row_exists[None, :]
-        query = tl.load(tail_pointers, mask=q_mask, other=0.0)  # [KEY_COLUMNS, ROWS]
+        query = tl.load(query_pointers, mask=q_mask, other=0.0)  # [KEY_COLUMNS, ROWS]
         k_tail_ptr += batch.to(tl.int64) * stride_k_tail_b + head * stride_k_tail_h
         v_tail_ptr += batch.to(tl.int64) * stride_v_tail_b + head * stride_v_tail_h
         gathered = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
@@ -376,7 +335,7 @@ def _decode_kernel(
             held = start + offs_t < tail
             k_pointers = k_tail_ptr + (start + offs_t)[:, None] * stride_k_tail_n + offs_k[None, :]
             k = tl.load(k_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)
-            tail_logits = _scores_to_base2(
+            tail_logits = scores_to_base2(
                 tl.dot(k, query.to(k.dtype), input_precision=PRECISION),  # [TAIL, ROWS]
                 offs_t,
                 sealed * PAGE + start,
@@ -428,107 +387,76 @@ def level_unit(codec: KernelCodec, ptx: bool) -> float:
     return 2.0**24 if ptx and codec.integer_codes else 1.0
 
 
-def decode(
-    partial: torch.Tensor,
-    state: torch.Tensor,
-    query: torch.Tensor,
-    rotated_query: torch.Tensor,
+def decode_constants(
     keys: KernelCodec,
     values: KernelCodec,
-    key_planes: list[torch.Tensor],
-    value_planes: list[torch.Tensor],
-    key_tail: torch.Tensor,
-    value_tail: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    ptx: bool,
+    dims: tuple[int, int],
+    page_size: int,
+    group: int,
+    columns: int,
+    config: LaunchConfig,
     *,
-    scale: float,
     causal: bool,
     window: int,
-    softcap: float | None,
-    page_size: int,
-    splits: int,
-    config: LaunchConfig,
-) -> None:
-    """Fill ``partial`` ``[batch, heads, splits + 1, rows, columns]`` and ``state`` ``[.., rows, 2]``, both float32.
+    softcap: bool,
+    mask: int,
+    shared_mask: bool,
+) -> dict[str, Any]:
+    """The constants of ``_decode_kernel``, and how it is launched.
 
     Args:
-        query: ``[batch, query_heads, queries, key_dim]``, last dimension contiguous.
-        rotated_query: the same in the keys' domain; ``query`` itself where keys are not rotated.
         keys, values: codecs as kernels see them.
-        key_planes, value_planes: planes of all pages, ``[pages, heads, ...]`` contiguous.
-        key_tail, value_tail: open pages ``[batch, heads, page_size, dim]``, last dimension contiguous.
-        page_table: int32 ``[batch, pages]``.
-        lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence, on the device.
-        mask: broadcastable to ``[batch, query_heads, queries, tokens]``; bool or additive.
-
-    Raises:
-        ValueError: the rows of one head have 2^31 accumulated numbers or more, which 32-bit offsets do not reach.
+        dtype: the model's.
+        ptx: whether it is compiled for an NVIDIA GPU.
+        dims: head_dim of keys and of values.
+        page_size: tokens of a page.
+        group: query heads per key/value head.
+        columns: width of ``partial``: ``dims[1]`` padded to a power of two, 16 at least.
+        config: how to launch.
+        causal: whether the causal rule hides anything.
+        window: tokens that a query sees; 0 for all.
+        softcap: whether there is one.
+        mask: 0 for none, 1 for a bool mask, 2 for one that is added.
+        shared_mask: whether all rows have the same row of the mask.
     """
-    batch, query_heads, queries, key_dim = query.shape
-    heads, value_dim = value_tail.shape[1], value_tail.shape[3]
-    group = query_heads // heads
-    if group * queries * partial.shape[-1] >= 1 << 31:
-        raise ValueError(f"{queries} queries for {group} heads are too many for one launch; pass them in chunks")
-    row_blocks = triton.cdiv(group * queries, config.rows)
-    strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, query_heads, queries, mask.shape[-1]).stride()
-    ptx = has_ptx(query.device) and query.dtype != torch.float32
-    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    _decode_kernel[(batch * heads * row_blocks, splits + 1)](
-        partial,
-        state,
-        query,
-        rotated_query,
-        keys.arguments(key_planes, heads),
-        values.arguments(value_planes, heads),
-        key_tail,
-        value_tail,
-        page_table,
-        lengths,
-        partial if mask is None else mask.view(torch.uint8) if kind == 1 else mask,
-        scale,
-        0.0 if softcap is None else softcap,
-        heads,
-        queries,
-        splits,
-        *query.stride()[:3],
-        *rotated_query.stride()[:3],
-        *key_tail.stride()[:3],
-        *value_tail.stride()[:3],
-        page_table.stride(0),
-        *strides,
-        K_TILE=keys.tile,
-        K_CHANNELS=keys.channels,
-        K_HAS=(keys.token_scale, keys.token_offset, keys.channel_scale, keys.channel_offset),
-        K_PARTS=keys.parts,
-        K_FIELDS=keys.fields if keys.byte_codes else 0,
+    key_dim, value_dim = dims
+    ptx = ptx and dtype != torch.float32
+    return {
+        "K_TILE": keys.tile,
+        "K_CHANNELS": keys.channels,
+        "K_HAS": (keys.token_scale, keys.token_offset, keys.channel_scale, keys.channel_offset),
+        "K_PARTS": keys.parts,
+        "K_FIELDS": keys.fields if keys.byte_codes else 0,
         # A product of tensor cores sums over 16 elements at least.
-        K_WORDS=part_width(keys, key_dim, 16),
-        K_DTYPE=level_dtype(keys, query.dtype),
-        K_UNIT=level_unit(keys, ptx),
-        V_TILE=values.tile,
-        V_CHANNELS=values.channels,
-        V_HAS=(values.token_scale, values.token_offset, values.channel_scale, values.channel_offset),
-        V_PARTS=values.parts,
-        V_FIELDS=values.fields if values.byte_codes else 0,
-        V_WORDS=part_width(values, value_dim),
-        V_DTYPE=level_dtype(values, query.dtype),
-        V_UNIT=level_unit(values, ptx),
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        KEY_COLUMNS=max(16, triton.next_power_of_2(key_dim)),
-        VALUE_COLUMNS=partial.shape[-1],
-        GROUP=group,
-        PAGE=page_size,
-        ROWS=config.rows,
-        CAUSAL=causal and queries > 1,
-        WINDOW=window,
-        SOFTCAP=softcap is not None,
-        MASK=kind,
-        SHARED_MASK=queries == 1 and strides[1] == 0,
-        PRECISION="ieee",
-        PTX=ptx,
-        STAGES=config.depth(page_size),
-        num_warps=config.warps,
-    )
+        "K_WORDS": part_width(keys, key_dim, 16),
+        "K_DTYPE": level_dtype(keys, dtype),
+        "K_UNIT": level_unit(keys, ptx),
+        "V_TILE": values.tile,
+        "V_CHANNELS": values.channels,
+        "V_HAS": (values.token_scale, values.token_offset, values.channel_scale, values.channel_offset),
+        "V_PARTS": values.parts,
+        "V_FIELDS": values.fields if values.byte_codes else 0,
+        "V_WORDS": part_width(values, value_dim),
+        "V_DTYPE": level_dtype(values, dtype),
+        "V_UNIT": level_unit(values, ptx),
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "KEY_COLUMNS": max(16, triton.next_power_of_2(key_dim)),
+        "VALUE_COLUMNS": columns,
+        "GROUP": group,
+        "PAGE": page_size,
+        "ROWS": config.rows,
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "SOFTCAP": softcap,
+        "MASK": mask,
+        "SHARED_MASK": shared_mask,
+        "PRECISION": "ieee",
+        "PTX": ptx,
+        "STAGES": config.stages,
+        "OPEN_COST": OPEN_COST,
+        "num_warps": config.warps,
+        "enable_fp_fusion": True,  # later versions of Triton turn it off where nobody asks
+    }

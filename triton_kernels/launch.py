@@ -31,18 +31,17 @@ class LaunchConfig:
     Args:
         rows: rows (query heads of a group times queries) of one program; a power of two.
         warps: warps of one program.
-        stages: software-pipelining depth of the loop over pages.  1 copies a page and waits for it; 2 copies the next page
-            at the end of the work on one, into the same buffer; 3 during that work, into a second buffer.
-        long_stages: the same for pages of more than 64 tokens where it differs, else 0.
+        stages: software-pipelining depth of the loop over pages.  1 copies a page and waits for it; 2 copies the next
+            page at the end of the work on one, into the same buffer; 3 during that work, into a second buffer.
         masked_warps: warps where there is a mask, if that differs, else 0.
-        residents: programs that a multiprocessor holds at once; the choice of splits fills them.
+        residents: programs that a multiprocessor holds at once at most, by the registers of a thread; shared memory
+            may allow fewer (``occupancy.py``), and the choice of splits fills them.
     """
 
     rows: int = 8
     warps: int = 1
     stages: int = 3
     residents: int = 8
-    long_stages: int = 0
     masked_warps: int = 0
 
     def masked(self) -> "LaunchConfig":
@@ -51,10 +50,6 @@ class LaunchConfig:
             return self
         residents = max(1, self.residents * self.warps // self.masked_warps)
         return dataclasses.replace(self, warps=self.masked_warps, residents=residents)
-
-    def depth(self, page_size: int) -> int:
-        """Pipelining depth for pages of ``page_size`` tokens."""
-        return self.long_stages if self.long_stages and page_size > 64 else self.stages
 
 
 @dataclass(frozen=True)
@@ -92,11 +87,10 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 256, 9, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     LaunchRow("sm_1", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
-    # Without the prefetch on some: with it, look-up tables and a page ahead do not fit in their registers together.  A
-    # narrower head, or a long page of one, is the other way round.
+    # Look-up tables and a page ahead do not fit in the registers of two warps together on some.
     LaunchRow("", 0, 64 * 192, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
-    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=3)),
-    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=3)),
+    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
+    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     LaunchRow("", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
     LaunchRow("", 0, 64 * 256, 9, 16, 2, LaunchConfig(rows=16, warps=4, stages=3, residents=2)),
     LaunchRow("", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
@@ -109,9 +103,11 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
 )
 
-MAX_SPLITS = 128
+MAX_SPLITS = 160
 # What a program costs besides its pages, in pages: reading its queries, writing and merging its accumulator.
 PROGRAM_COST = 1
+# What the open page takes, in packed pages: it is read in two parts, one after the other, each waited for.
+OPEN_COST = 2
 # What fewer splits, and so less to merge, may cost.
 TOLERANCE = 0.03
 
@@ -131,6 +127,11 @@ def override_launch(**values: int) -> Iterator[None]:
     finally:
         _override.clear()
         _override.update(before)
+
+
+def overridden() -> tuple[tuple[str, int], ...]:
+    """What ``override_launch`` replaces at present."""
+    return tuple(_override.items()) if _override else ()
 
 
 def launch_row(architecture: str, itemsize: int, elements: int, rows: int, bits: int, planes: int = 2) -> LaunchRow:
@@ -162,7 +163,7 @@ def launch_config(
 
 
 def split_count(config: LaunchConfig, programs: int, pages: int, processors: int) -> int:
-    """Splits of the pages, each but the last of as many pages, none of them empty.
+    """Splits of the pages, each but the last of as many pages; the last one has the open page too.
 
     Programs run in waves of what the device holds, and a wave takes as long as one program: the choice is the fewest
     splits whose waves x (pages of a split + ``PROGRAM_COST``) is the least, or close to it.
@@ -175,16 +176,17 @@ def split_count(config: LaunchConfig, programs: int, pages: int, processors: int
     """
     if "splits" in _override:
         return max(1, min(_override["splits"], max(pages, 1)))
-    return _fastest_splits(programs, max(pages, 1), processors * config.residents)
+    return _fastest_splits(programs, pages, processors * config.residents)
 
 
 @functools.lru_cache(maxsize=4096)
 def _fastest_splits(programs: int, pages: int, held: int) -> int:
     def cost(splits: int) -> int:
         waves = -(-programs * splits // held)
-        return waves * (-(-pages // splits) + PROGRAM_COST)
+        return waves * (-(-(pages + OPEN_COST) // splits) + PROGRAM_COST)
 
-    choices = range(1, min(pages, MAX_SPLITS) + 1)
+    choices = range(1, min(pages + 1, MAX_SPLITS) + 1)
     enough = min(map(cost, choices)) * (1 + TOLERANCE)
     splits = next(n for n in choices if cost(n) <= enough)
-    return -(-pages // -(-pages // splits))
+    each = -(-(pages + OPEN_COST) // splits)
+    return -(-(pages + OPEN_COST) // each)

@@ -51,9 +51,14 @@ _ATTEND: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be where the layer is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def _run_append(
@@ -149,10 +154,20 @@ def _run_attention(
     impl: str | Choice,
 ) -> torch.Tensor:
     choice = impl if isinstance(impl, Choice) else choose(impl, query.dtype, keys, values)
-    function = _ATTEND[choice.name]
-    options: dict[str, Any] = {"scale": scale, "causal": causal, "softcap": softcap, "window": window}
     with _on(query):
-        return function(query, keys, values, page_table, lengths, mask=mask, sinks=sinks, **options)
+        return _ATTEND[choice.name](
+            query,
+            keys,
+            values,
+            page_table,
+            lengths,
+            scale=scale,
+            causal=causal,
+            mask=mask,
+            softcap=softcap,
+            sinks=sinks,
+            window=window,
+        )
 
 
 def _attend(

@@ -1,7 +1,7 @@
 """What every kernel is handed of keys and values."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,8 @@ class PagedSide(_PagedSide):
     """
 
     packed: bytes  # what the CPU kernels take, once they have asked: see ``cpu.native``
+    calls: dict[Any, Any]  # what stays from step to step, by kind of call: see ``triton_attention``
+    chosen: tuple[Any, ...]  # what runs beside which values, once somebody has asked: see ``choice.choose``
 
     def __getstate__(self) -> None:
         """Nothing beside the fields: a copy has other tensors, and ``packed`` their addresses."""

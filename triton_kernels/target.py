@@ -5,6 +5,7 @@ Codecs and kernels import ``triton`` and ``tl`` from here, so that everything in
 
 import functools
 import os
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -28,7 +29,17 @@ except ImportError:
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "architecture", "has_ptx", "interpreting", "processors", "tl", "triton", "why_not"]
+__all__ = [
+    "HAS_TRITON",
+    "architecture",
+    "compiled_for",
+    "has_ptx",
+    "interpreting",
+    "processors",
+    "tl",
+    "triton",
+    "why_not",
+]
 
 
 def interpreting() -> bool:
@@ -68,6 +79,12 @@ def architecture(device: torch.device) -> str:
     if device.type == "cuda":
         return _of_device(torch.cuda.current_device() if device.index is None else device.index)
     return _of_driver(triton.runtime.driver.active)
+
+
+def compiled_for(tensor: torch.Tensor) -> Hashable:
+    """What tells compiled kernels for ``tensor``'s device apart from others: the device, or for what is no GPU what
+    Triton is told to compile for."""
+    return tensor.device if tensor.is_cuda else architecture(tensor.device)
 
 
 def has_ptx(device: torch.device) -> bool:

@@ -1,17 +1,21 @@
 """Append and attention over packed pages by Triton kernels.
 
-Append is one launch, attention three at most: rotate the query, ``decode``, ``combine``.
+Append is one launch, attention of few queries three at most: rotate the query, ``decode``, ``combine``.  A decode step
+of a layer differs from the one before in a few tensors; what does not is put together once (``plan.py``) and kept with
+the pages.  Many queries go through ``chunk_attention``.
 """
 
 import torch
 
-from .append import append
-from .combine import combine
-from .decode import decode
-from .launch import launch_config, split_count
+from .append import AppendCall
+from .chunk import MANY_QUERIES, chunk_attention
+from .dense_pages import PackedPages
+from .launch import overridden
 from .pages import PagedSide
-from .rotate import rotate
-from .target import architecture, processors, triton
+from .plan import AttentionCall, attention_plan
+from .target import compiled_for
+
+_MOST_CALLS = 64  # kept with one side
 
 
 def append_triton(
@@ -24,19 +28,14 @@ def append_triton(
     new_lengths: torch.Tensor,
 ) -> None:
     """``ops.append_pages``, which see."""
-    append(
-        keys,
-        values,
-        key_side.codec,
-        value_side.codec,
-        list(key_side.planes),
-        list(value_side.planes),
-        key_side.tail,
-        value_side.tail,
-        page_table,
-        lengths,
-        new_lengths,
-    )
+    where = None if keys.is_cuda else compiled_for(keys)
+    key = ("append", keys.shape, keys.stride(), keys.dtype, values.stride(), values.dtype, where)
+    calls = key_side.__dict__.setdefault("calls", {})
+    call = calls.get(key)
+    if call is None or call.values is not value_side or call.page_table is not page_table:
+        call = AppendCall(keys, values, key_side, value_side, page_table)
+        _keep(calls, key, call)
+    call(keys, values, lengths, new_lengths)
 
 
 def paged_attention_triton(
@@ -58,48 +57,54 @@ def paged_attention_triton(
         query = query.contiguous()
     if mask is not None and mask.stride(-1) not in (0, 1):
         mask = mask.contiguous()
-    batch, query_heads, queries, key_dim = query.shape
-    heads, value_dim = values.tail.shape[1], values.head_dim
-    rows = query_heads // heads * queries
+    if query.shape[2] >= MANY_QUERIES:
+        return _many(query, keys, values, page_table, lengths, scale, causal, mask, softcap, sinks, window)
+    key = (
+        query.shape,
+        query.stride(),
+        query.dtype,
+        None if mask is None else (mask.dtype, mask.shape, mask.stride()),
+        causal,
+        softcap is None,
+        None if sinks is None else sinks.dtype,
+        window,
+        overridden(),
+        None if query.is_cuda else compiled_for(query),
+    )
+    calls = keys.__dict__.setdefault("calls", {})
+    call = calls.get(key)
+    if call is None or call.values is not values or call.page_table is not page_table:
+        plan = attention_plan(query, keys, values, page_table, mask, causal, window, softcap is not None, sinks)
+        call = AttentionCall(plan, query, keys, values, page_table, mask)
+        _keep(calls, key, call)
+    return call(query, lengths, scale, mask, softcap, sinks)
+
+
+def _many(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    window: int,
+) -> torch.Tensor:
+    """``paged_attention_triton`` for many queries."""
     k, v = keys.codec.kernel, values.codec.kernel
     assert k is not None and v is not None, "choose() lets no other codec through"
-    elements = keys.page_size * max(key_dim, value_dim)
-    bits = keys.codec.bits + values.codec.bits
-    planes = k.code_planes + v.code_planes
-    config = launch_config(architecture(query.device), query.element_size(), elements, rows, bits, planes)
-    if mask is not None:
-        config = config.masked()
-    programs = batch * heads * triton.cdiv(rows, config.rows)
-    pages = page_table.shape[1]
-    if window:
-        pages = min(pages, triton.cdiv(window + queries - 1, keys.page_size) + 1)  # more are never seen
-    splits = split_count(config, programs, pages, processors(query.device))
-    columns = max(triton.next_power_of_2(value_dim), 16)
-    partial = query.new_empty(batch, heads, splits + 1, rows, columns, dtype=torch.float32)
-    state = query.new_empty(batch, heads, splits + 1, rows, 2, dtype=torch.float32)
-    out = query.new_empty(batch, query_heads, queries, value_dim)
-    rotated = rotate(query) if keys.codec.rotated else query
-    decode(
-        partial,
-        state,
-        query,
-        rotated,
-        k,
-        v,
-        list(keys.planes),
-        list(values.planes),
-        keys.tail,
-        values.tail,
-        page_table,
-        lengths,
-        mask,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        page_size=keys.page_size,
-        splits=splits,
-        config=config,
-    )
-    combine(out, partial, state, values.codec.rotated, sinks)
+    planes = list(keys.planes), list(values.planes)
+    rotated = keys.codec.rotated, values.codec.rotated
+    pages = PackedPages(k, v, *planes, keys.tail, values.tail, *rotated, page_table, lengths)
+    out = query.new_empty(*query.shape[:3], values.head_dim)
+    chunk_attention(out, query, pages, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
     return out
+
+
+def _keep(calls: dict[object, object], key: object, call: object) -> None:
+    if len(calls) >= _MOST_CALLS:
+        calls.clear()
+    calls[key] = call

@@ -18,7 +18,7 @@ import torch
 from ..errors import StaticCacheError
 from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
-from .layout import StoreLayout
+from .layout import StoreLayout, without_autocast
 from .static_ops import begin_step, tokens_of
 from .views import Footprint
 
@@ -66,6 +66,8 @@ class StaticStore(StoreLayout):
         self.reopened_pages = 0
         self._planes = planes
         self._keys, self._values = self.sides(planes, self._open)
+        self._view = StaticView(self._keys, self._values, self.page_table, self.lengths)
+        self._device_type = device.type
         if not torch.compiler.is_compiling():  # marking cannot be traced; a first prompt is seldom compiled
             for tensor in (*planes, *self._open, self.page_table, self.lengths, self._before):
                 torch._dynamo.mark_static_address(tensor)
@@ -88,7 +90,7 @@ class StaticStore(StoreLayout):
 
     def view(self) -> StaticView:
         """The content, for attention."""
-        return StaticView(self._keys, self._values, self.page_table, self.lengths)
+        return self._view
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, check: bool = True) -> None:
         """Store new tokens after those held.
@@ -106,7 +108,7 @@ class StaticStore(StoreLayout):
             begin_step(self._before, self.lengths, keys.shape[2], self.page_size, self.max_length, wait)
         else:
             self._before.copy_(self.lengths)
-        with torch.autocast(keys.device.type, enabled=False):
+        with without_autocast(self._device_type):
             append_pages(
                 keys,
                 values,

@@ -80,7 +80,7 @@ class Case:
 @dataclass(frozen=True)
 class Built:
     """A compiled kernel.  ``registers`` and ``spilled`` (bytes of stack of a thread) are None where no tool reads
-    them."""
+    them; ``buffers`` is how many tiles each pipelined load has room for in shared memory."""
 
     name: str
     warps: int
@@ -89,11 +89,12 @@ class Built:
     registers: int | None
     spilled: int | None
     sass: str = ""
+    buffers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The longest loop of a disassembled kernel."""
+    """The loop over pages of a disassembled kernel."""
 
     opcodes: dict[str, int]
 
@@ -108,10 +109,15 @@ class Loop:
 
 
 def main_loop(sass: str) -> Loop:
-    """The longest loop in ``nvdisasm``'s text: what lies between a label and the last jump back to it."""
+    """The loop over pages in ``nvdisasm``'s text, what lies between a label and the last jump back to it: the one that
+    copies most into shared memory, or the longest."""
+
+    def weight(body: list[str]) -> tuple[int, int]:
+        return sum(opcode.startswith("LDGSTS") for opcode in body), len(body)
+
     labels: dict[str, int] = {}
     instructions: list[str] = []
-    longest: list[str] = []
+    main: list[str] = []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
@@ -119,9 +125,9 @@ def main_loop(sass: str) -> Loop:
             text = re.sub(r"^@!?\w+\s+", "", instruction[1])
             instructions.append(text.split()[0])
             jump = re.search(r"^BRA.*`\((\.L_x_\d+)\)", text)
-            if jump and jump[1] in labels and len(instructions) - labels[jump[1]] > len(longest):
-                longest = instructions[labels[jump[1]] :]
-    return Loop(dict(Counter(longest)))
+            if jump and jump[1] in labels:
+                main = max(main, instructions[labels[jump[1]] :], key=weight)
+    return Loop(dict(Counter(main)))
 
 
 class _Driver:
@@ -146,20 +152,21 @@ class _Driver:
 def compiling_for(target: Target) -> Iterator[list[Any]]:
     """Launches inside the ``with`` block compile for ``target`` and append Triton's compiled kernel to the list."""
     import triton
-    from triton.runtime.jit import JITFunction
 
-    launch, compiled = JITFunction.run, []
+    from kvquant_hf.triton_kernels import launching
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+    original, compiled = launching.launch, []
+
+    def compile_only(kernel: Any, grid: Any, *args: Any, **constants: Any) -> Any:
+        compiled.append(kernel.run(*args, grid=grid, warmup=True, **constants))
         return compiled[-1]
 
-    JITFunction.run = run
+    launching.launch = compile_only
     triton.runtime.driver.set_active(_Driver(target))
     try:
         yield compiled
     finally:
-        JITFunction.run = launch
+        launching.launch = original
 
 
 class _Call:
@@ -246,7 +253,9 @@ def inspect(kernel: Any, sass: bool = False) -> Built:
             int(re.search(rf"\.{word}:\s+(\d+)", kernel.asm["amdgcn"])[1])
             for word in ("vgpr_count", "private_segment_fixed_size")
         )
-    return Built(metadata.name, metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled, text)
+    buffers = tuple(map(int, re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x", kernel.asm.get("ttgir", ""))))
+    figures = (metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled)
+    return Built(metadata.name, *figures, text, buffers)
 
 
 def compile_case(case: Case, sass: bool = False) -> list[Built]:

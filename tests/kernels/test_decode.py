@@ -275,30 +275,11 @@ def check(
 
 def test_too_many_rows_for_one_launch() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from kvquant_hf.triton_kernels.decode import decode
-    from kvquant_hf.triton_kernels.launch import LaunchConfig
+    from kvquant_hf.triton_kernels.plan import attention_plan
 
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float16, device="meta")
 
-    query, tail, kernel = meta(1, 64, 1 << 18, 128), meta(1, 1, PAGE, 128), CODECS["exact"].kernel
-    partial, state, pages = meta(1, 1, 2, 64 << 18, 128), meta(1, 1, 2, 64 << 18, 2), [meta(4, 1, PAGE, 128)]
-    options = {"scale": 1.0, "causal": True, "window": 0, "softcap": None, "page_size": PAGE, "splits": 1}
+    pages = PagedSide(CODECS["exact"], (meta(4, 1, PAGE, 128),), meta(1, 1, PAGE, 128), PAGE)
     with pytest.raises(ValueError, match="in chunks"):
-        decode(
-            partial,
-            state,
-            query,
-            query,
-            kernel,
-            kernel,
-            pages,
-            pages,
-            tail,
-            tail,
-            meta(1, 4),
-            meta(1, 2),
-            None,
-            config=LaunchConfig(),
-            **options,
-        )
+        attention_plan(meta(1, 64, 1 << 18, 128), pages, pages, meta(1, 4), None, True, 0, False, None)

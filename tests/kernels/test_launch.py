@@ -1,12 +1,14 @@
 """The launch table: every row answers for something, overrides work, and splits fill the device."""
 
 import dataclasses
+import itertools
 
 import pytest
 
 from kvquant_hf.triton_kernels.launch import (
     LAUNCH_TABLE,
     MAX_SPLITS,
+    OPEN_COST,
     LaunchConfig,
     launch_config,
     launch_row,
@@ -96,16 +98,25 @@ def test_splits_fill_the_device(architecture: str, batch: int, tokens: int) -> N
     config = launch_config(architecture, 2, page * 128, 4, 8)
     pages = tokens // page
     splits = split_count(config, batch * heads, pages, processors)
-    assert 1 <= splits <= min(pages, MAX_SPLITS)
-    per_split = -(-pages // splits)
-    assert per_split * (splits - 1) < pages, "the last split has no page"
+    assert 1 <= splits <= min(pages + 1, MAX_SPLITS)
+    per_split = -(-(pages + OPEN_COST) // splits)
+    assert per_split * (splits - 1) < pages + OPEN_COST, "the last split has nothing"
     held = processors * config.residents
     waves = -(-batch * heads * splits // held)
     assert waves <= 8, "more splits than the device needs"
-    # At least as long as it takes when all work is spread evenly, and at most a quarter longer (plus one page).
-    evenly = batch * heads * pages / held
+    # At least as long as it takes when all work is spread evenly, and at most a quarter longer (plus the open page).
+    evenly = batch * heads * (pages + OPEN_COST) / held
     if splits < min(pages, MAX_SPLITS):
-        assert evenly <= waves * per_split <= 1.25 * evenly + 1
+        assert evenly <= waves * per_split <= 1.25 * evenly + OPEN_COST
+
+
+def test_the_open_page_has_its_share() -> None:
+    """The last split has as many pages fewer as the open page counts for, and no split is without work."""
+    for programs, pages, held in itertools.product((1, 8, 64), (1, 2, 7, 32, 512), (16, 400, 1056)):
+        splits = split_count(LaunchConfig(residents=1), programs, pages, held)
+        each = -(-(pages + OPEN_COST) // splits)
+        assert each * (splits - 1) < pages + OPEN_COST, (programs, pages, held)
+        assert each * splits >= pages + OPEN_COST
 
 
 def test_no_pages() -> None:
@@ -116,12 +127,12 @@ def test_h100_figures() -> None:
     """8 heads on 132 multiprocessors, 8 programs each: the numbers that docs/kernels.md explains."""
     table = {(b, t): split_count(LaunchConfig(), 8 * b, t * 16, 132) for b in (1, 8, 64) for t in (1, 4, 32, 128)}
     assert table == {
-        (1, 1): 16,
-        (1, 4): 64,
-        (1, 32): 128,
-        (1, 128): 128,
-        (8, 1): 16,
-        (8, 4): 16,
+        (1, 1): 9,
+        (1, 4): 33,
+        (1, 32): 129,
+        (1, 128): 129,
+        (8, 1): 9,
+        (8, 4): 14,
         (8, 32): 16,
         (8, 128): 16,
         (64, 1): 2,

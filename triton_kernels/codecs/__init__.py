@@ -9,7 +9,7 @@ from .three_bit import LLOYD3, LLOYD3_CHANNEL
 from .turboquant import LLOYD2, LLOYD4_CENTRED
 from .turboquant_qjl import LLOYD2_PLAIN, LLOYD3_SIGN
 
-__all__ = ["CODECS", "Codec", "Plane", "Tile"]
+__all__ = ["CODECS", "Codec", "Plane", "Tile", "likeness"]
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
@@ -31,3 +31,12 @@ CODECS: dict[str, Codec] = {
         INT8_STATIC,
     )
 }
+
+
+def likeness(codec: Codec) -> Codec:
+    """The codec of the table that is like ``codec`` but for planes per layer, or ``codec`` where there is none.
+
+    Kernels are the same for both, and the one of the table stands for all layers.
+    """
+    known = CODECS.get(codec.name)
+    return known if known is not None and codec.calibrated and known.calibrated else codec
