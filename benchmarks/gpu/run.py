@@ -12,7 +12,7 @@ from . import plan
 from .clock import Budget
 from .models import model_tasks
 from .report import figure, markdown
-from .results import Observation, Row, Writer, key_of, read
+from .results import UNREACHED, Observation, Row, Writer, key_of, read
 from .sweep import decode_tasks
 from .tasks import Task, perform
 from .timing import Stopwatch
@@ -63,13 +63,15 @@ def measure(parts: Sequence[Group], writer: Writer, before: Sequence[Row], stopw
         typer.echo(f"{len(done)} cells are in {writer.path} already and are not measured again")
     for group in parts:
         typer.echo(f"{group.name}: {max(end.left(), 0):.0f} s are left")
+        new = False
         try:
             for rows in perform(group.tasks(), done, stopwatch, end.part(end.left() - group.leave)):
                 writer.write(rows)
                 say(rows)
+                new = new or rows[0].status != UNREACHED
         finally:
-            # Not for groups behind the end, of which there is nothing to draw and no time to.
-            if end.left() > 0 or group is parts[-1]:
+            # Drawing takes seconds: for what can be seen.
+            if new or group is parts[-1]:
                 draw(writer.path)
         # The model and what it was compiled to, before something else needs their memory.
         torch.compiler.reset()

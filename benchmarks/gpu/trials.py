@@ -54,7 +54,8 @@ class Trials:
         key = self._key(bound, config)
         self._known[key] = math.inf if microseconds is None else microseconds
         named = dict(zip(("head_dim", "rows", "bits", "config"), key, strict=True))
-        us = "" if microseconds is None else f"{microseconds:.6g}"
+        # In full: a later run has to choose among equals as this one does.
+        us = "" if microseconds is None else repr(microseconds)
         self._csv.writerow({**self._constants, **named, "us": us, "reason": reason})
         self._file.flush()
         return self._known[key]
