@@ -390,11 +390,19 @@ SCENES: Mapping[str, Callable[[Stage], None]] = {
 EXCUSED: Mapping[str, str] = {}
 
 
+SOURCE = """def called(x):
+    if x:
+        return 1
+    both = [lambda: 1,
+        lambda: 2]
+    return both[0]()
+def not_called():
+    pass
+"""
+
+
 def test_what_does_not_run_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text(
-        "def called(x):\n    if x:\n        return 1\n    both = [lambda: 1,\n        lambda: 2]\n    return both[0]()\n"
-        "def not_called():\n    pass\n"
-    )
+    (tmp_path / "a.py").write_text(SOURCE)
     with Watch(tmp_path) as watch:
         called = runpy.run_path(str(tmp_path / "a.py"))["called"]
         assert called(False) == 1
