@@ -113,10 +113,7 @@ def decode(
     stopwatch.reset_peak()
     cache = contender.make(model.config, base.context + steps + warm_up)
     fill(cache, model, base.batch, base.context, device)
-    forward: Any = model
-    if contender.compiled:
-        torch.compiler.reset()  # another cache is another graph, and gives the memory of the one before back
-        forward = model.get_compiled_call(CompileConfig())
+    forward: Any = model.get_compiled_call(CompileConfig()) if contender.compiled else model
     token = torch.randint(model.config.vocab_size, (base.batch, 1), device=device)
     logits = torch.empty(0)
 
@@ -127,17 +124,22 @@ def decode(
         logits = forward(input_ids=token, use_cache=True, **with_cache(cache)).logits
         token = logits[:, -1:].argmax(-1)  # a tensor of its own: a replayed graph writes its outputs again
 
-    with torch.no_grad():
-        for _ in range(warm_up):
-            step()
-        timing, seconds = stopwatch.steps(step, steps)
-        if not logits.isfinite().all():
-            raise ArithmeticError("the logits are not finite")
+    try:
+        with torch.no_grad():
+            for _ in range(warm_up):
+                step()
+            timing, seconds = stopwatch.steps(step, steps)
+            if not logits.isfinite().all():
+                raise ArithmeticError("the logits are not finite")
+        peak = stopwatch.peak()
+    finally:
+        if contender.compiled:
+            torch.compiler.reset()  # another cache is another graph, and this one's holds memory
     return dataclasses.replace(
         base,
         how="compiled" if contender.compiled else "eager",
         tokens_per_s=base.batch * steps / seconds,
-        peak_bytes=stopwatch.peak(),
+        peak_bytes=peak,
         **clocks(),
     ).timed(timing)
 
