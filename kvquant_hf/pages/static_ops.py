@@ -24,7 +24,6 @@ def full_message(needed: object, max_length: int) -> str:
     )
 
 
-@library.custom_op("kvquant_hf::begin_step", mutates_args=("before",))
 def begin_step(
     before: torch.Tensor, lengths: torch.Tensor, tokens: int, page_size: int, max_length: int, wait: bool
 ) -> None:
@@ -49,7 +48,10 @@ def begin_step(
     before.copy_(lengths)
 
 
-@begin_step.register_fake
+compiled_begin_step = library.custom_op("kvquant_hf::begin_step", begin_step, mutates_args=("before",))
+
+
+@compiled_begin_step.register_fake
 def _(*args: object) -> None:
     return None
 

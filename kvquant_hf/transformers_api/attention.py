@@ -175,7 +175,8 @@ def _routed(
         return original(module, query, key, value, attention_mask, *args, **kwargs)
     kwargs = _by_name(original, args, kwargs)
     if original is sdpa_attention_forward:
-        kwargs = {name: x for name, x in kwargs.items() if name not in _DROPPED_BY_SDPA}
+        for name in _DROPPED_BY_SDPA:
+            kwargs.pop(name, None)
     return _attend_or(original, _attend, module, query, key, value, attention_mask, **kwargs)
 
 
@@ -201,7 +202,9 @@ def _routed_eager(
 
 def _by_name(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What follows the mask in a call of ``original``, all by name."""
-    names = list(inspect.signature(original).parameters)[5:] if args else ()
+    if not args:
+        return kwargs
+    names = list(inspect.signature(original).parameters)[5:]
     return dict(zip(names, args, strict=False)) | kwargs
 
 
