@@ -45,7 +45,7 @@ class StaticKV:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.store, self.side, self.window, self.exact, self._log = store, side, window, exact, log
-        self._pages, self.shape, held, self.device = store.about(side)
+        self._pages, self.shape, held, self.device = store.about[side]
         self.dtype = held if dtype is None else dtype
 
     def view_pages(self) -> StaticView:

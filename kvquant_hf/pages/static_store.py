@@ -67,7 +67,8 @@ class StaticStore(StoreLayout):
         self._planes = planes
         self._keys, self._values = self.sides(planes, self._open)
         self._view = StaticView(self._keys, self._values, self.page_table, self.lengths)
-        self._about = {
+        # Pages, shape, dtype and device of what keys and values stand for.
+        self.about = {
             name: (pages, torch.Size((*pages.tail.shape[:2], max_length, pages.head_dim)), pages.tail.dtype, device)
             for name, pages in (("keys", self._keys), ("values", self._values))
         }
@@ -95,10 +96,6 @@ class StaticStore(StoreLayout):
         """The content, for attention."""
         return self._view
 
-    def about(self, side: str) -> tuple[PagedSide, torch.Size, torch.dtype, torch.device]:
-        """The pages of the ``"keys"`` or ``"values"``, and shape, dtype and device of what they stand for."""
-        return self._about[side]
-
     def append(self, keys: torch.Tensor, values: torch.Tensor, check: bool = True) -> None:
         """Store new tokens after those held.
 
@@ -112,7 +109,7 @@ class StaticStore(StoreLayout):
         """
         if check:
             compiling = torch.compiler.is_compiling()
-            wait = not (compiling or _capturing(keys))
+            wait = not (keys.is_cuda if compiling else _capturing(keys))
             begin = compiled_begin_step if compiling else begin_step
             begin(self._before, self.lengths, keys.shape[2], self.page_size, self.max_length, wait)
         else:

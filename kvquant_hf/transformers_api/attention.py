@@ -56,8 +56,11 @@ def _dense_attention(
 
 def _foreign(kwargs: dict[str, Any]) -> list[str]:
     """Arguments that pages cannot honour."""
-    foreign = [name for name in _UNKNOWN_TO_PAGES if kwargs.get(name) is not None]
-    return foreign + ["dropout"] * (kwargs.get("dropout", 0.0) > 0)
+    foreign = ["dropout"] if kwargs.get("dropout", 0.0) > 0 else []
+    for name in _UNKNOWN_TO_PAGES:
+        if kwargs.get(name) is not None:
+            foreign.append(name)
+    return foreign
 
 
 def _without_none(kwargs: dict[str, Any]) -> dict[str, Any]:
