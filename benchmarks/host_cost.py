@@ -29,10 +29,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triton.backends.compiler import GPUTarget
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.triton_kernels import choice
+from kvquant_hf.triton_kernels import choice, plan
 
 LAYERS, HEADS, GROUP, DIM = 32, 8, 4, 128
 PROMPT, MAX_LENGTH = 200, 4096
+PROCESSORS = 132
 Step = Callable[[], tuple[float, float]]
 clock = time.perf_counter
 
@@ -41,7 +42,7 @@ class _Utilities:
     """What Triton asks of a driver when it loads a compiled kernel."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+        return {"max_shared_mem": 227 << 10, "multiprocessor_count": PROCESSORS, "max_num_regs": 65536, "warpSize": 32}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 255, 0, 1024  # module, function, registers, spills, threads
@@ -74,6 +75,7 @@ def pretend() -> None:
     """From here on Triton drives a GPU that is not there, and kernels take tensors of the CPU.  For a whole process."""
     triton.runtime.driver.set_active(_Driver())
     choice.why_not = lambda device: None
+    plan.processors = lambda device: PROCESSORS
 
 
 def config(heads: int = HEADS, dim: int = DIM) -> LlamaConfig:
