@@ -43,8 +43,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 _launch = launch
-# How a compiled kernel is started: the driver's function, handle and metadata, and the constants, which it passes over.
-Variant = tuple[Any, Any, Any, tuple[Any, ...]]
+# How a compiled kernel is started: the driver's function, handle and metadata; the constants, which it passes over; who
+# says on which stream, and the device.
+Variant = tuple[Any, Any, Any, tuple[Any, ...], Callable[[Any], Any], Any]
 
 
 class Launcher:
@@ -83,10 +84,8 @@ class Launcher:
             kept = self._variants.get(key)
             if kept is None:
                 return self._keep(launch(self.kernel, grid, *args, **self.constants), args)
-        run, function, metadata, constants = kept
-        driver = triton.runtime.driver.active
-        stream = driver.get_current_stream(driver.get_current_device())
-        run(*grid, stream, function, metadata, None, None, None, *args, *constants)
+        run, function, metadata, constants, stream_of, device = kept
+        run(*grid, stream_of(device), function, metadata, None, None, None, *args, *constants)
         return kept
 
     def compile(self, *args: Any) -> Any:
@@ -105,7 +104,9 @@ class Launcher:
         if len(self._variants) >= _MOST_VARIANTS:
             self._variants.clear()
         constants = tuple(self.constants[parameter.name] for parameter in parameters if parameter.is_constexpr)
-        variant = (compiled.run, compiled.function, compiled.packed_metadata, constants)
+        driver = triton.runtime.driver.active
+        stream_of, device = driver.get_current_stream, driver.get_current_device()
+        variant = (compiled.run, compiled.function, compiled.packed_metadata, constants, stream_of, device)
         self._variants[self._key(args)] = variant
         return variant
 

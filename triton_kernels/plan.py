@@ -16,10 +16,9 @@ from .codecs import Codec, likeness
 from .combine import MANY_ROWS, _combine_kernel, _combine_rows_kernel, combine_constants
 from .decode import _decode_kernel, decode_constants
 from .launch import LaunchConfig, launch_config, overridden, split_count
-from .launching import Launcher, Variant, aligned
+from .launching import Launcher
 from .occupancy import multiprocessor, residents
 from .pages import PagedSide
-from .rotate import rotate
 from .target import architecture, compiled_for, has_ptx, processors
 
 
@@ -127,7 +126,7 @@ class AttentionPlan:
         self._rows = (batch, heads, rows)
         # Not known before ``settle``: splits, and the shapes of scratch memory, which is float32.
         self.splits = 0
-        self.partial: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, columns], each split's accumulator
+        self.partial: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, columns], of each split and the open page
         self.state: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, 2], its maximum (base 2) and sum
 
     def settle(self, args: tuple[Any, ...]) -> None:
@@ -140,91 +139,6 @@ class AttentionPlan:
         self.partial = (batch, heads, splits + 1, rows, self.kernels.columns)
         self.state = (batch, heads, splits + 1, rows, 2)
         self.splits = splits
-
-
-class AttentionCall:
-    """A call of attention over given pages: what stays from step to step is put together once.
-
-    Args:
-        plan: of the call.
-        query: of a first call; those of later ones have its shape, dtype and strides, and so has the ``mask``.
-        keys, values: the pages.
-        page_table: where they are.
-    """
-
-    def __init__(
-        self,
-        plan: AttentionPlan,
-        query: torch.Tensor,
-        keys: PagedSide,
-        values: PagedSide,
-        page_table: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> None:
-        self._plan, self._kernels, self.values, self.page_table = plan, plan.kernels, values, page_table
-        heads = plan.counts[0]
-        key_planes = plan.kernels.keys.arguments(keys.planes, heads)
-        value_planes = plan.kernels.values.arguments(values.planes, heads)
-        self._pages = (key_planes, value_planes, keys.tail, values.tail, page_table)
-        self._strides = (
-            *query.stride()[:3],
-            *(plan.rotated_strides if plan.kernels.rotated else query.stride()[:3]),
-            *keys.tail.stride()[:3],
-            *values.tail.stride()[:3],
-            page_table.stride(0),
-            *((0, 0, 0, 0) if mask is None else _mask_strides(mask)),
-        )
-        self._decode: Variant | None = None
-        self._combine: Variant | None = None
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        lengths: torch.Tensor,
-        scale: float,
-        mask: torch.Tensor | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The attention; arguments as of ``ops.paged_attention``."""
-        plan, kernels = self._plan, self._kernels
-        rotated = rotate(query) if kernels.rotated else query
-        seen = lengths if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        inputs = (
-            query,
-            rotated,
-            *self._pages,
-            lengths,
-            seen,
-            scale,
-            0.0 if softcap is None else softcap,
-            *plan.counts,
-        )
-        if not plan.splits:
-            scratch = query.new_empty(1, dtype=torch.float32)
-            plan.settle((scratch, scratch, *inputs, 1, *self._strides))
-        partial = query.new_empty(plan.partial, dtype=torch.float32)
-        state = query.new_empty(plan.state, dtype=torch.float32)
-        out = query.new_empty(plan.out)
-        splits = plan.splits
-        args = (partial, state, *inputs, splits, *self._strides)
-        if aligned(partial, state, query, rotated, lengths, seen):
-            self._decode = kernels.decode((plan.programs, splits, 1), args, self._decode)
-        else:
-            kernels.decode((plan.programs, splits, 1), args)
-        merged = (out, partial, state, state if sinks is None else sinks, *plan.counts, splits, *plan.out_strides)
-        if aligned(*merged[:4]):
-            self._combine = kernels.combine(plan.combine_grid, merged, self._combine)
-        else:
-            kernels.combine(plan.combine_grid, merged)
-        return out
-
-
-def _mask_strides(mask: torch.Tensor) -> list[int]:
-    """Strides of a mask, 0 where one entry stands for all."""
-    return [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride(), strict=False)] + [
-        mask.stride(3)
-    ]
 
 
 def attention_plan(

@@ -47,6 +47,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_INTERPRETED = (
+    interpreting()
+)  # what kernels are is decided where they are defined, which the environment comes too late for
+
+
 def why_not(device: torch.device) -> str | None:
     """Why kernels cannot run on tensors of ``device``, as the end of a sentence with its remedy; None if they can."""
     if not HAS_TRITON:
@@ -74,7 +79,7 @@ def _of_device(index: int) -> str:
 
 def architecture(device: torch.device) -> str:
     """``"sm_90"``, ``"gfx942"``, or ``"cpu"`` under the interpreter: what Triton compiles for, on ``device``."""
-    if interpreting():
+    if _INTERPRETED:
         return "cpu"
     if device.type == "cuda":
         return _of_device(torch.cuda.current_device() if device.index is None else device.index)

@@ -81,7 +81,11 @@ class StaticPagedLayer(PagedLayer):
         self.filled = True
         held = (keys, values) if exact else (None, None)
         dtypes = self.store.promoted(keys, values)
-        return self._carrier("keys", dtypes[0], held[0]), self._carrier("values", dtypes[1], held[1])
+        about = (self.log, self.window)
+        return (
+            StaticKV(self.store, "keys", *about, held[0], dtypes[0]),
+            StaticKV(self.store, "values", *about, held[1], dtypes[1]),
+        )
 
     def _without_padding(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens with padding replaced, so that it takes no part in the scales of the pages that they will be in.

@@ -33,6 +33,8 @@ class StaticKV:
         dtype: what readers get; by default as stored.
     """
 
+    ndim = 4
+
     def __init__(
         self,
         store: StaticStore,
@@ -42,14 +44,9 @@ class StaticKV:
         exact: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.store, self.side, self.window, self.exact = store, side, window, exact
-        self._log = log
-        view = store.view()
-        self._pages = pages = view.keys if side == "keys" else view.values
-        batch, heads, _, head_dim = pages.tail.shape
-        self.shape = torch.Size((batch, heads, store.max_length, head_dim))
-        self.dtype = pages.tail.dtype if dtype is None else dtype
-        self.device, self.ndim = pages.tail.device, 4
+        self.store, self.side, self.window, self.exact, self._log = store, side, window, exact, log
+        self._pages, self.shape, held, self.device = store.about[side]
+        self.dtype = held if dtype is None else dtype
 
     def view_pages(self) -> StaticView:
         """The pages."""

@@ -146,7 +146,7 @@ class StoreLayout:
             CacheMismatchError: other heads, head_dim or device, no floating dtype, or unequal numbers of tokens.
         """
         batch, _, tokens, _ = keys.shape
-        if batch != self.batch_size:
+        if batch != self._open[0].shape[0]:
             raise BatchSizeError(
                 f"this cache holds a batch of {self.batch_size}, the call has {batch}; "
                 "call cache.reset() or make a new cache."
@@ -185,11 +185,14 @@ def _end_of_range(dtype: torch.dtype) -> tuple[int, int, int]:
     return int(ends[0]), int(ends[1]), int(np.iinfo(ends.dtype).max)
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def plain_tensors() -> contextlib.AbstractContextManager[None]:
     """Make tensors that can be written later, also when the caller is in inference mode now and not then."""
     if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
         return _without_modes()
-    return contextlib.nullcontext()  # as it is already; entering both modes takes as long as storing a token
+    return _AS_IT_IS  # entering both modes takes as long as storing a token
 
 
 @contextlib.contextmanager
@@ -203,7 +206,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     token."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -24,7 +24,6 @@ def full_message(needed: object, max_length: int) -> str:
     )
 
 
-@library.custom_op("kvquant_hf::begin_step", mutates_args=("before",))
 def begin_step(
     before: torch.Tensor, lengths: torch.Tensor, tokens: int, page_size: int, max_length: int, wait: bool
 ) -> None:
@@ -35,21 +34,24 @@ def begin_step(
         tokens: tokens that are about to be appended to each sequence.
         page_size: tokens per page.
         max_length: tokens that each sequence may have.
-        wait: whether the host may wait for a GPU to know.  Where it may not, as in a graph, the GPU itself stops the
-            program (a device-side assertion) before anything is written outside of the pages.
+        wait: whether the host may wait for the device to know.  Where it may not, as in a graph, the device itself
+            stops the program (an assertion) before anything is written outside of the pages.
 
     Raises:
         CacheFullError: there is no room; nothing has changed.
     """
     needed = tokens_of(lengths, page_size).amax() + tokens
-    if lengths.is_cuda and not wait:
+    if not wait:
         torch._assert_async(needed <= max_length, full_message("more", max_length))
     elif int(needed) > max_length:
         raise CacheFullError(full_message(int(needed), max_length))
     before.copy_(lengths)
 
 
-@begin_step.register_fake
+compiled_begin_step = library.custom_op("kvquant_hf::begin_step", begin_step, mutates_args=("before",))
+
+
+@compiled_begin_step.register_fake
 def _(*args: object) -> None:
     return None
 

@@ -19,7 +19,7 @@ from ..errors import StaticCacheError
 from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .layout import StoreLayout, without_autocast
-from .static_ops import begin_step, tokens_of
+from .static_ops import begin_step, compiled_begin_step, tokens_of
 from .views import Footprint
 
 
@@ -67,7 +67,11 @@ class StaticStore(StoreLayout):
         self._planes = planes
         self._keys, self._values = self.sides(planes, self._open)
         self._view = StaticView(self._keys, self._values, self.page_table, self.lengths)
-        self._device_type = device.type
+        # Pages, shape, dtype and device of what keys and values stand for.
+        self.about = {
+            name: (pages, torch.Size((*pages.tail.shape[:2], max_length, pages.head_dim)), pages.tail.dtype, device)
+            for name, pages in (("keys", self._keys), ("values", self._values))
+        }
         if not torch.compiler.is_compiling():  # marking cannot be traced; a first prompt is seldom compiled
             for tensor in (*planes, *self._open, self.page_table, self.lengths, self._before):
                 torch._dynamo.mark_static_address(tensor)
@@ -104,11 +108,13 @@ class StaticStore(StoreLayout):
             CacheFullError: there is no room; nothing has changed.
         """
         if check:
-            wait = not (torch.compiler.is_compiling() or _capturing(keys))
-            begin_step(self._before, self.lengths, keys.shape[2], self.page_size, self.max_length, wait)
+            compiling = torch.compiler.is_compiling()
+            wait = not (keys.is_cuda if compiling else _capturing(keys))
+            begin = compiled_begin_step if compiling else begin_step
+            begin(self._before, self.lengths, keys.shape[2], self.page_size, self.max_length, wait)
         else:
             self._before.copy_(self.lengths)
-        with without_autocast(self._device_type):
+        with without_autocast(keys.device.type):
             append_pages(
                 keys,
                 values,

@@ -22,7 +22,7 @@ from .layout import StoreLayout, plain_tensors, without_autocast
 from .padding import padded_pages, replace_new
 from .parameters import in_pages
 from .pool import PagePool, PlaneShape
-from .table import PageTable
+from .table import PageTable, to_device
 from .views import Footprint, StoreView
 
 
@@ -104,8 +104,8 @@ class PagedStore(StoreLayout):
     def lengths(self) -> torch.Tensor:
         """int32 ``[batch, 2]`` on the store's device: sealed pages and tokens in the open page of each sequence."""
         if self._lengths is None:
-            lengths = torch.tensor([[self.sealed_pages, self.tail_length]] * self.batch_size, dtype=torch.int32)
-            self._lengths = lengths.to(self.device)
+            lengths = np.array([[self.sealed_pages, self.tail_length]] * self.batch_size, dtype=np.int32)
+            self._lengths = to_device(lengths.reshape(-1, 2), self.device)
         return self._lengths
 
     def view(self) -> StoreView:

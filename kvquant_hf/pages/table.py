@@ -9,6 +9,15 @@ from .budget import Claim
 from .pool import PagePool
 
 
+def to_device(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """``numbers`` on ``device``, in memory of their own unless that is the CPU; nobody waits for a GPU.
+
+    Page-locked memory is read by a GPU while the host goes on, and torch gives it to nobody else before that is done.
+    """
+    host = torch.from_numpy(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 class PageTable:
     """Page ids, int32 ``[batch, pages]``, on the host and, when asked for, on the device.
 
@@ -29,7 +38,7 @@ class PageTable:
     def on_device(self) -> torch.Tensor:
         """The table on its device."""
         if self._on_device is None:
-            self._on_device = torch.from_numpy(self.ids.copy()).to(self.device)
+            self._on_device = to_device(self.ids.copy(), self.device)
         return self._on_device
 
     @property
@@ -68,7 +77,7 @@ class PageTable:
         """The table with ``pages`` at its end, on the device; its own tensor if there are none."""
         if pages.shape[1] == 0:
             return self.on_device
-        return torch.from_numpy(np.concatenate([self.ids, pages], axis=1)).to(self.device)
+        return to_device(np.concatenate([self.ids, pages], axis=1), self.device)
 
     def append(self, pages: np.ndarray, blank: np.ndarray | None, on_device: torch.Tensor) -> None:
         """Put ``pages`` of :meth:`take` at the end; ``on_device`` is what :meth:`followed_by` gave."""

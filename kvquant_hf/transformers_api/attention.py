@@ -56,8 +56,11 @@ def _dense_attention(
 
 def _foreign(kwargs: dict[str, Any]) -> list[str]:
     """Arguments that pages cannot honour."""
-    foreign = [name for name in _UNKNOWN_TO_PAGES if kwargs.get(name) is not None]
-    return foreign + ["dropout"] * (kwargs.get("dropout", 0.0) > 0)
+    foreign = ["dropout"] if kwargs.get("dropout", 0.0) > 0 else []
+    for name in _UNKNOWN_TO_PAGES:
+        if kwargs.get(name) is not None:
+            foreign.append(name)
+    return foreign
 
 
 def _without_none(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +178,8 @@ def _routed(
         return original(module, query, key, value, attention_mask, *args, **kwargs)
     kwargs = _by_name(original, args, kwargs)
     if original is sdpa_attention_forward:
-        kwargs = {name: x for name, x in kwargs.items() if name not in _DROPPED_BY_SDPA}
+        for name in _DROPPED_BY_SDPA:
+            kwargs.pop(name, None)
     return _attend_or(original, _attend, module, query, key, value, attention_mask, **kwargs)
 
 
@@ -201,7 +205,9 @@ def _routed_eager(
 
 def _by_name(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What follows the mask in a call of ``original``, all by name."""
-    names = list(inspect.signature(original).parameters)[5:] if args else ()
+    if not args:
+        return kwargs
+    names = list(inspect.signature(original).parameters)[5:]
     return dict(zip(names, args, strict=False)) | kwargs
 
 
