@@ -174,6 +174,13 @@ def test_large_queries_and_keys(policy: str, dtype: str) -> None:
     call(compiled.check_attention, ALL_PAIRS[policy], case, 90)
 
 
+@every_pair("int4")
+def test_blocks_go_on_where_others_ended(policy: str, dtype: str) -> None:
+    """Many queries, of which and of whose pages little is taken at a time."""
+    case = Case((230, 150), 64, 64, 1, 70, dtype=DTYPES[dtype], heads=1)
+    assert call(compiled.check_blocks, ALL_PAIRS[policy], case, 80) == 8, "four pages for each of two parts"
+
+
 @pytest.mark.parametrize("policy", [p if p == "int4" else pytest.param(p, marks=pytest.mark.full) for p in PAIRS])
 def test_every_packed_byte_is_loaded_once(policy: str) -> None:
     """A page more costs ``decode`` its stored bytes, and the entry of the page table in each thread."""
