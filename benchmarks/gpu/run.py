@@ -63,16 +63,21 @@ def measure(parts: Sequence[Group], writer: Writer, before: Sequence[Row], stopw
         typer.echo(f"{len(done)} cells are in {writer.path} already and are not measured again")
     for group in parts:
         typer.echo(f"{group.name}: {max(end.left(), 0):.0f} s are left")
-        new = False
+        measured = unreached = 0
         try:
             for rows in perform(group.tasks(), done, stopwatch, end.part(end.left() - group.leave)):
                 writer.write(rows)
-                say(rows)
-                new = new or rows[0].status != UNREACHED
+                if rows[0].status == UNREACHED:
+                    unreached += 1
+                else:
+                    measured += 1
+                    say(rows)
         finally:
             # Drawing takes seconds: for what can be seen.
-            if new or group is parts[-1]:
+            if measured or group is parts[-1]:
                 draw(writer.path)
+        if unreached:
+            typer.echo(f"{group.name}: no time was left for {unreached} cells; run again with the same --out")
         # The model and what it was compiled to, before something else needs their memory.
         torch.compiler.reset()
         gc.collect()

@@ -329,7 +329,9 @@ def commands_that_end_at_once(stage: Stage) -> None:
         return []
 
     tasks = [cell(1, lambda: 1 / 0), cell(2, late)._replace(most=0.1), cell(3, breaks), cell(4, breaks)]
-    stage.patch.setattr(run, "groups", lambda *args: [run.Group("kernels", lambda: tasks), run.Group("more", list)])
+    groups = [[cell(0, late)._replace(least=1e9)], tasks, [cell(5, late)]]
+    groups = [run.Group(f"group {n}", lambda cells=cells: cells) for n, cells in enumerate(groups)]
+    stage.patch.setattr(run, "groups", lambda *args: groups)
     stranger = stage.folder / "out" / "gpu-stand-in-no-gpu-1.csv"
     stranger.parent.mkdir()
     stranger.write_text("a,b\n1,2\n")
@@ -338,8 +340,9 @@ def commands_that_end_at_once(stage: Stage) -> None:
     assert lost.exit_code == 1 and "the GPU answers no more (ArithmeticError: half a launch)" in lost.output
     (path,) = set((stage.folder / "out").glob("*.csv")) - {stranger}
     rows = read(path)
-    assert [(row["batch"], row["status"]) for row in rows] == [(n, "failed") for n in "123"]
-    assert "took longer" in rows[1]["reason"] and path.with_suffix(".md").exists()
+    assert [(row["batch"], row["status"]) for row in rows] == [("0", "unreached"), *((n, "failed") for n in "123")]
+    assert "group 0: no time was left for 1 cells" in lost.output and "took longer" in rows[2]["reason"]
+    assert path.with_suffix(".md").exists()
 
 
 def cells_that_do_not_fit(stage: Stage) -> None:
