@@ -185,9 +185,9 @@ def _launch(device: torch.device, dtype: torch.dtype, columns: int) -> tuple[int
     large = gpu in ("sm_80", "sm_90") or gpu.startswith("sm_10")
     if columns > 128:
         return (64, 64, 8, 2) if large else (64, 32, 8, 2)
-    if gpu in ("sm_80", "sm_90"):
-        return 128, 64, 8, 3
-    return 64, 64, 4, 3 if large else 2
+    if large:
+        return 128, 64, 8, 3 if gpu in ("sm_80", "sm_90") else 2
+    return 64, 64, 4, 2
 
 
 class Sizes(NamedTuple):

@@ -80,6 +80,8 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     # 16 rows of int8 take a register more than sm_80 has, and so do two warps for twice the elements, further below.
     LaunchRow("sm_80", 0, 64 * 128, 9, 16, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
     LaunchRow("", 0, 64 * 128, 9, _ANY, 2, LaunchConfig(rows=16, warps=2, stages=3, residents=4)),
+    LaunchRow("sm_12", 0, 64 * 128, 0, 16, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8, masked_warps=2)),
+    LaunchRow("sm_12", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
     LaunchRow("sm_1", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8, masked_warps=2)),
     LaunchRow("", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
     # Codes in two planes on either side.  More warps would unpack the same values again: the words of a token fill one
