@@ -26,7 +26,7 @@ test test-min test-mid test-narrow: export OMP_NUM_THREADS := 1
 XDIST := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-mid test-narrow test-all lint format docs docs-support bench-gpu tune wheel clean
+.PHONY: help demo test test-min test-mid test-narrow test-triton test-all lint format docs docs-support bench-gpu tune wheel clean
 
 help:  ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,17 @@ NUMPY_FEATURES := from numpy._core._multiarray_umath import __cpu_dispatch__ as 
 
 test-mid: $(READY_MID)  ## run the tests of caches and architectures with a version in between
 	.venv-mid/bin/python -m pytest $(XDIST) -m "not full and not slow" $(PYTEST_ARGS) tests/cache tests/support
+
+# Triton's own wheels: the oldest that is supported, and the newest that has been tried.
+TRITONS ?= 3.6.0 3.9.0
+
+test-triton: $(READY)  ## compile every kernel for every NVIDIA GPU with other versions of Triton (TRITONS="3.6.0 3.9.0")
+	@for version in $(TRITONS); do \
+		.venv/bin/python -m pip install -q $(PIP_ARGS) --no-deps --upgrade --target build/triton-$$version triton==$$version && \
+		echo "Triton $$version" && \
+		PYTHONPATH=build/triton-$$version .venv/bin/python -m pytest -q -m full $(PYTEST_ARGS) tests/kernels/test_compile_targets.py -k every_pair \
+		|| exit 1; \
+	done
 
 test-all: test test-min test-mid  ## all three
 

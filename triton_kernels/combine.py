@@ -3,21 +3,19 @@
     m = max_s m_s      out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s
 
 One program serves one row and reads its splits ``BLOCK`` at a time, as wide loads: with few rows it is the number of
-loads in flight that decides.  Splits over pages hold their accumulator part by part (``unpack.py``) and in the values'
-domain; the last split (the open page) is in natural order and not rotated.  For rotated values the merged accumulator
-is multiplied by the Hadamard signs, made in registers ``SLICE`` channels at a time: once per row, not once per split.
+loads in flight that decides.  Splits over pages hold their accumulator in the values' domain, the last split (the open
+page) is not rotated.  A merged accumulator of rotated values is rotated back by butterflies, once per row and not once
+per split.
 
 Chunks of queries have rows enough to fill a device otherwise: there a program serves ``MANY_ROWS`` of them, takes one
-split after the other, and makes the signs once for all its rows.
+split after the other, and multiplies by Hadamard signs, made ``SLICE`` channels at a time for all its rows.
 """
 
 from typing import Any
 
-from .codecs.jit import KernelCodec
 from .hadamard import hadamard_block
 from .target import tl, triton
-from .tile_math import hadamard_signs
-from .unpack import column_channels
+from .tile_math import hadamard_rotate, hadamard_signs
 
 
 @triton.jit(do_not_specialize=["queries", "splits"])
@@ -33,9 +31,7 @@ def _combine_kernel(
     stride_out_h,
     stride_out_q,
     VALUE_DIM: tl.constexpr,
-    FIELDS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PARTIAL_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     SLICE: tl.constexpr,
@@ -49,11 +45,13 @@ def _combine_kernel(
     batch_head = tl.program_id(0) // rows
     query_head = batch_head % heads * GROUP + row // queries
     columns = tl.arange(0, COLUMNS)
+    exists = columns < VALUE_DIM
     offs_s = tl.arange(0, BLOCK)
     first = batch_head.to(tl.int64) * (splits + 1) * rows + row
 
     # The open page first: it is there for every row.
     at = first + splits.to(tl.int64) * rows
+    tail = tl.load(partial_ptr + at * COLUMNS + columns, mask=exists, other=0.0)  # [COLUMNS]
     maximum = tl.load(state_ptr + at * 2)
     if SINKS:
         sink = tl.load(sinks_ptr + query_head).to(tl.float32) * 1.4426950408889634
@@ -66,36 +64,28 @@ def _combine_kernel(
 
     packed = tl.zeros([COLUMNS], tl.float32)
     for block in range(0, splits, BLOCK):
-        exists = block + offs_s < splits
+        there = block + offs_s < splits
         here = first + (block + offs_s).to(tl.int64) * rows  # [BLOCK]
-        split_max = tl.load(state_ptr + here * 2, mask=exists, other=float("-inf"))  # [BLOCK]
+        split_max = tl.load(state_ptr + here * 2, mask=there, other=float("-inf"))  # [BLOCK]
         new_max = tl.maximum(maximum, tl.max(split_max, 0))
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp2(maximum - origin)
         factor = tl.exp2(split_max - origin)  # [BLOCK]
         maximum = new_max
-        split_sum = tl.load(state_ptr + here * 2 + 1, mask=exists, other=0.0)  # [BLOCK]
-        pointers = partial_ptr + here[:, None] * PARTIAL_COLUMNS + columns[None, :]
-        values = tl.load(pointers, mask=exists[:, None], other=0.0)  # [BLOCK, COLUMNS]
+        split_sum = tl.load(state_ptr + here * 2 + 1, mask=there, other=0.0)  # [BLOCK]
+        pointers = partial_ptr + here[:, None] * COLUMNS + columns[None, :]
+        values = tl.load(pointers, mask=there[:, None] & exists[None, :], other=0.0)  # [BLOCK, COLUMNS]
         total = total * decay + tl.sum(factor * split_sum, 0)
         packed = packed * decay + tl.sum(factor[:, None] * values, 0)
         tail_factor = tail_factor * decay
     total = tl.where(total == 0.0, 1.0, total)
 
-    channel, exists = column_channels(VALUE_DIM, FIELDS, COLUMNS)
     out = out_ptr + (batch_head // heads).to(tl.int64) * stride_out_b + query_head.to(tl.int64) * stride_out_h
     out = out + (row % queries).to(tl.int64) * stride_out_q
-    tail = partial_ptr + at * PARTIAL_COLUMNS
     if ROTATED:
-        for start in range(0, VALUE_DIM, SLICE):
-            offs_v = start + tl.arange(0, SLICE)
-            signs = hadamard_signs(tl.where(exists, channel, 1 << 24), offs_v, ORDER)  # [COLUMNS, SLICE]
-            values = tl.sum(packed[:, None] * signs, 0) * (1.0 / tl.sqrt(ORDER * 1.0))
-            values += tail_factor * tl.load(tail + offs_v, mask=offs_v < VALUE_DIM, other=0.0)  # [SLICE]
-            tl.store(out + offs_v, (values / total).to(out_ptr.dtype.element_ty), mask=offs_v < VALUE_DIM)
-    else:
-        values = packed + tail_factor * tl.load(tail + channel, mask=exists, other=0.0)  # [COLUMNS]
-        tl.store(out + channel, (values / total).to(out_ptr.dtype.element_ty), mask=exists)
+        packed = hadamard_rotate(packed, COLUMNS, ORDER)
+    values = (packed + tail_factor * tail) / total
+    tl.store(out + columns, values.to(out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["queries", "splits"])
@@ -111,9 +101,7 @@ def _combine_rows_kernel(
     stride_out_h,
     stride_out_q,
     VALUE_DIM: tl.constexpr,
-    FIELDS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PARTIAL_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     SLICE: tl.constexpr,
@@ -130,6 +118,7 @@ def _combine_rows_kernel(
     batch_head = tl.program_id(0) // row_blocks
     query_head = batch_head % heads * GROUP + row // queries  # [ROWS]
     columns = tl.arange(0, COLUMNS)
+    mask = row_exists[:, None] & (columns < VALUE_DIM)[None, :]
     first = batch_head.to(tl.int64) * (splits + 1) * rows + row  # [ROWS]
 
     at = first + splits.to(tl.int64) * rows
@@ -149,9 +138,7 @@ def _combine_rows_kernel(
         here = first + tl.cast(split, tl.int64) * rows  # [ROWS]
         split_max = tl.load(state_ptr + here * 2, mask=row_exists, other=float("-inf"))
         split_sum = tl.load(state_ptr + here * 2 + 1, mask=row_exists, other=0.0)
-        values = tl.load(
-            partial_ptr + here[:, None] * PARTIAL_COLUMNS + columns[None, :], mask=row_exists[:, None], other=0.0
-        )  # [ROWS, COLUMNS]
+        values = tl.load(partial_ptr + here[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0)
         new_max = tl.maximum(maximum, split_max)
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp2(maximum - origin)
@@ -162,22 +149,20 @@ def _combine_rows_kernel(
         tail_factor = tail_factor * decay
     total = tl.where(total == 0.0, 1.0, total)
 
-    channel, exists = column_channels(VALUE_DIM, FIELDS, COLUMNS)
     out = out_ptr + (batch_head // heads).to(tl.int64) * stride_out_b + query_head.to(tl.int64) * stride_out_h
     out = (out + (row % queries).to(tl.int64) * stride_out_q)[:, None]
-    tail = partial_ptr + at[:, None] * PARTIAL_COLUMNS
+    tail = partial_ptr + at[:, None] * COLUMNS
     if ROTATED:
         for start in range(0, VALUE_DIM, SLICE):
             offs_v = start + tl.arange(0, SLICE)
-            mask = row_exists[:, None] & (offs_v < VALUE_DIM)[None, :]
-            signs = hadamard_signs(tl.where(exists, channel, 1 << 24), offs_v, ORDER)  # [COLUMNS, SLICE]
+            exists = row_exists[:, None] & (offs_v < VALUE_DIM)[None, :]
+            signs = hadamard_signs(columns, offs_v, ORDER)  # [COLUMNS, SLICE]
             values = tl.dot(packed, signs, input_precision=PRECISION) * (1.0 / tl.sqrt(ORDER * 1.0))  # [ROWS, SLICE]
-            values += tail_factor[:, None] * tl.load(tail + offs_v[None, :], mask=mask, other=0.0)
-            tl.store(out + offs_v[None, :], (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+            values += tail_factor[:, None] * tl.load(tail + offs_v[None, :], mask=exists, other=0.0)
+            tl.store(out + offs_v[None, :], (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=exists)
     else:
-        mask = row_exists[:, None] & exists[None, :]
-        values = packed + tail_factor[:, None] * tl.load(tail + channel[None, :], mask=mask, other=0.0)
-        tl.store(out + channel[None, :], (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+        values = packed + tail_factor[:, None] * tl.load(tail + columns[None, :], mask=mask, other=0.0)
+        tl.store(out + columns[None, :], (values / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # Rows of a program where there are at least four times as many: a product has 16 rows at least.
@@ -185,12 +170,10 @@ MANY_ROWS = 16
 
 
 def combine_constants(
-    values: KernelCodec,
     rotated: bool,
     ptx: bool,
     value_dim: int,
     columns: int,
-    partial_columns: int,
     group: int,
     sinks: bool,
     many: bool,
@@ -198,10 +181,10 @@ def combine_constants(
     """The constants of ``_combine_kernel``, or with ``many`` rows of ``_combine_rows_kernel``, and how it is launched.
 
     Args:
-        values: the values' codec as kernels see it; ``rotated`` whether its domain is; ``columns`` its packed width.
+        rotated: whether the domain of the values' codec is.
         ptx: whether it is compiled for an NVIDIA GPU.
         value_dim: head_dim of the values.
-        partial_columns: width of ``partial``.
+        columns: width of ``partial``, a power of two.
         group: query heads per key/value head.
         sinks: whether there are any.
     """
@@ -209,14 +192,13 @@ def combine_constants(
     precision = "tf32x3" if ptx else "ieee"
     return {
         "VALUE_DIM": value_dim,
-        "FIELDS": values.fields if values.byte_codes else 0,
         "COLUMNS": columns,
-        "PARTIAL_COLUMNS": partial_columns,
         "GROUP": group,
         "SLICE": 32,
         "ROTATED": rotated,
         "ORDER": hadamard_block(value_dim),
         "SINKS": sinks,
         "num_warps": 8 if many and not rotated else 4,
+        "enable_fp_fusion": True,
         **({"ROWS": MANY_ROWS, "PRECISION": precision} if many else {"BLOCK": 16}),
     }

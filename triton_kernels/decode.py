@@ -3,12 +3,13 @@
 One program serves one key/value head of one sequence, one block of rows, and one split of the pages; the query heads of
 the group and the queries are the rows of ``tl.dot``, so every packed byte is loaded once per row block.  Scales stay
 outside of the product (``codecs/base.py``): per-channel ones multiply the query once per page, per-token ones multiply
-scores and probabilities.  The open page is the last split of the same launch.  Each split leaves
+scores and probabilities.  The program of the last split, which has fewer pages, takes the open page after them, as a
+result of its own: packed values may be in another domain.  Each split, and the open page, leaves
 
     accumulator [rows, columns] float32, maximum and sum [rows] float32 (base 2)
 
-and ``combine.py`` merges them, rotating packed values back once per row.  With one split this is flash attention over
-pages for long chunks of queries; row blocks are then larger (``launch.py``).
+and ``combine.py`` merges them, rotating packed values back once per row.  Many queries are attended to in another way
+(``chunk.py``).
 """
 
 from typing import Any
@@ -16,66 +17,11 @@ from typing import Any
 import torch
 
 from .codecs.jit import KernelCodec
-from .launch import LaunchConfig
+from .launch import OPEN_COST, LaunchConfig
 from .ptx import program_again
 from .target import tl, triton
-from .tile_math import online_softmax
+from .tile_math import online_softmax, scores_to_base2
 from .unpack import part_channels
-
-
-@triton.jit
-def _scores_to_base2(
-    scores,
-    offs_n,
-    first_token,
-    visible,
-    query_position,
-    mask_rows,
-    stride_mask_n,
-    row_exists,
-    scale,
-    softcap,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    SHARED_MASK: tl.constexpr,
-):
-    """Scale, softcap and mask raw scores ``[N, ROWS]`` of tokens ``first_token + offs_n``; base-2 logits.
-
-    ``visible`` tokens exist; all of them if it is None.  ``mask_rows`` ``[ROWS]`` points to each row of the
-    mask, or to the one row of a SHARED_MASK.
-    """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (e^2x + 1), which saturates at both ends.
-        doubled = tl.exp2(scores * (scale * 2.0 * LOG2E / softcap))
-        logits = (softcap * LOG2E) * (1.0 - 2.0 / (doubled + 1.0))
-    else:
-        logits = scores * (scale * LOG2E)
-    token = first_token + offs_n
-    if visible is not None:
-        logits = tl.where((offs_n < visible)[:, None], logits, float("-inf"))
-    if CAUSAL:
-        logits = tl.where(token[:, None] <= query_position[None, :], logits, float("-inf"))
-    if WINDOW > 0:
-        logits = tl.where(token[:, None] > query_position[None, :] - WINDOW, logits, float("-inf"))
-    if MASK != 0:
-        if SHARED_MASK:
-            exists = (offs_n < visible) if visible is not None else (offs_n >= 0)
-            entry = tl.load(mask_rows + token * stride_mask_n, mask=exists, other=0)[:, None]  # [N, 1]
-        else:
-            pointers = mask_rows[None, :] + (token * stride_mask_n)[:, None]
-            seen = row_exists[None, :]
-            if visible is not None:
-                seen = seen & (offs_n < visible)[:, None]
-            entry = tl.load(pointers, mask=seen, other=0)  # [N, ROWS]
-        if MASK == 1:
-            # A limit instead of a selection: predicates and the tile they select from crowd the registers of a warp.
-            logits = tl.minimum(logits, tl.where(entry != 0, float("inf"), float("-inf")))
-        else:
-            logits = logits + entry.to(tl.float32) * LOG2E
-    return logits
 
 
 @triton.jit
@@ -174,7 +120,6 @@ def _decode_kernel(
     VALUE_DIM: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
-    PARTIAL_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -186,8 +131,9 @@ def _decode_kernel(
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     STAGES: tl.constexpr,
+    OPEN_COST: tl.constexpr,
 ):
-    """Grid: (batch * heads * row blocks, splits + 1).
+    """Grid: (batch * heads * row blocks, splits).
 
     ``*_HAS`` = (token_scale, token_offset, channel_scale, channel_offset), each a flag; ``*_UNIT`` is what levels are
     to be multiplied by; KEY_COLUMNS and VALUE_COLUMNS are padded widths of the open page.  Tiles have tokens or
@@ -196,8 +142,10 @@ def _decode_kernel(
     # The way of a scaled query into the layout of an operand may meet barriers, and where there are many, levels that
     # wait for them do not fit in the registers.
     SCALE_FIRST: tl.constexpr = K_HAS[2] and K_PARTS > 4
+    NORMALIZE: tl.constexpr = K_FIELDS > 0 and K_DTYPE == tl.float16
+    TAIL: tl.constexpr = PAGE if PAGE < 32 else 32
     program = tl.program_id(0)
-    split = tl.program_id(1)
+    split = splits - 1 - tl.program_id(1)  # the last one, which has the open page too, begins first
     row_blocks = tl.cdiv(GROUP * queries, ROWS)
     row_block = program % row_blocks
     head = (program // row_blocks) % heads
@@ -219,68 +167,179 @@ def _decode_kernel(
         mask_rows = mask_rows + query_head.to(tl.int64) * stride_mask_h
         mask_rows = mask_rows + query_index.to(tl.int64) * stride_mask_q  # [ROWS]
 
-    if split < splits:
-        q = ()
-        q_sum = tl.zeros([ROWS], tl.float32)
-        accumulator = ()
+    q = ()
+    q_sum = tl.zeros([ROWS], tl.float32)
+    row_largest = tl.zeros([ROWS], tl.float32)
+    accumulator = ()
+    for part in tl.static_range(K_PARTS):
+        channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
+        q_pointers = (
+            rotated_query_ptr
+            + batch.to(tl.int64) * stride_rotated_b
+            + query_head.to(tl.int64)[None, :] * stride_rotated_h
+        )
+        q_pointers = q_pointers + query_index.to(tl.int64)[None, :] * stride_rotated_q + channel[:, None]
+        q_part = tl.load(q_pointers, mask=mask_k[:, None] & row_exists[None, :], other=0.0)  # [K_WORDS, ROWS]
+        q = q + (q_part.to(tl.float32),)
+        q_sum += tl.sum(q[part], 0)
+        if NORMALIZE:
+            row_largest = tl.maximum(row_largest, tl.max(tl.abs(q[part]), 0))
+    row_scale = scale
+    if NORMALIZE:
+        # fp16 ends at 65504, which a query, or its product with a channel's scale, may pass: the power of two above
+        # the largest number of a row stays outside.  Subnormal numbers lose what is below 2^-24 of that one.
+        exponent = tl.minimum(row_largest.to(tl.int32, bitcast=True) >> 23, 252)
+        normalizer = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+        normalized = ()
         for part in tl.static_range(K_PARTS):
-            channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
-            q_pointers = (
-                rotated_query_ptr
-                + batch.to(tl.int64) * stride_rotated_b
-                + query_head.to(tl.int64)[None, :] * stride_rotated_h
-            )
-            q_pointers = q_pointers + query_index.to(tl.int64)[None, :] * stride_rotated_q + channel[:, None]
-            q_part = tl.load(q_pointers, mask=mask_k[:, None] & row_exists[None, :], other=0.0)  # [K_WORDS, ROWS]
-            q = q + (q_part.to(tl.float32),)
-            q_sum += tl.sum(q[part], 0)
-        for _ in tl.static_range(V_PARTS):
-            accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
-        table_ptr += batch.to(tl.int64) * stride_table_b
+            normalized = normalized + ((q[part] * normalizer[None, :]).to(rotated_query_ptr.dtype.element_ty),)
+        q = normalized
+        q_sum = q_sum * normalizer
+        row_scale = scale * ((exponent + 1) << 23).to(tl.float32, bitcast=True)[None, :]
+    for _ in tl.static_range(V_PARTS):
+        accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
+    table_ptr += batch.to(tl.int64) * stride_table_b
 
-        first_page, end_page = _seen_pages(row_block, queries, sealed, tail, GROUP, ROWS, PAGE, CAUSAL, WINDOW)
-        per_split = tl.cdiv(tl.maximum(end_page - first_page, 0), splits)
-        first_page += split * per_split
-        end_page = tl.minimum(first_page + per_split, end_page)
-        for page_index in tl.range(first_page, end_page, num_stages=STAGES):
-            page_head = tl.load(table_ptr + page_index).to(tl.int64) * heads + head
+    first_page, end_page = _seen_pages(row_block, queries, sealed, tail, GROUP, ROWS, PAGE, CAUSAL, WINDOW)
+    # The open page counts for a few packed ones in the share of the last split.
+    per_split = tl.cdiv(tl.maximum(end_page - first_page, 0) + OPEN_COST, splits)
+    first_page += split * per_split
+    end_page = tl.minimum(first_page + per_split, end_page)
+    # The page after this one is looked up by hand: were its number loaded in the loop that copies it, the compiler
+    # would load numbers ahead and no pages.
+    page_id = tl.load(table_ptr + first_page, mask=first_page < end_page, other=0)
+    for page_index in tl.range(first_page, end_page, num_stages=STAGES):
+        page_head = page_id.to(tl.int64) * heads + head
+        page_id = tl.load(table_ptr + tl.minimum(page_index + 1, end_page - 1))
 
-            if SCALE_FIRST:
-                channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
-                operands = ()
-                for part in tl.static_range(K_PARTS):
-                    operands = operands + ((q[part] * channel_scale[part][:, None]).to(K_DTYPE),)
-            levels, token_scale, token_offset = K_TILE(
-                k_planes, page_head, offs_n, KEY_DIM, PAGE, K_FIELDS, K_WORDS, K_DTYPE, False, PTX
-            )
-            if not SCALE_FIRST:
-                channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
-            scores = tl.zeros([PAGE, ROWS], tl.float32)
+        if SCALE_FIRST:
+            channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+            operands = ()
             for part in tl.static_range(K_PARTS):
-                if SCALE_FIRST:
-                    scaled = operands[part]
-                elif K_HAS[2]:
-                    scaled = (q[part] * channel_scale[part][:, None]).to(K_DTYPE)
-                else:
-                    scaled = q[part].to(K_DTYPE)
-                scores = tl.dot(levels[part], scaled, scores, input_precision=PRECISION)  # [PAGE, ROWS]
-            if K_HAS[0]:
-                scores = scores * (token_scale * K_UNIT)[:, None]
-            elif K_UNIT != 1.0:
-                scores = scores * K_UNIT
-            if K_HAS[1]:
-                scores = scores + q_sum[None, :] * token_offset[:, None]
-            if K_HAS[3]:
-                shift = q[0] * channel_offset[0][:, None]
-                for part in tl.static_range(1, K_PARTS):
-                    shift += q[part] * channel_offset[part][:, None]
-                scores = scores + tl.sum(shift, 0)[None, :]
+                operands = operands + ((q[part] * channel_scale[part][:, None]).to(K_DTYPE),)
+        levels, token_scale, token_offset = K_TILE(
+            k_planes, page_head, offs_n, KEY_DIM, PAGE, K_FIELDS, K_WORDS, K_DTYPE, False, PTX
+        )
+        if not SCALE_FIRST:
+            channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+        scores = tl.zeros([PAGE, ROWS], tl.float32)
+        for part in tl.static_range(K_PARTS):
+            if SCALE_FIRST:
+                scaled = operands[part]
+            elif K_HAS[2]:
+                scaled = (q[part] * channel_scale[part][:, None]).to(K_DTYPE)
+            else:
+                scaled = q[part].to(K_DTYPE)
+            scores = tl.dot(levels[part], scaled, scores, input_precision=PRECISION)  # [PAGE, ROWS]
+        if K_HAS[0]:
+            scores = scores * (token_scale * K_UNIT)[:, None]
+        elif K_UNIT != 1.0:
+            scores = scores * K_UNIT
+        if K_HAS[1]:
+            scores = scores + q_sum[None, :] * token_offset[:, None]
+        if K_HAS[3]:
+            shift = q[0] * channel_offset[0][:, None]
+            for part in tl.static_range(1, K_PARTS):
+                shift += q[part] * channel_offset[part][:, None]
+            scores = scores + tl.sum(shift, 0)[None, :]
 
-            logits = _scores_to_base2(
-                scores,
-                offs_n,
-                page_index * PAGE,
-                None,
+        logits = scores_to_base2(
+            scores,
+            offs_n,
+            page_index * PAGE,
+            None,
+            query_position,
+            mask_rows,
+            stride_mask_n,
+            row_exists,
+            row_scale,
+            softcap,
+            CAUSAL,
+            WINDOW,
+            SOFTCAP,
+            MASK,
+            SHARED_MASK,
+        )
+        weights, decay, running_max, running_sum = online_softmax(logits, running_max, running_sum)
+
+        levels, token_scale, token_offset = V_TILE(
+            v_planes, page_head, offs_n, VALUE_DIM, PAGE, V_FIELDS, V_WORDS, V_DTYPE, True, PTX
+        )
+        channel_scale, channel_offset = V_CHANNELS(v_planes, page_head, VALUE_DIM, V_FIELDS, V_WORDS)
+        if V_HAS[0]:
+            # Token scales reach into the subnormals of fp16; the page's largest is kept out of the product.
+            largest = tl.maximum(tl.max(tl.abs(token_scale), 0), 1e-30)
+            scaled = weights * (token_scale * (1.0 / largest))[:, None]
+            unit = largest * V_UNIT
+        else:
+            scaled = weights
+            unit = V_UNIT
+        scaled = scaled.to(V_DTYPE)
+        total_offset = tl.zeros([ROWS], tl.float32)
+        if V_HAS[1]:
+            total_offset = tl.sum(weights * token_offset[:, None], 0)
+        if V_HAS[3]:
+            total = tl.sum(weights, 0)
+        added = ()
+        for part in tl.static_range(V_PARTS):
+            product = tl.dot(levels[part], scaled, input_precision=PRECISION)  # [V_WORDS, ROWS]
+            if V_HAS[2]:
+                product = product * channel_scale[part][:, None]
+            if V_HAS[0] or V_UNIT != 1.0:
+                product = product * unit
+            if V_HAS[1]:
+                product = product + total_offset[None, :]
+            if V_HAS[3]:
+                product = product + total[None, :] * channel_offset[part][:, None]
+            added = added + (accumulator[part] * decay[None, :] + product,)
+        accumulator = added
+
+    if PTX and STAGES > 1 and K_FIELDS > 0:  # unpacking a page while the next one is copied takes all registers
+        again = program_again(0)
+        split = splits - 1 - program_again(1)
+        row = again % row_blocks * ROWS + tl.arange(0, ROWS)
+        row_exists = row < GROUP * queries
+        head = (again // row_blocks) % heads
+        batch = again // row_blocks // heads
+    first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
+    for part in tl.static_range(V_PARTS):
+        channel, mask_v = part_channels(part, VALUE_DIM, V_FIELDS, V_WORDS)
+        out_pointers = partial_ptr + first_row * VALUE_COLUMNS + row[None, :] * VALUE_COLUMNS + channel[:, None]
+        tl.store(out_pointers, accumulator[part], mask=mask_v[:, None] & row_exists[None, :])  # [V_WORDS, ROWS]
+    _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
+    if split == splits - 1:
+        # A part at a time, so that it is the loop over packed pages that decides how much shared memory a program has.
+        query_index = row % queries
+        query_head = head * GROUP + row // queries
+        sealed = tl.load(lengths_ptr + batch * 2)
+        tail = tl.load(lengths_ptr + batch * 2 + 1)
+        query_position = sealed * PAGE + tail - queries + query_index
+        mask_rows = mask_ptr + batch.to(tl.int64) * stride_mask_b
+        if not SHARED_MASK:
+            mask_rows = mask_rows + query_head.to(tl.int64) * stride_mask_h
+            mask_rows = mask_rows + query_index.to(tl.int64) * stride_mask_q  # [ROWS]
+        running_max = tl.full([ROWS], float("-inf"), tl.float32)
+        running_sum = tl.zeros([ROWS], tl.float32)
+        offs_k = tl.arange(0, KEY_COLUMNS)
+        offs_v = tl.arange(0, VALUE_COLUMNS)
+        offs_t = tl.arange(0, TAIL)
+        query_pointers = query_ptr + batch.to(tl.int64) * stride_query_b
+        query_pointers = query_pointers + query_head.to(tl.int64)[None, :] * stride_query_h
+        query_pointers = query_pointers + query_index.to(tl.int64)[None, :] * stride_query_q + offs_k[:, None]
+        q_mask = (offs_k < KEY_DIM)[:, None] & row_exists[None, :]
+        query = tl.load(query_pointers, mask=q_mask, other=0.0)  # [KEY_COLUMNS, ROWS]
+        k_tail_ptr += batch.to(tl.int64) * stride_k_tail_b + head * stride_k_tail_h
+        v_tail_ptr += batch.to(tl.int64) * stride_v_tail_b + head * stride_v_tail_h
+        gathered = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
+        for start in tl.range(0, tail, TAIL, num_stages=1):
+            held = start + offs_t < tail
+            k_pointers = k_tail_ptr + (start + offs_t)[:, None] * stride_k_tail_n + offs_k[None, :]
+            k = tl.load(k_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)
+            tail_logits = scores_to_base2(
+                tl.dot(k, query.to(k.dtype), input_precision=PRECISION),  # [TAIL, ROWS]
+                offs_t,
+                sealed * PAGE + start,
+                tail - start,
                 query_position,
                 mask_rows,
                 stride_mask_n,
@@ -293,91 +352,13 @@ def _decode_kernel(
                 MASK,
                 SHARED_MASK,
             )
-            weights, decay, running_max, running_sum = online_softmax(logits, running_max, running_sum)
-
-            levels, token_scale, token_offset = V_TILE(
-                v_planes, page_head, offs_n, VALUE_DIM, PAGE, V_FIELDS, V_WORDS, V_DTYPE, True, PTX
-            )
-            channel_scale, channel_offset = V_CHANNELS(v_planes, page_head, VALUE_DIM, V_FIELDS, V_WORDS)
-            if V_HAS[0]:
-                # Token scales reach into the subnormals of fp16; the page's largest is kept out of the product.
-                largest = tl.maximum(tl.max(tl.abs(token_scale), 0), 1e-30)
-                scaled = weights * (token_scale * (1.0 / largest))[:, None]
-                unit = largest * V_UNIT
-            else:
-                scaled = weights
-                unit = V_UNIT
-            scaled = scaled.to(V_DTYPE)
-            total_offset = tl.zeros([ROWS], tl.float32)
-            if V_HAS[1]:
-                total_offset = tl.sum(weights * token_offset[:, None], 0)
-            if V_HAS[3]:
-                total = tl.sum(weights, 0)
-            added = ()
-            for part in tl.static_range(V_PARTS):
-                product = tl.dot(levels[part], scaled, input_precision=PRECISION)  # [V_WORDS, ROWS]
-                if V_HAS[2]:
-                    product = product * channel_scale[part][:, None]
-                if V_HAS[0] or V_UNIT != 1.0:
-                    product = product * unit
-                if V_HAS[1]:
-                    product = product + total_offset[None, :]
-                if V_HAS[3]:
-                    product = product + total[None, :] * channel_offset[part][:, None]
-                added = added + (accumulator[part] * decay[None, :] + product,)
-            accumulator = added
-
-        if PTX and STAGES > 1 and K_FIELDS > 0:  # unpacking a page while the next one is copied takes all registers
-            again = program_again(0)
-            split = program_again(1)
-            row = again % row_blocks * ROWS + tl.arange(0, ROWS)
-            row_exists = row < GROUP * queries
-            head = (again // row_blocks) % heads
-            batch = again // row_blocks // heads
-        first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
-        for part in tl.static_range(V_PARTS):
-            columns = part * V_WORDS + tl.arange(0, V_WORDS)
-            out_pointers = partial_ptr + first_row * PARTIAL_COLUMNS + row[None, :] * PARTIAL_COLUMNS + columns[:, None]
-            tl.store(out_pointers, accumulator[part], mask=row_exists[None, :])  # [V_WORDS, ROWS]
-        _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
-    else:
-        offs_k = tl.arange(0, KEY_COLUMNS)
-        offs_v = tl.arange(0, VALUE_COLUMNS)
-        tail_pointers = query_ptr + batch.to(tl.int64) * stride_query_b
-        tail_pointers = tail_pointers + query_head.to(tl.int64)[None, :] * stride_query_h
-        tail_pointers = tail_pointers + query_index.to(tl.int64)[None, :] * stride_query_q + offs_k[:, None]
-        q_mask = (offs_k < KEY_DIM)[:, None] & row_exists[None, :]
-        query = tl.load(tail_pointers, mask=q_mask, other=0.0)  # [KEY_COLUMNS, ROWS]
-        held = offs_n < tail
-        tail_pointers = k_tail_ptr + batch.to(tl.int64) * stride_k_tail_b + head * stride_k_tail_h
-        tail_pointers = tail_pointers + offs_n[:, None] * stride_k_tail_n + offs_k[None, :]
-        k = tl.load(tail_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)  # [PAGE, KEY_COLUMNS]
-        tail_logits = _scores_to_base2(
-            tl.dot(k, query.to(k.dtype), input_precision=PRECISION),
-            offs_n,
-            sealed * PAGE,
-            tail,
-            query_position,
-            mask_rows,
-            stride_mask_n,
-            row_exists,
-            scale,
-            softcap,
-            CAUSAL,
-            WINDOW,
-            SOFTCAP,
-            MASK,
-            SHARED_MASK,
-        )
-        tail_weights, tail_decay, running_max, running_sum = online_softmax(tail_logits, running_max, running_sum)
-        tail_pointers = v_tail_ptr + batch.to(tl.int64) * stride_v_tail_b + head * stride_v_tail_h
-        tail_pointers = tail_pointers + offs_n[:, None] * stride_v_tail_n + offs_v[None, :]
-        v = tl.load(
-            tail_pointers, mask=held[:, None] & (offs_v < VALUE_DIM)[None, :], other=0.0
-        )  # [PAGE, VALUE_COLUMNS]
-        gathered = tl.dot(tl.trans(v), tail_weights.to(v.dtype), input_precision=PRECISION)  # [VALUE_COLUMNS, ROWS]
-        first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + split) * (GROUP * queries)
-        tail_pointers = partial_ptr + first_row * PARTIAL_COLUMNS + row[:, None] * PARTIAL_COLUMNS + offs_v[None, :]
+            tail_weights, tail_decay, running_max, running_sum = online_softmax(tail_logits, running_max, running_sum)
+            v_pointers = v_tail_ptr + (start + offs_t)[:, None] * stride_v_tail_n + offs_v[None, :]
+            v = tl.load(v_pointers, mask=held[:, None] & (offs_v < VALUE_DIM)[None, :], other=0.0)
+            product = tl.dot(tl.trans(v), tail_weights.to(v.dtype), input_precision=PRECISION)
+            gathered = gathered * tail_decay[None, :] + product  # [VALUE_COLUMNS, ROWS]
+        first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + splits) * (GROUP * queries)
+        tail_pointers = partial_ptr + first_row * VALUE_COLUMNS + row[:, None] * VALUE_COLUMNS + offs_v[None, :]
         tl.store(tail_pointers, tl.trans(gathered), mask=row_exists[:, None])  # [ROWS, VALUE_COLUMNS]
         _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
 
@@ -432,7 +413,7 @@ def decode_constants(
         dims: head_dim of keys and of values.
         page_size: tokens of a page.
         group: query heads per key/value head.
-        columns: width of ``partial``.
+        columns: width of ``partial``: ``dims[1]`` padded to a power of two, 16 at least.
         config: how to launch.
         causal: whether the causal rule hides anything.
         window: tokens that a query sees; 0 for all.
@@ -463,8 +444,7 @@ def decode_constants(
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
         "KEY_COLUMNS": max(16, triton.next_power_of_2(key_dim)),
-        "VALUE_COLUMNS": max(16, triton.next_power_of_2(value_dim)),
-        "PARTIAL_COLUMNS": columns,
+        "VALUE_COLUMNS": columns,
         "GROUP": group,
         "PAGE": page_size,
         "ROWS": config.rows,
@@ -475,6 +455,8 @@ def decode_constants(
         "SHARED_MASK": shared_mask,
         "PRECISION": "ieee",
         "PTX": ptx,
-        "STAGES": config.depth(page_size),
+        "STAGES": config.stages,
+        "OPEN_COST": OPEN_COST,
         "num_warps": config.warps,
+        "enable_fp_fusion": True,  # later versions of Triton turn it off where nobody asks
     }

@@ -11,8 +11,8 @@ What the rows follow from (registers and spills of every row: ``docs/kernels.md`
 * Eight rows are the least that a tensor core takes.  A block of 16 costs as many instructions per row and half the
   traffic to the second-level cache, so that is for chunks of queries; for codes of few bits the look-up fills the
   registers, and the traffic is small, so eight rows stay.
-* One stage ahead is enough: 8 programs x a page of 9 to 17 KB in flight are several times what bandwidth x latency
-  of an H100 asks of a multiprocessor.
+* Three stages are two buffers: the next page is copied while one is worked on.  8 programs x a page of 9 to 17 KB in
+  flight are several times what bandwidth x latency of an H100 asks of a multiprocessor, so more buffers give nothing.
 * Where products run without tensor cores (float32 models; GPUs before sm_80, by Triton's choice) registers decide:
   eight warps and no pipelining.  AMD's matrix cores take 16 rows at least, and their waves have 64 threads.
 """
@@ -31,8 +31,8 @@ class LaunchConfig:
     Args:
         rows: rows (query heads of a group times queries) of one program; a power of two.
         warps: warps of one program.
-        stages: software-pipelining depth of the loop over pages; 2 loads one page ahead.
-        long_stages: the same for pages of more than 64 tokens where it differs, else 0.
+        stages: software-pipelining depth of the loop over pages.  1 copies a page and waits for it; 2 copies the next
+            page at the end of the work on one, into the same buffer; 3 during that work, into a second buffer.
         masked_warps: warps where there is a mask, if that differs, else 0.
         residents: programs that a multiprocessor holds at once at most, by the registers of a thread; shared memory
             may allow fewer (``occupancy.py``), and the choice of splits fills them.
@@ -40,9 +40,8 @@ class LaunchConfig:
 
     rows: int = 8
     warps: int = 1
-    stages: int = 2
+    stages: int = 3
     residents: int = 8
-    long_stages: int = 0
     masked_warps: int = 0
 
     def masked(self) -> "LaunchConfig":
@@ -51,10 +50,6 @@ class LaunchConfig:
             return self
         residents = max(1, self.residents * self.warps // self.masked_warps)
         return dataclasses.replace(self, warps=self.masked_warps, residents=residents)
-
-    def depth(self, page_size: int) -> int:
-        """Pipelining depth for pages of ``page_size`` tokens."""
-        return self.long_stages if self.long_stages and page_size > 64 else self.stages
 
 
 @dataclass(frozen=True)
@@ -80,33 +75,39 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("gfx", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
     LaunchRow("gfx", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
     # The same code takes a few registers more there than it has, with a mask also where codes have more bits.
-    LaunchRow("sm_1", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
-    LaunchRow("", 0, 64 * 128, 9, _ANY, 2, LaunchConfig(rows=16, warps=2, stages=2, residents=4)),
-    LaunchRow("sm_1", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8, masked_warps=2)),
-    LaunchRow("", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
+    LaunchRow("sm_1", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
+    LaunchRow("", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
+    LaunchRow("", 0, 64 * 128, 9, _ANY, 2, LaunchConfig(rows=16, warps=2, stages=3, residents=4)),
+    LaunchRow("sm_1", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8, masked_warps=2)),
+    LaunchRow("", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
     # Codes in two planes on either side.  More warps would unpack the same values again: the words of a token fill one
     # tile of a tensor core.  Between head_dim 64 and 96, copying a page ahead takes about a fifth of the loop.
     LaunchRow("", 0, 64 * 64, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
     LaunchRow("", 0, 64 * 80, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=1, residents=8)),
     LaunchRow("", 0, 64 * 128, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=1, stages=2, residents=8)),
-    LaunchRow("", 0, 64 * 256, 9, 6, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
-    LaunchRow("sm_1", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
-    # Without the prefetch on some: with it, look-up tables and a page ahead do not fit in their registers together.  A
-    # narrower head, or a long page of one, is the other way round.
-    LaunchRow("", 0, 64 * 192, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
-    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=1, residents=4, long_stages=2)),
-    LaunchRow("", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, 64 * 256, 9, _ANY, 2, LaunchConfig(rows=16, warps=4, stages=2, residents=2)),
-    LaunchRow("", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
-    LaunchRow("", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=2)),
+    LaunchRow("", 0, 64 * 256, 9, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
+    LaunchRow("sm_1", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
+    # Look-up tables and a page ahead do not fit in the registers of two warps together on some.
+    LaunchRow("", 0, 64 * 192, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
+    LaunchRow("sm_80", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
+    LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
+    LaunchRow("", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
+    LaunchRow("", 0, 64 * 256, 9, 16, 2, LaunchConfig(rows=16, warps=4, stages=3, residents=2)),
+    LaunchRow("", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
+    # Exact pages.  Two of this size do not fit in 99 KiB of shared memory.
+    LaunchRow("sm_86", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=1)),
+    LaunchRow("sm_89", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=1)),
+    LaunchRow("sm_12", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=1)),
+    LaunchRow("", 0, 64 * 256, 9, _ANY, 2, LaunchConfig(rows=16, warps=4, stages=3, residents=2)),
+    LaunchRow("", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     LaunchRow("", 0, _ANY, 0, _ANY, _ANY, LaunchConfig(rows=8, warps=2, stages=2, residents=4)),
 )
 
-MAX_SPLITS = 128
+MAX_SPLITS = 160
 # What a program costs besides its pages, in pages: reading its queries, writing and merging its accumulator.
 PROGRAM_COST = 1
+# What the open page takes, in packed pages: it is read in two parts, one after the other, each waited for.
+OPEN_COST = 2
 # What fewer splits, and so less to merge, may cost.
 TOLERANCE = 0.03
 
@@ -162,11 +163,10 @@ def launch_config(
 
 
 def split_count(config: LaunchConfig, programs: int, pages: int, processors: int) -> int:
-    """Splits of the pages, each but the last of as many pages, none of them empty.
+    """Splits of the pages, each but the last of as many pages; the last one has the open page too.
 
-    The choice is the fewest splits that take the least time, or close to it.  A program takes as long as it has pages
-    and ``PROGRAM_COST``; the open pages have programs of their own, which come first; whoever ends makes room for the
-    next.
+    Programs run in waves of what the device holds, and a wave takes as long as one program: the choice is the fewest
+    splits whose waves x (pages of a split + ``PROGRAM_COST``) is the least, or close to it.
 
     Args:
         config: its ``residents`` is what a multiprocessor holds.
@@ -176,21 +176,17 @@ def split_count(config: LaunchConfig, programs: int, pages: int, processors: int
     """
     if "splits" in _override:
         return max(1, min(_override["splits"], max(pages, 1)))
-    return _fastest_splits(programs, max(pages, 1), processors * config.residents)
-
-
-def makespan(programs: int, splits: int, pages: int, held: int) -> int:
-    """How long ``programs`` open pages and then ``programs`` x ``splits`` splits of ``pages`` pages take where ``held``
-    run at once and whoever ends makes room for the next; in pages."""
-    waves, late = divmod(programs, held)  # of open pages; ``late`` places are free one such wave after the others
-    rounds = -(-programs * splits // held)
-    wait = waves + (programs * splits > rounds * held - late)
-    return wait * (1 + PROGRAM_COST) + rounds * (-(-pages // splits) + PROGRAM_COST)
+    return _fastest_splits(programs, pages, processors * config.residents)
 
 
 @functools.lru_cache(maxsize=4096)
 def _fastest_splits(programs: int, pages: int, held: int) -> int:
-    choices = range(1, min(pages, MAX_SPLITS) + 1)
-    enough = min(makespan(programs, n, pages, held) for n in choices) * (1 + TOLERANCE)
-    splits = next(n for n in choices if makespan(programs, n, pages, held) <= enough)
-    return -(-pages // -(-pages // splits))
+    def cost(splits: int) -> int:
+        waves = -(-programs * splits // held)
+        return waves * (-(-(pages + OPEN_COST) // splits) + PROGRAM_COST)
+
+    choices = range(1, min(pages + 1, MAX_SPLITS) + 1)
+    enough = min(map(cost, choices)) * (1 + TOLERANCE)
+    splits = next(n for n in choices if cost(n) <= enough)
+    each = -(-(pages + OPEN_COST) // splits)
+    return -(-(pages + OPEN_COST) // each)

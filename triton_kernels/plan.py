@@ -14,7 +14,7 @@ import torch
 
 from .codecs import Codec, likeness
 from .combine import MANY_ROWS, _combine_kernel, _combine_rows_kernel, combine_constants
-from .decode import _decode_kernel, decode_constants, part_width
+from .decode import _decode_kernel, decode_constants
 from .launch import LaunchConfig, launch_config, overridden, split_count
 from .launching import Launcher
 from .occupancy import multiprocessor, residents
@@ -59,8 +59,7 @@ class AttentionKernels:
         self.keys, self.values, self.config, self.device = keys, values, config, device
         self.rotated = codecs[0].rotated
         ptx = has_ptx(device)
-        packed_columns = values.parts * part_width(values, dims[1])
-        self.columns = max(packed_columns, 1 << (dims[1] - 1).bit_length(), 16)
+        self.columns = max(16, 1 << (dims[1] - 1).bit_length())
         self.decode = Launcher(
             _decode_kernel,
             decode_constants(
@@ -82,9 +81,7 @@ class AttentionKernels:
         )
         self.combine = Launcher(
             _combine_rows_kernel if many else _combine_kernel,
-            combine_constants(
-                values, codecs[1].rotated, ptx, dims[1], packed_columns, self.columns, group, sinks, many
-            ),
+            combine_constants(codecs[1].rotated, ptx, dims[1], self.columns, group, sinks, many),
         )
         self._residents = 0
 

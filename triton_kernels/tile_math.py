@@ -60,6 +60,61 @@ def online_softmax(scores, running_max, running_sum):
 
 
 @triton.jit
+def scores_to_base2(
+    scores,
+    offs_n,
+    first_token,
+    visible,
+    query_position,
+    mask_rows,
+    stride_mask_n,
+    row_exists,
+    scale,
+    softcap,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+):
+    """Scale, softcap and mask raw scores ``[N, ROWS]`` of tokens ``first_token + offs_n``; base-2 logits.
+
+    ``scale`` is a number, or ``[1, ROWS]``.  ``visible`` tokens exist; all of them if it is None.  ``mask_rows``
+    ``[ROWS]`` points to each row of the mask, or to the one row of a SHARED_MASK.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (e^2x + 1), which saturates at both ends.
+        doubled = tl.exp2(scores * (scale * 2.0 * LOG2E / softcap))
+        logits = (softcap * LOG2E) * (1.0 - 2.0 / (doubled + 1.0))
+    else:
+        logits = scores * (scale * LOG2E)
+    token = first_token + offs_n
+    if visible is not None:
+        logits = tl.where((offs_n < visible)[:, None], logits, float("-inf"))
+    if CAUSAL:
+        logits = tl.where(token[:, None] <= query_position[None, :], logits, float("-inf"))
+    if WINDOW > 0:
+        logits = tl.where(token[:, None] > query_position[None, :] - WINDOW, logits, float("-inf"))
+    if MASK != 0:
+        if SHARED_MASK:
+            exists = (offs_n < visible) if visible is not None else (offs_n >= 0)
+            entry = tl.load(mask_rows + token * stride_mask_n, mask=exists, other=0)[:, None]  # [N, 1]
+        else:
+            pointers = mask_rows[None, :] + (token * stride_mask_n)[:, None]
+            seen = row_exists[None, :]
+            if visible is not None:
+                seen = seen & (offs_n < visible)[:, None]
+            entry = tl.load(pointers, mask=seen, other=0)  # [N, ROWS]
+        if MASK == 1:
+            # A limit instead of a selection: predicates and the tile they select from crowd the registers of a warp.
+            logits = tl.minimum(logits, tl.where(entry != 0, float("inf"), float("-inf")))
+        else:
+            logits = logits + entry.to(tl.float32) * LOG2E
+    return logits
+
+
+@triton.jit
 def hadamard_signs(rows, columns, ORDER: tl.constexpr):
     """+1 or -1 of the block-diagonal Hadamard matrix, float32 ``[R, C]``; 0 outside of the diagonal blocks.
 
@@ -72,6 +127,16 @@ def hadamard_signs(rows, columns, ORDER: tl.constexpr):
     common = common ^ (common >> 1)
     same_block = (rows // ORDER)[:, None] == (columns // ORDER)[None, :]
     return tl.where(same_block, 1.0 - 2.0 * (common & 1).to(tl.float32), 0.0)
+
+
+@triton.jit
+def hadamard_rotate(x, COLUMNS: tl.constexpr, ORDER: tl.constexpr):
+    """``x`` ``[COLUMNS]`` float32 times the block-diagonal orthonormal Hadamard matrix: log2(ORDER) butterflies."""
+    for power in tl.static_range(ORDER.bit_length() - 1):
+        pairs = tl.trans(x.reshape(COLUMNS >> (power + 1), 2, 1 << power), 0, 2, 1)
+        a, b = tl.split(pairs)
+        x = tl.trans(tl.join(a + b, a - b), 0, 2, 1).reshape(COLUMNS)
+    return x * (1.0 / tl.sqrt(ORDER * 1.0))
 
 
 @triton.jit

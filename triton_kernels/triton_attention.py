@@ -1,12 +1,15 @@
 """Append and attention over packed pages by Triton kernels.
 
-Append is one launch, attention three at most: rotate the query, ``decode``, ``combine``.  A decode step of a layer
-differs from the one before in a few tensors; what does not is put together once and kept with the pages.
+Append is one launch, attention of few queries three at most: rotate the query, ``decode``, ``combine``.  A decode step
+of a layer differs from the one before in a few tensors; what does not is put together once and kept with the pages.
+Many queries go through ``chunk_attention``.
 """
 
 import torch
 
 from .append import AppendCall
+from .chunk import MANY_QUERIES, chunk_attention
+from .dense_pages import PackedPages
 from .launch import overridden
 from .launching import Variant, aligned
 from .pages import PagedSide
@@ -84,9 +87,9 @@ class AttentionCall:
         splits = plan.splits
         args = (partial, state, *inputs, splits, *self._strides)
         if aligned(partial, state, query, rotated, lengths, seen):
-            self._decode = kernels.decode((plan.programs, splits + 1, 1), args, self._decode)
+            self._decode = kernels.decode((plan.programs, splits, 1), args, self._decode)
         else:
-            kernels.decode((plan.programs, splits + 1, 1), args)
+            kernels.decode((plan.programs, splits, 1), args)
         merged = (out, partial, state, state if sinks is None else sinks, *plan.counts, splits, *plan.out_strides)
         if aligned(*merged[:4]):
             self._combine = kernels.combine(plan.combine_grid, merged, self._combine)
@@ -141,6 +144,8 @@ def paged_attention_triton(
         query = query.contiguous()
     if mask is not None and mask.stride(-1) not in (0, 1):
         mask = mask.contiguous()
+    if query.shape[2] >= MANY_QUERIES:
+        return _many(query, keys, values, page_table, lengths, scale, causal, mask, softcap, sinks, window)
     key = (
         query.shape,
         query.stride(),
@@ -160,6 +165,30 @@ def paged_attention_triton(
         call = AttentionCall(plan, query, keys, values, page_table, mask)
         _keep(calls, key, call)
     return call(query, lengths, scale, mask, softcap, sinks)
+
+
+def _many(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    window: int,
+) -> torch.Tensor:
+    """``paged_attention_triton`` for many queries."""
+    k, v = keys.codec.kernel, values.codec.kernel
+    assert k is not None and v is not None, "choose() lets no other codec through"
+    planes = list(keys.planes), list(values.planes)
+    rotated = keys.codec.rotated, values.codec.rotated
+    pages = PackedPages(k, v, *planes, keys.tail, values.tail, *rotated, page_table, lengths)
+    out = query.new_empty(*query.shape[:3], values.head_dim)
+    chunk_attention(out, query, pages, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
+    return out
 
 
 def _keep(calls: dict[object, object], key: object, call: object) -> None:

@@ -4,19 +4,13 @@ A launcher is called with tensors that have shapes and no memory (device "meta")
 another GPU and every launch is turned into a compilation.  So signatures, specialization, constants and the launch
 table are those of a real call; nothing is written down twice.
 
-Triton decides on its interpreter for a whole process, so tests call ``compile_cases``, which runs this file in a
-process of its own.  ``KERNELS`` is the table of what can be compiled: a launcher to call for a ``Case``.
+Triton decides on its interpreter for a whole process, so tests call ``compile_cases``, which does it in another one
+(``compiler_process.py``).  ``KERNELS`` is the table of what can be compiled: a launcher to call for a ``Case``.
 """
 
-import atexit
 import contextlib
-import dataclasses
-import functools
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from kernels.compiler_process import call
 
 
 class Target(NamedTuple):
@@ -85,7 +80,7 @@ class Case:
 @dataclass(frozen=True)
 class Built:
     """A compiled kernel.  ``registers`` and ``spilled`` (bytes of stack of a thread) are None where no tool reads
-    them."""
+    them; ``buffers`` is how many tiles each pipelined load has room for in shared memory."""
 
     name: str
     warps: int
@@ -94,11 +89,12 @@ class Built:
     registers: int | None
     spilled: int | None
     sass: str = ""
+    buffers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The longest loop of a disassembled kernel."""
+    """The loop over pages of a disassembled kernel."""
 
     opcodes: dict[str, int]
 
@@ -113,10 +109,15 @@ class Loop:
 
 
 def main_loop(sass: str) -> Loop:
-    """The longest loop in ``nvdisasm``'s text: what lies between a label and the last jump back to it."""
+    """The loop over pages in ``nvdisasm``'s text, what lies between a label and the last jump back to it: the one that
+    copies most into shared memory, or the longest."""
+
+    def weight(body: list[str]) -> tuple[int, int]:
+        return sum(opcode.startswith("LDGSTS") for opcode in body), len(body)
+
     labels: dict[str, int] = {}
     instructions: list[str] = []
-    longest: list[str] = []
+    main: list[str] = []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
@@ -124,9 +125,9 @@ def main_loop(sass: str) -> Loop:
             text = re.sub(r"^@!?\w+\s+", "", instruction[1])
             instructions.append(text.split()[0])
             jump = re.search(r"^BRA.*`\((\.L_x_\d+)\)", text)
-            if jump and jump[1] in labels and len(instructions) - labels[jump[1]] > len(longest):
-                longest = instructions[labels[jump[1]] :]
-    return Loop(dict(Counter(longest)))
+            if jump and jump[1] in labels:
+                main = max(main, instructions[labels[jump[1]] :], key=weight)
+    return Loop(dict(Counter(main)))
 
 
 class _Driver:
@@ -252,7 +253,9 @@ def inspect(kernel: Any, sass: bool = False) -> Built:
             int(re.search(rf"\.{word}:\s+(\d+)", kernel.asm["amdgcn"])[1])
             for word in ("vgpr_count", "private_segment_fixed_size")
         )
-    return Built(metadata.name, metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled, text)
+    buffers = tuple(map(int, re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x", kernel.asm.get("ttgir", ""))))
+    figures = (metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled)
+    return Built(metadata.name, *figures, text, buffers)
 
 
 def compile_case(case: Case, sass: bool = False) -> list[Built]:
@@ -264,78 +267,13 @@ def compile_case(case: Case, sass: bool = False) -> list[Built]:
     return [inspect(kernel, sass) for kernel in compiled]
 
 
-class _Process:
-    """Another process that compiles what it is asked for.  What it imports takes longer than a kernel does, so it stays
-    until the end of this one."""
-
-    def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        self.errors = Path(self.folder.name, "stderr")
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = self.folder.name
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                text=True,
-            )
-        atexit.register(self.stop)
-
-    def ask(self, request: dict[str, Any]) -> list[Any]:
-        """One answer for each case of the request."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        answers: list[Any] = []
-        try:
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            while len(answers) < len(request["cases"]):
-                line = self.process.stdout.readline()
-                if not line:
-                    raise BrokenPipeError
-                if line.startswith(("[", '"')):  # and not what a compiler says
-                    answers.append(json.loads(line))
-        except BrokenPipeError as error:
-            _process.cache_clear()  # the next one gets a new one
-            self.process.wait()
-            raise RuntimeError(f"the compiling process failed:\n{self.errors.read_text()}") from error
-        return answers
-
-    def stop(self) -> None:
-        """No more requests: it ends, and its kernels go."""
-        if self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-        self.process.wait()
-        self.folder.cleanup()
-
-
-@functools.cache
-def _process() -> _Process:
-    return _Process()
+def _compile_or_say_why(case: Case, sass: bool) -> list[Built] | str:
+    try:
+        return compile_case(case, sass)
+    except Exception as error:  # whatever stops a compiler is the answer
+        return f"{type(error).__name__}: {error}"
 
 
 def compile_cases(cases: Sequence[Case], sass: bool = False) -> dict[Case, list[Built] | str]:
     """The kernels of each case, or the error that it ended with; compiled one after the other in another process."""
-    answers = _process().ask({"sass": sass, "cases": [dataclasses.asdict(case) for case in cases]})
-    return {
-        case: answer if isinstance(answer, str) else [Built(**built) for built in answer]
-        for case, answer in zip(cases, answers, strict=True)
-    }
-
-
-def _main() -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
-        for fields in request["cases"]:
-            fields["config"] = tuple(map(tuple, fields["config"]))
-            try:
-                answer: Any = [dataclasses.asdict(built) for built in compile_case(Case(**fields), request["sass"])]
-            except Exception as error:  # whatever stops a compiler is the answer
-                answer = f"{type(error).__name__}: {error}"
-            print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    _main()
+    return {case: call(_compile_or_say_why, case, sass) for case in cases}

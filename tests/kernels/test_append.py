@@ -7,6 +7,7 @@ CPU.
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -191,12 +192,17 @@ def with_strides(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def compare(
-    state: Cache, keys: torch.Tensor, values: torch.Tensor, device: torch.device, magnitude: float = 40.0
+    state: Cache,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    device: torch.device,
+    magnitude: float = 40.0,
+    launch: Callable[..., None] = append,
 ) -> Cache:
     """Append to copies of ``state`` by both, compare, and return the kernel's."""
     got, want = state.to(device), state.to(torch.device("cpu"))
     new = [with_strides(x, device) for x in (keys, values)]
-    append(*new, *got.arguments())
+    launch(*new, *got.arguments())
     sides = (
         PagedSide(codec, planes, tail, tail.shape[2])
         for codec, planes, tail in zip(want.codecs, want.planes, want.tails, strict=True)

@@ -88,7 +88,11 @@ def trimmed(target: str) -> list[Case]:
     if target == "sm_90":
         cases.append(Case(target, *PAIRS["turboquant-qjl"]))
         cases += [Case(target, *PAIRS["lloyd4"], head_dim=64), Case(target, *PAIRS["exact"], head_dim=256)]
-        cases += [Case(target, *PAIRS["int4"], queries=16), Case(target, *PAIRS["int8"], dtype="float32", head_dim=64)]
+        cases += [
+            Case(target, *PAIRS["int4"], queries=16),
+            Case(target, *PAIRS["lloyd4"], queries=512),
+            Case(target, *PAIRS["int8"], dtype="float32", head_dim=64),
+        ]
         cases += [Case(target, *PAIRS["int4"], mask="bool"), Case(target, *PAIRS["int8"], mask="bool", queries=4)]
         cases += [Case(target, *PAIRS["int4"], dtype="float16", softcap=30.0, window=512, head_dim=80)]
     return cases
@@ -106,6 +110,8 @@ def full(target: str, name: str) -> list[Case]:
         {"head_dim": 80, "queries": 2, "softcap": 30.0, "window": 512},
         {"page_size": 128},
         {"mask": "bool"},
+        {"queries": 512},
+        {"queries": 512, "head_dim": 256, "mask": "bool"},
     ]
     if everything:
         kinds += [{"head_dim": dim, "group": 7} for dim in (64, 80, 96, 192)]
@@ -150,12 +156,40 @@ def test_compiles_in_full(target: str, name: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("target", [name for name in TARGETS if name not in ("sm_70", "gfx942")])
+def test_every_pair(target: str) -> None:
+    """Every pair, each launcher once: what ``make test-triton`` asks of other versions of Triton.
+
+    A compiler that nothing is tuned for may need stack, but not for the policies that it is chosen for."""
+    half = "float16" if target.startswith(UNTUNED) else "bfloat16"
+    kinds = ({}, {"queries": 512}, {"kernel": "append"})
+    cases = [Case(target, *pair, dtype=half, **kind) for pair in PAIRS.values() for kind in kinds]
+    tuned = [PAIRS[name] for name in ("exact", "int8", "int4", "turboquant")]
+    wrong = []
+    for case, built in compile_cases(cases).items():
+        if isinstance(built, str) or (case.keys, case.values) in tuned:
+            wrong += check(case, built)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("target", TARGETS)
 def test_mixed_pairs_compile(target: str) -> None:
     kinds = ({"dtype": "float16" if target.startswith(UNTUNED) else "bfloat16"}, {"mask": "bool"}, {"head_dim": 256})
     cases = [Case(target, *pair, **(kinds[0] | kind)) for pair in MIXED for kind in kinds]
     wrong = [line for case, built in compile_cases(cases).items() for line in check(case, built)]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_two_page_buffers(target: str) -> None:
+    """A page is copied while one is worked on: every plane has room for two."""
+    cases = [Case(target, *PAIRS[name]) for name in ("exact", "int8", "int4", "turboquant")]
+    for case, built in compile_cases(cases).items():
+        assert not check(case, built)
+        (decode,) = (kernel for kernel in built if "decode" in kernel.name)
+        assert decode.buffers and set(decode.buffers) == {2}, f"{case}: {decode.buffers}"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ dequantized keys and the probabilities instead), which is one more unit in the l
 a vector's largest element over all of them, for the codes and for the offset that they are counted from.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -40,6 +41,7 @@ class Case(NamedTuple):
 
     ``mask``: "none", "bool" (of keys), "causal" (bool, on top of the causal rule), "float", "heads", or "rows".
     ``rows``: rows of a program instead of the launch table's, if not 0.
+    ``gain``: powers of two that queries and keys are multiplied by, and the scale divided by both.
     """
 
     tokens: tuple[int, ...] = (200, 200)
@@ -55,6 +57,7 @@ class Case(NamedTuple):
     splits: int = 3
     rows: int = 0
     heads: int = 2
+    gain: tuple[float, float] = (1.0, 1.0)
 
     @property
     def causal(self) -> bool:
@@ -68,6 +71,7 @@ class Case(NamedTuple):
         )
         extra = [self.mask] * (self.mask != "none") + ["softcap"] * (self.softcap is not None) + ["sinks"] * self.sinks
         extra += [f"R{self.rows}"] * (self.rows > 0)
+        extra += ["large"] * (self.gain != (1.0, 1.0))
         extra += [f"W{self.window}"] * (self.window > 0) + [f"S{self.splits}"] * (self.splits != 3)
         tokens = "_".join(map(str, dict.fromkeys(self.tokens)))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -95,18 +99,18 @@ FEATURES = (
 )
 
 
-def side(name: str, case: Case, dim: int, pages: int, device: torch.device) -> PagedSide:
-    """Random pages; slots that nobody may read hold NaN."""
+def side(name: str, case: Case, dim: int, pages: int, device: torch.device, gain: float = 1.0) -> PagedSide:
+    """Random pages times ``gain``; slots that nobody may read hold NaN."""
     heads, codec = case.heads, with_range(CODECS[name], case.heads, dim, reach=4.0)
     codec = codec.given(*(parameter.to(device) for parameter in codec.parameters))
-    vectors = torch.randn(pages, heads, PAGE, dim, device=device).to(case.dtype)
+    vectors = (torch.randn(pages, heads, PAGE, dim, device=device) * gain).to(case.dtype)
     planes = [plane.contiguous() for plane in codec.encode(vectors)]
     for plane in planes:
         plane[-1] = float("nan") if plane.dtype.is_floating_point else 0xAB
     tail = torch.full((len(case.tokens), heads, PAGE, dim), float("nan"), dtype=case.dtype, device=device)
     for batch, tokens in enumerate(case.tokens):
         held = (tokens - 1) % PAGE + 1
-        tail[batch, :, :held] = torch.randn(heads, held, dim, device=device).to(case.dtype)
+        tail[batch, :, :held] = (torch.randn(heads, held, dim, device=device) * gain).to(case.dtype)
     return PagedSide(codec, planes, tail, PAGE)
 
 
@@ -192,6 +196,12 @@ def test_planes_per_layer(case: Case, device: torch.device) -> None:
     check(("int8-static", "int8-static"), case, device)
 
 
+@pairs
+def test_large_queries_and_keys(pair: tuple[str, str], device: torch.device) -> None:
+    """A query times a channel's scale may pass the end of fp16, and infinity times the code 0 is no number."""
+    check(pair, Case((130, 70), gain=(256.0, 2048.0)), device)
+
+
 def reach(codec: Codec, group: int) -> torch.Tensor:
     """What a calibrated channel is added up from, ``[query_heads, head_dim]``: the lower end of its range and the codes
     counted from there.  Both are rounded, however small their sum is."""
@@ -199,13 +209,19 @@ def reach(codec: Codec, group: int) -> torch.Tensor:
     return ((zero - 128 * scale).abs() + 255 * scale).double().repeat_interleave(group, 0)
 
 
-def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
+def check(
+    pair: tuple[str, str],
+    case: Case,
+    device: torch.device,
+    attend: Callable[..., torch.Tensor] = paged_attention_triton,
+) -> None:
     torch.manual_seed(0)
     heads, batch = case.heads, len(case.tokens)
     query_heads = heads * case.group
     sealed = [(tokens - 1) // PAGE for tokens in case.tokens]
     pages = sum(sealed) + 1  # the last one is nobody's
-    keys, values = side(pair[0], case, case.key_dim, pages, device), side(pair[1], case, case.value_dim, pages, device)
+    keys = side(pair[0], case, case.key_dim, pages, device, case.gain[1])
+    values = side(pair[1], case, case.value_dim, pages, device)
     order = torch.randperm(pages - 1, device=device).int()
     table = torch.full((batch, max(sealed)), pages - 1, dtype=torch.int32, device=device)
     table[0, : sealed[0]], table[1, : sealed[1]] = order[: sealed[0]], order[sealed[0] :]
@@ -214,7 +230,7 @@ def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
         dtype=torch.int32,
         device=device,
     )
-    query = torch.randn(batch, query_heads, case.queries, case.key_dim, device=device).to(case.dtype)
+    query = (torch.randn(batch, query_heads, case.queries, case.key_dim, device=device) * case.gain[0]).to(case.dtype)
     mask = masks(case, query_heads, device)
     sinks = torch.randn(query_heads, device=device) if case.sinks else None
     read = table.clone()
@@ -222,13 +238,13 @@ def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
         for b, tokens in enumerate(case.tokens):
             read[b, : max(tokens - case.queries - case.window + 1, 0) // PAGE] = pages - 1
     with override_launch(splits=case.splits, **({"rows": case.rows} if case.rows else {})):
-        out = paged_attention_triton(
+        out = attend(
             query,
             keys,
             values,
             read,
             lengths,
-            scale=case.key_dim**-0.5,
+            scale=case.key_dim**-0.5 / (case.gain[0] * case.gain[1]),
             causal=case.causal,
             mask=mask,
             softcap=case.softcap,
@@ -243,8 +259,9 @@ def check(pair: tuple[str, str], case: Case, device: torch.device) -> None:
             for s in (keys, values)
         )
         part = None if mask is None else mask[b]
-        expected, scores = attention(query[b].double(), k, v, case, part, sinks)
-        eager, _ = attention(query[b], k.to(case.dtype), v.to(case.dtype), case, part, sinks)
+        q, k = query[b] / case.gain[0], k / case.gain[1]
+        expected, scores = attention(q.double(), k, v, case, part, sinks)
+        eager, _ = attention(q, k.to(case.dtype), v.to(case.dtype), case, part, sinks)
         budget = 2 * (eager.double() - expected).abs().max()
         eps = torch.finfo(torch.float16 if case.dtype != torch.float32 else torch.float32).eps
         size = 2 * v.norm(dim=-1).max() if values.codec.rotated else v.abs().max()

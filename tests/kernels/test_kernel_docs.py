@@ -33,8 +33,10 @@ def test_int4_counts_are_reproduced(kernel_docs: ModuleType) -> None:
         pytest.skip(f"the document was counted with another compiler than {kernel_docs.versions()}")
     header, *rows = section("loops")
     column = header.index("int4")
-    kernel, loop = kernel_docs.sm_90_loops(["int4"])["int4"]
-    assert [row[column] for row in rows] == kernel_docs.loop_rows("int4", kernel, loop), "run: make docs"
+    counted = kernel_docs.sm_90_loops(["int4"])["int4"]
+    assert [row[column] for row in rows] == kernel_docs.loop_rows("int4", counted.kernel, counted.loop), (
+        "run: make docs"
+    )
 
 
 def test_bytes_follow_from_the_planes(kernel_docs: ModuleType) -> None:
@@ -46,9 +48,18 @@ def test_bytes_follow_from_the_planes(kernel_docs: ModuleType) -> None:
         assert stored <= float(row[header.index("MB")]) <= stored + 5, row[0]
 
 
+def test_on_paper_the_policies_are_close_to_memory(kernel_docs: ModuleType) -> None:
+    """The estimate of the whole step over stored bytes at the bandwidth of a copy, in the document as it is."""
+    header, *rows = section("estimates")
+    assert kernel_docs.COPY == 3.0e12 and kernel_docs.PROCESSORS == 132
+    ratios = {row[0]: float(row[header.index("over memory")].strip("*")) for row in rows}
+    assert ratios["int4"] <= 1.15 and ratios["turboquant"] <= 1.15
+
+
 def test_every_table_is_filled(kernel_docs: ModuleType) -> None:
-    assert set(re.findall(r"<!-- begin:(\w+) -->", TEXT)) == {"versions", "resources", "shapes", "loops", "floors"}
-    for name in ("resources", "shapes", "loops", "floors"):
+    names = {"versions", "resources", "shapes", "loops", "floors", "estimates", "chunks"}
+    assert set(re.findall(r"<!-- begin:(\w+) -->", TEXT)) == names
+    for name in ("resources", "shapes", "loops", "floors", "estimates", "chunks"):
         assert len(section(name)) > 5
     assert "Not yet measured on a GPU" in TEXT
     assert {row[0].strip("`") for row in section("resources")[1:]} == set(kernel_docs.TARGETS)

@@ -34,10 +34,10 @@ def test_what_threads_leave() -> None:
 
 
 def test_the_launch_table_counts_registers() -> None:
-    """Its residents are what a thread with all registers leaves."""
+    """Its residents are at most what a thread with all registers leaves."""
     for row in LAUNCH_TABLE:
         if not row.architecture.startswith("gfx"):
-            assert row.config.residents == residents(MULTIPROCESSORS["sm_90"], 0, row.config.warps, 255)
+            assert row.config.residents <= residents(MULTIPROCESSORS["sm_90"], 0, row.config.warps, 255)
     assert LaunchConfig().residents == 8
 
 

@@ -1,4 +1,4 @@
-"""The PTX of ``ptx.py``, run by a small emulator over all words, gives the levels of the generic path bit for bit."""
+"""The PTX of ``ptx.py``, run by the PTX machine over all words, gives the levels of the generic path bit for bit."""
 
 import re
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from kernels.ptx_text import evaluate
 
 from kvquant_hf.triton_kernels import ptx
 from kvquant_hf.triton_kernels.codecs import lloyd_max, turboquant_qjl
@@ -15,65 +17,12 @@ WORDS = np.arange(1 << 16, dtype=np.uint32)
 OTHERS = (WORDS * 40503 + 12345) & 0xFFFF
 
 
-def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """Four bytes of the eight of ``b:a``, each chosen by a nibble; its highest bit asks for the byte's sign instead."""
-    pool = [(source >> (8 * i)) & 0xFF for source in (a, b) for i in range(4)]
-    out = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
-    for i in range(4):
-        nibble = (selector >> (4 * i)) & 0xF
-        byte = np.choose(nibble & 7, pool)
-        out |= np.where(nibble & 8, np.where(byte & 0x80, 0xFF, 0), byte).astype(np.uint32) << (8 * i)
-    return out
-
-
-def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Any function of three bits, given by its values at (1, 1, 1) down to (0, 0, 0)."""
-    out = np.zeros(np.broadcast(a, b, c).shape, np.uint32)
-    for i in range(8):
-        if int(table.item()) >> i & 1:
-            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-    return out
-
-
-def add_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Two fp16 sums, one of the lower halves and one of the upper."""
-    low, high = ((a >> n & 0xFFFF).astype(np.uint16).view(np.float16) for n in (0, 16))
-    low_b, high_b = ((b >> n & 0xFFFF).astype(np.uint16).view(np.float16) for n in (0, 16))
-    low, high = ((x + y).view(np.uint16).astype(np.uint32) for x, y in ((low, low_b), (high, high_b)))
-    return low | high << 16
-
-
-OPERATIONS = {
-    "add": add_halves,
-    "prmt": prmt,
-    "lop3": lop3,
-    "and": lambda a, b: a & b,
-    "or": lambda a, b: a | b,
-    "xor": lambda a, b: a ^ b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "shl": lambda a, n: a << n,
-    "shr": lambda a, n: a >> n,
-    "mov": lambda a: a,
-}
-
-
 def run(asm: str, parts: int, inputs: tuple[np.ndarray, ...] = (WORDS | (OTHERS << 16),)) -> list[np.ndarray]:
-    """The result registers after ``asm`` on all words; lane 0, so that %lanemask_lt is 0 (else its top bit is)."""
-    given = {f"${parts + i}": words for i, words in enumerate(inputs)} | {"%lanemask_lt": np.zeros(1, np.uint32)}
-    registers: dict[str, np.ndarray] = dict(given)
-
-    def value(operand: str) -> np.ndarray:
-        return registers[operand] if operand in registers else np.array([int(operand, 0)], np.uint32)
-
-    for statement in asm.strip("{}\n ").split(";"):
-        if not statement.strip() or ".reg" in statement:
-            continue
-        opcode, operands = statement.split(maxsplit=1)
-        target, *sources = re.split(r"\s*,\s*", operands.strip())
-        assert target not in given, "an input is overwritten"
-        registers[target] = OPERATIONS[opcode.split(".")[0]](*map(value, sources))
-    return [registers[f"${part}"] for part in range(parts)]
+    """The result registers after ``asm`` on all words, in whatever lane they fall."""
+    given = np.broadcast_arrays(*inputs)
+    names = [f"%o{i}" for i in range(parts)] + [f"%{name}" for name, _ in zip("abc", given, strict=False)]
+    code = re.sub(r"\$(\d+)", lambda place: names[int(place[1])], asm)
+    return evaluate(code if code.startswith("{") else f"{{ {code} }}", given, parts)
 
 
 def check(asm: str, fields: int, table: np.ndarray, first: int = 0, parts: int | None = None) -> None:
@@ -133,7 +82,7 @@ def test_signed_octet_lookup() -> None:
     both = np.uint32(rho.view(np.uint16)) * np.uint32(0x10001)
     for byte in (0, 1):
         asm = ptx.signed_octet_lookup(turboquant_qjl.LEVELS[3], byte)
-        # The emulator has one input: the number becomes an immediate.
+        # The number becomes an immediate.
         results = run(asm.replace("$3", f"0x{both:08x}"), 2)
         for field, result in enumerate(results):
             for words, half in ((WORDS, result & 0xFFFF), (OTHERS, result >> 16)):
