@@ -89,10 +89,10 @@ docs-support: $(READY) $(READY_MID) $(READY_MIN)  ## run every architecture with
 
 bench-gpu tune: $(if $(filter .venv/bin/python,$(BENCH_PYTHON)),$(READY))
 
-bench-gpu:  ## on a GPU: run the kernel tests, measure, write CSV, table and figure (BENCH_ARGS=--quick)
+bench-gpu:  ## on a GPU, 8 minutes: run the kernel tests, measure, write CSV, table and figure (BENCH_ARGS="--out out")
 	@$(BENCH_PYTHON) benchmarks/gpu bench $(BENCH_ARGS)
 
-tune:  ## on a GPU: run the kernel tests, time launch configurations, rewrite its table (BENCH_ARGS=--dry-run)
+tune:  ## on a GPU, 8 minutes: run the kernel tests, time launch configurations, show the table (BENCH_ARGS=--write)
 	@$(BENCH_PYTHON) benchmarks/gpu tune $(BENCH_ARGS)
 
 wheel: $(READY)  ## build dist/kvquant_hf-*.whl

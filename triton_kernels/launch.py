@@ -77,6 +77,8 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     # The same code takes a few registers more there than it has, with a mask also where codes have more bits.
     LaunchRow("sm_1", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
     LaunchRow("", 0, 64 * 128, 0, 6, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
+    # 16 rows of int8 take a register more than sm_80 has, and so do two warps for twice the elements, further below.
+    LaunchRow("sm_80", 0, 64 * 128, 9, 16, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
     LaunchRow("", 0, 64 * 128, 9, _ANY, 2, LaunchConfig(rows=16, warps=2, stages=3, residents=4)),
     LaunchRow("sm_1", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8, masked_warps=2)),
     LaunchRow("", 0, 64 * 128, 0, _ANY, 2, LaunchConfig(rows=8, warps=1, stages=3, residents=8)),
@@ -93,6 +95,7 @@ LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     LaunchRow("sm_90", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     LaunchRow("", 0, 64 * 256, 0, 6, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
     LaunchRow("", 0, 64 * 256, 9, 16, 2, LaunchConfig(rows=16, warps=4, stages=3, residents=2)),
+    LaunchRow("sm_80", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=4, stages=3, residents=2)),
     LaunchRow("", 0, 64 * 256, 0, 16, 2, LaunchConfig(rows=8, warps=2, stages=3, residents=4)),
     # Exact pages.  Two of this size do not fit in 99 KiB of shared memory.
     LaunchRow("sm_86", 0, _ANY, 0, _ANY, 2, LaunchConfig(rows=8, warps=4, stages=2, residents=1)),

@@ -126,7 +126,7 @@ class AttentionPlan:
         self._rows = (batch, heads, rows)
         # Not known before ``settle``: splits, and the shapes of scratch memory, which is float32.
         self.splits = 0
-        self.partial: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, columns], each split's accumulator
+        self.partial: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, columns], of each split and the open page
         self.state: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, 2], its maximum (base 2) and sum
 
     def settle(self, args: tuple[Any, ...]) -> None:

@@ -2,33 +2,36 @@
 
 The cache of a context is filled with random keys and values, layer by layer, through ``cache.update``, which is what a
 prompt would do to it; then the model decodes greedily, and its real forward passes are timed.  Steps follow each other
-with everything that happens on the host in between: that is what a user of ``generate`` waits for.
+with everything that happens on the host in between.  A cache that reserves its memory is decoded with as ``generate``
+does on a GPU: the forward pass compiled with transformers' own options, which replay it as a CUDA graph.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.benchmark.shapes import SHAPES, random_model
 from kvquant_hf.transformers_api.names import with_cache
 
 from .machine import clocks
-from .plan import DTYPE, Budget
+from .plan import DTYPE
 from .results import Observation
 from .subject import random_vectors
-from .timing import Stopwatch, attempt
+from .tasks import Task
+from .timing import Stopwatch
 
 LLAMA_3_8B = SHAPES["llama-3-8b"].config_options()
 STEPS, WARM_UP = 64, 4
 # The largest cells first, for as long as there is time.
 SITUATIONS = ((8, 32768), (1, 32768), (8, 8192), (1, 8192), (8, 1024), (1, 1024))
-# Seconds that a cell may take, and that one with compilation needs to be begun.
-_CELL, _COMPILED = 60.0, 100.0
+# Seconds that a cell takes at least and at most: with the forward pass as it is, and compiled.
+_EAGER, _COMPILED = (10.0, 60.0), (60.0, 180.0)
 
 
 class Contender(NamedTuple):
@@ -40,19 +43,27 @@ class Contender(NamedTuple):
 
 
 def contenders(policies: Sequence[str]) -> dict[str, Contender]:
-    """What is compared, in this order."""
+    """What is compared, in the order of its worth: each policy is compiled for a minute, so the first one comes first.
+
+    ``impl="triton"`` and not "auto": that the kernels cannot run is a result, and what runs instead is not the subject.
+    """
     table = {"dynamic": Contender("bf16", lambda config, tokens: transformers.DynamicCache(config=config))}
     for policy in policies:
-        # Not "auto": that the kernels cannot run is a result, and what runs instead is not the subject.
-        table[policy] = Contender(
-            "paged", lambda config, tokens, policy=policy: QuantizedPagedCache(config, policy=policy, impl="triton")
-        )
+        table[policy] = Contender("paged", functools.partial(_paged, policy, False))
     for backend, axis in (("hqq", 1), ("quanto", 0)):
         table[f"quantized-{backend}"] = Contender("transformers", _quantized(backend, axis))
+    compiled = {policy: Contender("paged", functools.partial(_paged, policy, True), True) for policy in policies}
+    for policy in policies[:1]:
+        table[f"{policy}-compiled"] = compiled.pop(policy)
     table["static-compiled"] = Contender(
         "bf16", lambda config, tokens: transformers.StaticCache(config=config, max_cache_len=tokens), compiled=True
     )
-    return table
+    return table | {f"{policy}-compiled": contender for policy, contender in compiled.items()}
+
+
+def _paged(policy: str, static: bool, config: PreTrainedConfig, tokens: int) -> QuantizedPagedCache:
+    reserved = {"static": True, "max_length": tokens} if static else {}
+    return QuantizedPagedCache(config, policy=policy, impl="triton", **reserved)
 
 
 def _quantized(backend: str, axis: int) -> Callable[[PreTrainedConfig, int], Any]:
@@ -102,10 +113,7 @@ def decode(
     stopwatch.reset_peak()
     cache = contender.make(model.config, base.context + steps + warm_up)
     fill(cache, model, base.batch, base.context, device)
-    forward: Any = model
-    if contender.compiled:
-        torch.compiler.reset()
-        forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
+    forward: Any = model.get_compiled_call(CompileConfig()) if contender.compiled else model
     token = torch.randint(model.config.vocab_size, (base.batch, 1), device=device)
     logits = torch.empty(0)
 
@@ -116,33 +124,37 @@ def decode(
         logits = forward(input_ids=token, use_cache=True, **with_cache(cache)).logits
         token = logits[:, -1:].argmax(-1)  # a tensor of its own: a replayed graph writes its outputs again
 
-    with torch.no_grad():
-        for _ in range(warm_up):
-            step()
-        timing, seconds = stopwatch.steps(step, steps)
-        if not logits.isfinite().all():
-            raise ArithmeticError("the logits are not finite")
+    try:
+        with torch.no_grad():
+            for _ in range(warm_up):
+                step()
+            timing, seconds = stopwatch.steps(step, steps)
+            if not logits.isfinite().all():
+                raise ArithmeticError("the logits are not finite")
+        peak = stopwatch.peak()
+    finally:
+        if contender.compiled:
+            torch.compiler.reset()  # another cache is another graph, and this one's holds memory
     return dataclasses.replace(
         base,
         how="compiled" if contender.compiled else "eager",
         tokens_per_s=base.batch * steps / seconds,
-        peak_bytes=stopwatch.peak(),
+        peak_bytes=peak,
         **clocks(),
     ).timed(timing)
 
 
-def model_cells(
+def model_tasks(
     policies: Sequence[str],
     stopwatch: Stopwatch,
     device: torch.device,
-    budget: Budget,
     *,
     situations: Sequence[tuple[int, int]] = SITUATIONS,
     steps: int = STEPS,
     warm_up: int = WARM_UP,
     **changes: int,
-) -> Iterator[list[Observation]]:
-    """One row for each contender in each situation, contenders that need compilation after all others.
+) -> list[Task]:
+    """One task for each contender in each situation, those of most worth first: see ``_worth``.
 
     ``changes`` to the model's config are for smaller machines; the rows say how many layers there were.
     """
@@ -150,27 +162,33 @@ def model_cells(
     sizes = LLAMA_3_8B | changes
     base = Observation(
         "model", 0, 0, sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["head_dim"],
-        layers=sizes["num_hidden_layers"], contender="all",
+        layers=sizes["num_hidden_layers"],
     )  # fmt: skip
-    model, reason = attempt(lambda: build(device, **changes), stopwatch, max(budget.left(), 1))
-    if model is None:
-        yield [dataclasses.replace(base, status="failed", reason=f"the model could not be built: {reason}")]
-        return
-    base = dataclasses.replace(base, weights_bytes=sum(weight.nbytes for weight in model.parameters()))
+
+    @functools.cache
+    def model() -> PreTrainedModel:
+        return build(device, **changes)
+
+    def measure(contender: Contender, row: Observation) -> Callable[[], list[Observation]]:
+        def decoded() -> list[Observation]:
+            weights = sum(weight.nbytes for weight in model().parameters())
+            known = dataclasses.replace(row, weights_bytes=weights)
+            return [decode(model(), contender, known, stopwatch, device, steps, warm_up)]
+
+        return decoded
+
     table = contenders(policies)
-    for compiled in (False, True):
-        for batch, context in situations:
-            for name, contender in table.items():
-                if contender.compiled is not compiled:
-                    continue
-                row = dataclasses.replace(base, batch=batch, context=context, family=contender.family, contender=name)
-                if budget.left() < (_COMPILED if compiled else 5):
-                    reason = "the time of this part was used up; run with more --minutes"
-                    yield [dataclasses.replace(row, status="skipped", reason=reason)]
-                    continue
+    tasks = []
+    for turn, (batch, context) in enumerate(situations):
+        for name, contender in table.items():
+            row = dataclasses.replace(base, batch=batch, context=context, family=contender.family, contender=name)
+            least, most = _COMPILED if contender.compiled else _EAGER
+            tasks.append((_worth(turn, name, contender, policies), Task(row, measure(contender, row), least, most)))
+    return [task for _, task in sorted(tasks, key=lambda pair: pair[0])]
 
-                def measure(contender: Contender = contender, row: Observation = row) -> Observation:
-                    return decode(model, contender, row, stopwatch, device, steps, warm_up)
 
-                done, reason = attempt(measure, stopwatch, budget.left() if compiled else _CELL)
-                yield [done or dataclasses.replace(row, status="failed", reason=reason)]
+def _worth(turn: int, name: str, contender: Contender, policies: Sequence[str]) -> float:
+    """Where a task stands, the lower the sooner: the policies but the first are compiled when the first two situations
+    are measured, since that takes minutes and says what the first one said."""
+    later = contender.compiled and contender.family == "paged" and name != f"{policies[0]}-compiled"
+    return turn + 1.5 * later

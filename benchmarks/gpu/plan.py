@@ -1,8 +1,7 @@
-"""What is measured, in which order, what fits into memory, and how long it may take.  No tensors, no GPU."""
+"""What is measured, in which order, and what fits into memory.  No tensors, no GPU."""
 
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -104,18 +103,3 @@ def fit(cell: Cell, policies: Sequence[str], free: int) -> Fit:
         else:
             refused[name] = f"needs {needed / 2**30:.1f} GiB, {max(left, 0) / 2**30:.1f} GiB are left"
     return Fit("bf16" in chosen, tuple(name for name in chosen if name != "bf16"), refused)
-
-
-class Budget:
-    """Seconds of wall-clock time, counted from when it is made."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        """Seconds until it is used up; negative afterwards."""
-        return self._end - time.monotonic()
-
-    def part(self, seconds: float) -> "Budget":
-        """A budget inside this one: ``seconds``, or what is left."""
-        return Budget(max(0.0, min(seconds, self.left())))

@@ -1,21 +1,24 @@
 """Decode steps of one layer: every policy against bf16 attention and against a copy of the same bytes."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from . import subject
 from .baselines import Call, UnavailableError, decode_contenders
 from .machine import clocks
-from .plan import ANCHOR_BATCH, LARGEST_COPY, SHAPES, Budget, Cell, fit
+from .plan import ANCHOR_BATCH, LARGEST_COPY, SHAPES, Cell, fit
 from .results import Observation, compared
+from .tasks import Task
 from .timing import Prepared, Stopwatch, attempt
 
 # Seconds for one contender to compile and warm up.
 PREPARATION = 60.0
 # Above this many bytes of bf16 keys and values the comparison with the reference would take longer than the timing.
 CHECKED_BYTES = 4 << 30
+# Seconds that a cell takes at least, contenders compiled before; and at most, with everything.
+LEAST, MOST = 5.0, 150.0
 
 
 def contest(
@@ -120,23 +123,16 @@ def decode_cell(
     return refused + contest(rows, makers, stopwatch, seconds)
 
 
-def decode_sweep(
-    plan: Sequence[Cell],
-    policies: Sequence[str],
-    stopwatch: Stopwatch,
-    device: torch.device,
-    budget: Budget,
-    seconds: float,
-    least: float = 5.0,
-) -> Iterator[list[Observation]]:
-    """Rows of one cell after the other; cells for which fewer than ``least`` seconds are left get one row each."""
-    for cell in plan:
-        if budget.left() < least:
-            reason = "the time of the sweep was used up by the cells before; run with more --minutes"
-            yield [dataclasses.replace(situation(cell), contender="all", status="skipped", reason=reason)]
-            continue
-        # A failure outside of the contenders, out of memory while filling for instance, belongs to the cell.
-        rows, reason = attempt(
-            lambda cell=cell: decode_cell(cell, policies, stopwatch, device, seconds), stopwatch, budget.left() + 60
-        )
-        yield rows or [dataclasses.replace(situation(cell), contender="all", status="failed", reason=reason)]
+def decode_tasks(
+    cells: Sequence[Cell], policies: Sequence[str], stopwatch: Stopwatch, device: torch.device, seconds: float
+) -> list[Task]:
+    """One task for each cell, in their order; ``seconds`` as in ``decode_cell``.
+
+    A failure outside of the contenders, out of memory while filling for instance, belongs to the cell.
+    """
+
+    def measure(cell: Cell) -> Callable[[], list[Observation]]:
+        return lambda: decode_cell(cell, policies, stopwatch, device, seconds)
+
+    whole = {"contender": "all"}
+    return [Task(dataclasses.replace(situation(cell), **whole), measure(cell), LEAST, MOST) for cell in cells]

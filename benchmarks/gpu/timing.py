@@ -25,6 +25,10 @@ _WARM_UP = 3
 _FEWEST, _MOST = 10, 200
 
 
+class GpuLostError(RuntimeError):
+    """The GPU answers no more, to this process at least; nothing else can be measured."""
+
+
 class Timing(NamedTuple):
     """Microseconds of one run: quantiles over ``rounds`` runs."""
 
@@ -164,6 +168,9 @@ def attempt(make: Callable[[], Any], stopwatch: Stopwatch, seconds: float) -> tu
 
     Returns:
         Its result and "", or None and the reason in one line.
+
+    Raises:
+        GpuLostError: the GPU does not answer afterwards; the message is the reason.
     """
     reason = ""
     try:
@@ -171,5 +178,9 @@ def attempt(make: Callable[[], Any], stopwatch: Stopwatch, seconds: float) -> tu
             return make(), ""
     except Exception as error:  # whatever a library raises is a result here: the row says it
         reason = f"{type(error).__name__}: {error}"
-    stopwatch.recover()
-    return None, " ".join(reason.split())[:300]
+    reason = " ".join(reason.split())[:300]
+    try:
+        stopwatch.recover()
+    except RuntimeError:
+        raise GpuLostError(reason) from None
+    return None, reason

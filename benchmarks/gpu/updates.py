@@ -1,16 +1,17 @@
 """What a cache does beside decoding: append a token, seal a page, attend with a chunk of a prompt to its history."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from . import subject
 from .baselines import Call, chunk_contenders
-from .plan import DTYPE, PAGE, SHAPES, Budget, Cell, Shape
+from .plan import DTYPE, PAGE, SHAPES, Cell, Shape
 from .results import Observation
-from .sweep import checked, contest, situation
-from .timing import Stopwatch, attempt
+from .sweep import LEAST, MOST, checked, contest, situation
+from .tasks import Task
+from .timing import Stopwatch
 
 # Tokens held, and new tokens that make the difference between the two kinds of append.
 _APPENDS = {"append": PAGE // 2, "append-seal": PAGE}
@@ -72,40 +73,30 @@ def prefill_cell(
     return contest(rows, makers, stopwatch, seconds)
 
 
-def update_cells(
+def update_tasks(
     policies: Sequence[str],
     stopwatch: Stopwatch,
     device: torch.device,
-    budget: Budget,
     seconds: float,
     shape: Shape = SHAPES[0],
     batches: Sequence[int] = (8, 1, 64),
     context: int = _APPEND_CONTEXT,
     chunk: int = CHUNK,
     history: int = HISTORY,
-) -> Iterator[list[Observation]]:
-    """Rows of the prefill, then of both kinds of append for every batch; what there is no time for gets a row."""
-    cells: list[tuple[Observation, Callable[[], list[Observation]]]] = []
+) -> list[Task]:
+    """The prefill, then both kinds of append for every batch."""
+
+    def prefill() -> list[Observation]:
+        return prefill_cell(whole, chunk, policies, stopwatch, device, seconds)
+
+    def append(part: str, cell: Cell) -> Callable[[], list[Observation]]:
+        return lambda: append_cell(part, cell, policies, stopwatch, device, seconds)
+
     whole = Cell(shape, 1, history + chunk)
-    cells.append(
-        (
-            situation(whole, "prefill", chunk),
-            lambda: prefill_cell(whole, chunk, policies, stopwatch, device, seconds),
-        )
-    )
+    tasks = [Task(dataclasses.replace(situation(whole, "prefill", chunk), contender="all"), prefill, LEAST, MOST)]
     for batch in batches:
         for part in _APPENDS:
             cell = Cell(shape, batch, context)
-            cells.append(
-                (
-                    situation(cell, part),
-                    lambda part=part, cell=cell: append_cell(part, cell, policies, stopwatch, device, seconds),
-                )
-            )
-    for base, measure in cells:
-        if budget.left() < 1:
-            reason = "the time of this part was used up; run with more --minutes"
-            yield [dataclasses.replace(base, contender="all", status="skipped", reason=reason)]
-            continue
-        rows, reason = attempt(measure, stopwatch, budget.left() + 60)
-        yield rows or [dataclasses.replace(base, contender="all", status="failed", reason=reason)]
+            base = dataclasses.replace(situation(cell, part), contender="all")
+            tasks.append(Task(base, append(part, cell), LEAST, MOST))
+    return tasks

@@ -5,6 +5,7 @@ Times are counted numbers, so nothing here says how fast anything is.
 
 import dataclasses
 import importlib.util
+import itertools
 import shutil
 import subprocess
 import sys
@@ -15,47 +16,21 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from gpu import launch_table, models, plan, subject, sweep, tune, updates
+from benchmarks.gpu_stand_ins import CPU, Counter, half_precision
+from gpu import launch_table, models, plan, subject, sweep, tune
+from gpu.clock import Budget
 from gpu.launch_table import Bound
-from gpu.plan import Budget, Cell, Shape
-from gpu.results import Observation
-from gpu.timing import Prepared, Timing, attempt, time_limit
+from gpu.machine import CONSTANTS
+from gpu.plan import Cell, Shape
+from gpu.results import Observation, key_of
+from gpu.tasks import Task, perform
+from gpu.timing import GpuLostError, Prepared, Timing, attempt, time_limit
+from gpu.trials import Trials
 
 from kvquant_hf.triton_kernels import launch
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
 TINY = Shape(4, 2, 64)
-
-
-class Counter:
-    """A stopwatch that runs what it is given and reports 1, 2, 3, ... microseconds in the order of the contenders."""
-
-    def prepare(self, call: Callable[[], object]) -> Prepared:
-        call()
-        return Prepared(call, "eager", call)
-
-    def measure(self, contenders: Mapping[str, Prepared], seconds: float) -> dict[str, Timing]:
-        for contender in contenders.values():
-            contender.run()
-        return {name: Timing(n, n + 1, n + 2, 10) for n, name in enumerate(contenders)}
-
-    def steps(self, step: Callable[[], object], count: int) -> tuple[Timing, float]:
-        for _ in range(count):
-            step()
-        return Timing(1, 2, 3, count), 1.0
-
-    def free(self) -> int:
-        return 64 << 30
-
-    def reset_peak(self) -> None:
-        pass
-
-    def peak(self) -> int:
-        return 1 << 20
-
-    def recover(self) -> None:
-        pass
 
 
 def by_contender(rows: list[Observation], family: str) -> dict[str, Observation]:
@@ -80,10 +55,7 @@ def test_time_limits_nest() -> None:
 
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16 in place of bf16, which Triton's interpreter cannot multiply."""
-    for module in (plan, subject, updates, models):
-        monkeypatch.setattr(module, "DTYPE", torch.float16)
-    monkeypatch.setattr(subject.random_vectors, "__kwdefaults__", {"dtype": torch.float16})
+    half_precision(monkeypatch)
 
 
 @pytest.mark.usefixtures("half")
@@ -128,59 +100,77 @@ def test_kernels_agree_with_the_reference(policy: str) -> None:
     assert subject.agrees(result * float("nan"), reference) is not None
 
 
-def test_no_time_left_leaves_one_row_for_each_cell() -> None:
-    cells = plan.cells()[:3]
-    rows = [row for part in sweep.decode_sweep(cells, ["int4"], Counter(), CPU, Budget(0), 1.0) for row in part]
-    assert [(row.batch, row.context) for row in rows] == [(cell.batch, cell.context) for cell in cells]
-    assert {row.status for row in rows} == {"skipped"} and all("--minutes" in row.reason for row in rows)
-
-
-def test_a_cell_that_breaks_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "decode_cell", lambda *args: 1 / 0)
-    (rows,) = sweep.decode_sweep(plan.cells()[:1], ["int4"], Counter(), CPU, Budget(60), 1.0)
-    assert [(row.status, "ZeroDivisionError" in row.reason) for row in rows] == [("failed", True)]
+def tasks_of(*measures: Callable[[], list[Observation]]) -> list[Task]:
+    return [Task(Observation("decode", n, 1024, *TINY), measure, 0.2, 60.0) for n, measure in enumerate(measures)]
 
 
 @pytest.mark.usefixtures("half")
-def test_appends_and_prefill() -> None:
-    parts = updates.update_cells(
-        ["int4"], Counter(), CPU, Budget(60), 0.0, TINY, batches=(1,), context=128, chunk=16, history=112
-    )
-    rows = [row for part in parts for row in part]
-    paged = [row for row in rows if row.family == "paged"]
-    assert [(row.part, row.status, row.queries) for row in paged] == [
-        ("prefill", "ok", 16),
-        ("append", "ok", 1),
-        ("append-seal", "ok", 1),
-    ], [row.reason for row in rows]
-    static = [row for row in rows if row.contender == "static-write"]
-    assert [row.status for row in static] == ["ok", "ok"] and all(row.ratio_to_bf16 for row in paged[1:])
-    assert any(row.part == "prefill" and row.family == "bf16" and row.status == "ok" for row in rows)
+def test_kernels_append_what_the_reference_does() -> None:
+    cell = Cell(TINY, 2, 128)
+    new = subject.random_vectors(2, TINY.kv_heads, 1, TINY.head_dim, device=CPU)
+    stored = []
+    for impl in ("triton", "reference"):
+        torch.manual_seed(0)
+        packed = subject.pack("int4", cell, CPU, held=plan.PAGE, spare=1)
+        subject.append(new, packed, after := torch.empty_like(packed.lengths), impl)
+        assert after.tolist() == [[2, 1]] * 2
+        stored.append([tensor for side in packed[:2] for tensor in (*side.planes, side.tail)])
+    assert all(map(torch.equal, *stored))
 
 
 @pytest.mark.usefixtures("half")
-def test_models() -> None:
-    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    parts = models.model_cells(
-        ["int4"], Counter(), CPU, Budget(60), situations=((1, 66),), steps=2, warm_up=1, **sizes, **heads
-    )
-    rows = {row.contender: row for part in parts for row in part}
-    assert set(rows) == {"dynamic", "int4", "quantized-hqq", "quantized-quanto", "static-compiled"}
-    for name in ("dynamic", "int4"):
-        assert rows[name].status == "ok", rows[name].reason
-        assert (rows[name].tokens_per_s, rows[name].layers, rows[name].query_heads) == (2.0, 2, 4)
-    for name, package in (("quantized-hqq", "hqq"), ("quantized-quanto", "optimum")):
-        if importlib.util.find_spec(package) is None:
-            assert rows[name].status == "failed" and rows[name].reason
-    assert rows["static-compiled"].status == "skipped" and "--minutes" in rows["static-compiled"].reason
-
-
-def test_a_static_cache_is_filled_and_decoded() -> None:
-    model = models.build(CPU, vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=32)
-    contender = models.contenders([])["static-compiled"]._replace(compiled=False)
-    base = Observation("model", 1, 70, 32, 8, 32, layers=2)
+def test_kernels_in_a_static_cache() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+    model = models.build(CPU, **sizes, num_attention_heads=2, num_key_value_heads=1)
+    contender = models.contenders(["int4"])["int4-compiled"]._replace(compiled=False)
+    base = Observation("model", 1, 70, 2, 1, 32)
     assert models.decode(model, contender, base, Counter(), CPU, 2, 1).tokens_per_s == 2.0
+
+
+def test_no_time_left_leaves_one_row_for_each_cell() -> None:
+    tasks = sweep.decode_tasks(plan.cells()[:3], ["int4"], Counter(), CPU, 1.0)
+    rows = [row for part in perform(tasks, set(), Counter(), Budget(0)) for row in part]
+    assert [(row.batch, row.context) for row in rows] == [(cell.batch, cell.context) for cell in plan.cells()[:3]]
+    assert {(row.status, row.contender) for row in rows} == {("unreached", "all")}
+    assert all("--out" in row.reason for row in rows)
+
+
+def test_each_cell_is_measured_once() -> None:
+    measured = []
+
+    def measure() -> list[Observation]:
+        measured.append(1)
+        return [Observation("decode", 0, 1024, *TINY)]
+
+    first, second, third = tasks_of(measure, lambda: 1 / 0, lambda: time.sleep(9))
+    done = {first.key}
+    rows = list(perform([first, second, second, third], done, Counter(), Budget(0.3)))
+    assert [(row.batch, row.status) for (row,) in rows] == [(1, "failed"), (2, "unreached")] and not measured
+    assert "ZeroDivisionError" in rows[0][0].reason and done == {first.key, second.key, third.key}
+    assert [row.status for (row,) in perform([first], set(), Counter(), Budget(60))] == ["ok"] and measured
+    # The same names in rows that come back from a file, and in those to be.
+    assert first.key == key_of({name: str(value) for name, value in dataclasses.asdict(first.base).items()})
+
+
+def test_a_lost_gpu_names_its_cell() -> None:
+    class Lost(Counter):
+        def recover(self) -> None:
+            raise RuntimeError("CUDA error")
+
+    rows = perform(tasks_of(lambda: 1 / 0, list), set(), Lost(), Budget(60))
+    (row,) = next(rows)
+    assert (row.status, row.batch, "ZeroDivisionError" in row.reason) == ("failed", 0, True)
+    with pytest.raises(GpuLostError):
+        next(rows)
+
+
+def test_what_says_most_is_compiled_first() -> None:
+    names = [(task.base.context, task.base.contender) for task in models.model_tasks(["int4", "int8"], Counter(), CPU)]
+    compiled = [name for name in names if name[1].endswith("-compiled")]
+    assert names[0] == (32768, "dynamic") and len(names) == len(set(names)) + 3 * 8 == 6 * 8
+    assert compiled[:5] == [(32768, name) for name in ("int4-compiled", "static-compiled") * 2] + [
+        (32768, "int8-compiled")
+    ]
 
 
 def test_layers_follow_from_memory() -> None:
@@ -236,7 +226,7 @@ def launch_row_of(tuned: ModuleType, question: tuple[str, int, int, int, int]) -
     return tuned.LaunchRow(**fields | {"config": tuned.LaunchConfig(**dataclasses.asdict(row.config))})
 
 
-def test_the_fastest_that_agrees_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_that_agrees_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two warps are fastest here, three stages would be but are wrong, and four warps do not run."""
 
     def attend(query: torch.Tensor, packed: object, impl: str = "triton") -> torch.Tensor:
@@ -246,22 +236,43 @@ def test_the_fastest_that_agrees_is_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         return torch.ones(4) * (2.0 if impl == "triton" and now.stages == 3 else 1.0)
 
     class Faked(Counter):
+        measured = 0
+
         def measure(self, contenders: Mapping[str, Prepared], seconds: float) -> dict[str, Timing]:
             now = launch.launch_config("sm_90", 2, 64 * 64, 4, 8)
+            Faked.measured += 1
             microseconds = 100.0 - 10 * now.warps - now.stages - (now.residents == 8)
             return {"": Timing(microseconds, microseconds, microseconds, 10)}
 
     faked = {"pack": lambda *args: None, "random_query": lambda *args: None, "attend": attend}
     monkeypatch.setattr(tune, "subject", SimpleNamespace(**faked, agrees=subject.agrees))
     question = tune.Question(Bound(64, 0, 8), "int4", ((Cell(TINY, 1, 128), 1),))
-    found = tune.answer(question, Faked(), CPU, Budget(60))
-    assert found.best == launch.LaunchConfig(rows=8, warps=2, stages=2, residents=8)
+    facts = dict.fromkeys(CONSTANTS, "made up")
+
+    def answered(budget: Budget, name: str = "tune.csv") -> tune.Answer | None:
+        with Trials(tmp_path / name, facts) as trials:
+            return tune.answer(question, trials, Faked(), CPU, budget)
+
+    found = answered(Budget(60))
+    assert found.best == launch.LaunchConfig(rows=8, warps=2, stages=5, residents=8)
     assert found.present == launch.launch_config("cpu", 2, 64 * 64, 2, 8) and found.best_us < found.present_us
-    assert found.dropped == 2 and tune.answer(question, Faked(), CPU, Budget(0)).best == found.present
+    assert found.dropped == 2 and answered(Budget(0), "other.csv") is None
+    # A line that was cut is tried again, the others are not; nor are those of another commit taken for these.
+    text = (tmp_path / "tune.csv").read_text()
+    (tmp_path / "tune.csv").write_text(text[:-5])
+    measured = Faked.measured
+    assert answered(Budget(60)) == found and Faked.measured == measured + 1
+    assert (tmp_path / "tune.csv").read_text() == text
+    facts["commit"] = "another"
+    assert answered(Budget(60)) == found and Faked.measured > measured + 2
+    assert (tmp_path / "tune.csv").read_text().startswith(text)
 
 
 def test_candidates_fit_on_a_multiprocessor() -> None:
     for question in tune.questions():
-        for wave, field in ((wave, field) for wave in (32, 64) for field in ("rows", "warps", "stages", "residents")):
+        for wave, field in itertools.product((32, 64), tune.CANDIDATES):
             for choice in tune.choices(field, launch.LaunchConfig(), question, wave):
                 assert choice.residents * choice.warps <= 16 and choice.rows & (choice.rows - 1) == 0
+    assert [choice.stages for choice in tune.choices("stages", launch.LaunchConfig(), tune.questions()[0], 32)] == [
+        *(1, 2, 3, 5)
+    ]

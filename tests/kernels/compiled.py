@@ -13,6 +13,7 @@ import torch
 from kernels import test_append, test_decode
 from kernels.ptx_machine import Launch, Machine, running_on
 
+from kvquant_hf.triton_kernels import chunk
 from kvquant_hf.triton_kernels.append import append
 from kvquant_hf.triton_kernels.codecs import Codec
 from kvquant_hf.triton_kernels.launch import override_launch
@@ -118,6 +119,17 @@ def check_attention(pair: Pair, case: test_decode.Case, arch: int, layout: str =
     test_decode.check(pair, case, CPU, attend_on(machine, arch, layout))
     machine.check()
     return machine.launches
+
+
+def check_blocks(pair: Pair, case: test_decode.Case, arch: int) -> int:
+    """The same with one page of one sequence multiplied out at a time, and MANY_QUERIES queries; how often."""
+    sizes = chunk.DENSE_BYTES, chunk.STATE_BYTES
+    chunk.DENSE_BYTES = chunk.STATE_BYTES = 1
+    try:
+        launches = check_attention(pair, case, arch)
+    finally:
+        chunk.DENSE_BYTES, chunk.STATE_BYTES = sizes
+    return sum(launch.name == "_chunk_kernel" for launch in launches)
 
 
 def append_and_compare(

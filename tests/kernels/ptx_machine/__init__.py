@@ -6,18 +6,18 @@
     machine.check()                               # raises what was found
     machine.launches                              # instructions by opcode, bytes read and written
 
-How it works.  ``driver.py`` is the GPU that Triton drives: it compiles for the target that the driver names, and whoever
-launches a compiled kernel launches it here.  ``parser.py`` turns the text into segments of steps, one closure for each
-instruction (``instruction.py`` has its operands; ``arithmetic.py``, ``moves.py``, ``access.py``, ``warps.py``,
+How it works.  ``driver.py`` is the GPU that Triton drives: it compiles for the target that the driver names, and
+whoever launches a compiled kernel launches it here.  ``parser.py`` turns the text into segments of steps, one closure
+for each instruction (``instruction.py`` has its operands; ``arithmetic.py``, ``moves.py``, ``access.py``, ``warps.py``,
 ``matrices.py`` and ``wgmma.py`` what it does, each with a table of opcodes and the modifiers they understand).
 ``run.py`` runs many CTAs (Triton's programs) together: a register is one vector over all their threads, and threads
 that branches part are masked.  ``memory.py`` knows of every byte who touched it, and ``machine.py`` puts tensors into
 that memory, apart from each other, and back.
 
-What it finds.  Accesses out of the elements of a tensor or misaligned; reads of what nobody wrote, or of what the caller
-has forbidden (``Machine.forbid``; what is allocated inside of ``running_on`` is); races in shared memory between
+What it finds.  Accesses out of the elements of a tensor or misaligned; reads of what nobody wrote, or of what the
+caller has forbidden (``Machine.forbid``; what is allocated inside of ``running_on`` is); races in shared memory between
 barriers, in global memory also between CTAs; copies used before their wait; barriers that not all threads reach.  An
-instruction that it does not know is refused by name: `PtxError`.
+instruction that it does not know is refused by name: ``PtxError``.
 
 Numbers.  Integers, conversions, and arithmetic of floats are right to the bit, fp16 subnormals included.  Products of
 matrices are exact, summed in float64 and rounded once, where a tensor core rounds on the way; ``ex2``, ``lg2`` and
