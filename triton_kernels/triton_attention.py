@@ -74,8 +74,8 @@ class AttentionCall:
             *self._pages,
             lengths,
             seen,
-            scale,
-            0.0 if softcap is None else softcap,
+            float(scale),  # an integer would be another kernel
+            0.0 if softcap is None else float(softcap),
             *plan.counts,
         )
         if not plan.splits:
