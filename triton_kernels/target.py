@@ -47,9 +47,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-_INTERPRETED = (
-    interpreting()
-)  # what kernels are is decided where they are defined, which the environment comes too late for
+# What kernels are is decided where they are defined; a change of the environment comes too late for them.
+_INTERPRETED = interpreting()
 
 
 def why_not(device: torch.device) -> str | None:

@@ -74,8 +74,8 @@ class AttentionCall:
             *self._pages,
             lengths,
             seen,
-            scale,
-            0.0 if softcap is None else softcap,
+            float(scale),  # an integer would be another kernel
+            0.0 if softcap is None else float(softcap),
             *plan.counts,
         )
         if not plan.splits:
@@ -85,15 +85,15 @@ class AttentionCall:
         state = query.new_empty(plan.state, dtype=torch.float32)
         out = query.new_empty(plan.out)
         splits = plan.splits
+        sinks = state if sinks is None else sinks
         args = (partial, state, *inputs, splits, *self._strides)
-        if aligned(partial, state, query, rotated, lengths, seen):
-            self._decode = kernels.decode((plan.programs, splits, 1), args, self._decode)
-        else:
-            kernels.decode((plan.programs, splits, 1), args)
-        merged = (out, partial, state, state if sinks is None else sinks, *plan.counts, splits, *plan.out_strides)
-        if aligned(*merged[:4]):
+        merged = (out, partial, state, sinks, *plan.counts, splits, *plan.out_strides)
+        grid = (plan.programs, splits, 1)
+        if aligned(partial, state, query, rotated, lengths, seen, out, sinks):
+            self._decode = kernels.decode(grid, args, self._decode)
             self._combine = kernels.combine(plan.combine_grid, merged, self._combine)
         else:
+            kernels.decode(grid, args)
             kernels.combine(plan.combine_grid, merged)
         return out
 

@@ -1,10 +1,15 @@
 """How many programs a multiprocessor holds, on every GPU of the table."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from kvquant_hf.triton_kernels.launch import LAUNCH_TABLE, LaunchConfig
+from kvquant_hf.triton_kernels import plan as plans
+from kvquant_hf.triton_kernels.codecs import CODECS
+from kvquant_hf.triton_kernels.launch import LAUNCH_TABLE, LaunchConfig, override_launch
 from kvquant_hf.triton_kernels.occupancy import MULTIPROCESSORS, Multiprocessor, multiprocessor, residents
+from kvquant_hf.triton_kernels.pages import PagedSide
 
 SMALL = ("sm_86", "sm_89", "sm_120")  # 100 KB of shared memory
 
@@ -34,10 +39,10 @@ def test_what_threads_leave() -> None:
 
 
 def test_the_launch_table_counts_registers() -> None:
-    """Its residents are what a thread with all registers leaves."""
+    """Its residents are at most what a thread with all registers leaves."""
     for row in LAUNCH_TABLE:
         if not row.architecture.startswith("gfx"):
-            assert row.config.residents == residents(MULTIPROCESSORS["sm_90"], 0, row.config.warps, 255)
+            assert row.config.residents <= residents(MULTIPROCESSORS["sm_90"], 0, row.config.warps, 255)
     assert LaunchConfig().residents == 8
 
 
@@ -57,3 +62,33 @@ def test_the_device_is_asked_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     for architecture in ("cpu", "gfx942", "sm_999"):
         assert multiprocessor(architecture, torch.device("cpu")) is None
     assert multiprocessor("sm_90", torch.device("meta")) == MULTIPROCESSORS["sm_90"]
+
+
+@pytest.mark.parametrize(("architecture", "held"), [("sm_90", 6), ("sm_80", 4), ("sm_89", 2)])
+def test_a_plan_counts_what_was_compiled(architecture: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """34 KB of shared memory leave fewer programs than the launch table's 8, and splits fill those."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(plans, "architecture", lambda device: architecture)
+    monkeypatch.setattr(plans, "processors", lambda device: 100)
+    compiled = SimpleNamespace(metadata=SimpleNamespace(shared=34 << 10))
+    monkeypatch.setattr(plans.Launcher, "compile", lambda self, *args: compiled)
+    plans._attention_plan.cache_clear()
+    plans._attention_kernels.cache_clear()
+
+    def plan() -> plans.AttentionPlan:
+        def meta(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float16, device="meta")
+
+        pages = PagedSide(CODECS["exact"], (meta(1, 8, 64, 128),), meta(1, 8, 64, 128), 64)
+        made = plans.attention_plan(meta(1, 32, 1, 128), pages, pages, meta(1, 4096), None, True, 0, False, None)
+        made.settle(())
+        return made
+
+    asked = []
+    monkeypatch.setattr(plans, "split_count", lambda config, *others: asked.append(config.residents) or 1)
+    plan()
+    with override_launch(residents=3):
+        plan()
+    plans._attention_plan.cache_clear()
+    plans._attention_kernels.cache_clear()
+    assert asked == [held, 3]
