@@ -104,7 +104,7 @@ def side(name: str, case: Case, dim: int, pages: int, device: torch.device, gain
     heads, codec = case.heads, with_range(CODECS[name], case.heads, dim, reach=4.0)
     codec = codec.given(*(parameter.to(device) for parameter in codec.parameters))
     vectors = (torch.randn(pages, heads, PAGE, dim, device=device) * gain).to(case.dtype)
-    planes = [plane.contiguous() for plane in codec.encode(vectors)]
+    planes = [plane.clone(memory_format=torch.contiguous_format) for plane in codec.encode(vectors)]  # poisoned below
     for plane in planes:
         plane[-1] = float("nan") if plane.dtype.is_floating_point else 0xAB
     tail = torch.full((len(case.tokens), heads, PAGE, dim), float("nan"), dtype=case.dtype, device=device)
