@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triton.backends.compiler import GPUTarget
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.triton_kernels import choice, plan
+from kvquant_hf.triton_kernels import choice, plan, triton_attention
 
 LAYERS, HEADS, GROUP, DIM = 32, 8, 4, 128
 PROMPT, MAX_LENGTH = 200, 4096
@@ -76,6 +76,7 @@ def pretend() -> None:
     triton.runtime.driver.set_active(_Driver())
     choice.why_not = lambda device: None
     plan.processors = lambda device: PROCESSORS
+    triton_attention.compiled_for = lambda tensor: None  # what tensors of a GPU are not asked
 
 
 def config(heads: int = HEADS, dim: int = DIM) -> LlamaConfig:

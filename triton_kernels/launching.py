@@ -60,23 +60,25 @@ class Launcher:
 
     def __init__(self, kernel: Any, constants: Mapping[str, Any]) -> None:
         self.kernel, self.constants = kernel, dict(constants)
+        self._hooks: list[Any] = getattr(kernel, "pre_run_hooks", [])
         self._variants: dict[object, Variant] = {}
         self._key: Callable[[tuple[Any, ...]], object] | None = None
 
     def __call__(
-        self, grid: tuple[int, int, int], args: tuple[Any, ...], kept: Variant | None = None
+        self, grid: tuple[int, int, int], args: tuple[Any, ...], kept: Variant | None = None, direct: bool | None = None
     ) -> Variant | None:
         """Launch.
 
         Args:
             grid, args: as of ``launch``.
+            direct: what ``nobody_watches`` has just said, if somebody has asked it.
             kept: what an earlier call returned whose integers were the same, and all whose pointers were aligned, or
                 not, like those of this one; it saves looking at them.
 
         Returns:
             What may be kept, or None.
         """
-        if launch is not _launch or _watched(self.kernel):
+        if not (nobody_watches() if direct is None else direct) or self._hooks:
             launch(self.kernel, grid, *args, **self.constants)
             return None
         if kept is None:
@@ -116,12 +118,13 @@ def aligned(*tensors: torch.Tensor) -> bool:
     return reduce(or_, map(_ADDRESS, tensors)) & 15 == 0
 
 
-def _watched(kernel: Any) -> bool:
-    """Whether somebody wants to see launches: Triton calls them, and knows what with."""
+def nobody_watches() -> bool:
+    """Whether nobody wants to see launches: neither by ``launch`` nor by hooks, which Triton calls."""
+    if launch is not _launch:
+        return False
     hooks = triton.knobs.runtime
     enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-    calls = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or getattr(kernel, "pre_run_hooks", None)
-    return bool(calls)
+    return not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _key_of(args: Sequence[Any], plain: Sequence[bool]) -> Callable[[tuple[Any, ...]], object]:

@@ -11,7 +11,7 @@ from .append import AppendCall
 from .chunk import MANY_QUERIES, chunk_attention
 from .dense_pages import PackedPages
 from .launch import overridden
-from .launching import Variant, aligned
+from .launching import Variant, aligned, nobody_watches
 from .pages import PagedSide
 from .plan import AttentionPlan, attention_plan
 from .rotate import rotate
@@ -90,8 +90,9 @@ class AttentionCall:
         merged = (out, partial, state, sinks, *plan.counts, splits, *plan.out_strides)
         grid = (plan.programs, splits, 1)
         if aligned(partial, state, query, rotated, lengths, seen, out, sinks):
-            self._decode = kernels.decode(grid, args, self._decode)
-            self._combine = kernels.combine(plan.combine_grid, merged, self._combine)
+            direct = nobody_watches()
+            self._decode = kernels.decode(grid, args, self._decode, direct)
+            self._combine = kernels.combine(plan.combine_grid, merged, self._combine, direct)
         else:
             kernels.decode(grid, args)
             kernels.combine(plan.combine_grid, merged)

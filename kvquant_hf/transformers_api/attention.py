@@ -28,7 +28,7 @@ NAME = "kvquant"
 # Names under which packed keys and values come to us.  "eager" is none that transformers registers.
 ROUTED = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 # Arguments of an attention call that change its result and that pages cannot honour.
-_UNKNOWN_TO_PAGES = ("indices", "block_indices", "cache", "cu_seq_lens_q")
+_UNKNOWN_TO_PAGES = frozenset(("indices", "block_indices", "cache", "cu_seq_lens_q"))
 
 
 def attention_forward(
@@ -57,9 +57,8 @@ def _dense_attention(
 def _foreign(kwargs: dict[str, Any]) -> list[str]:
     """Arguments that pages cannot honour."""
     foreign = ["dropout"] if kwargs.get("dropout", 0.0) > 0 else []
-    for name in _UNKNOWN_TO_PAGES:
-        if kwargs.get(name) is not None:
-            foreign.append(name)
+    if named := _UNKNOWN_TO_PAGES & kwargs.keys():
+        foreign += sorted(name for name in named if kwargs[name] is not None)
     return foreign
 
 
