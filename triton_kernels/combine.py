@@ -18,11 +18,11 @@ from .target import tl, triton
 from .tile_math import hadamard_rotate, hadamard_signs
 
 
-@triton.jit(do_not_specialize=["queries", "splits"])
+@triton.jit(do_not_specialize=["state_at", "queries", "splits"])
 def _combine_kernel(
     out_ptr,
     partial_ptr,
-    state_ptr,
+    state_at,
     sinks_ptr,
     heads,
     queries,
@@ -40,6 +40,7 @@ def _combine_kernel(
     SINKS: tl.constexpr,
 ):
     """Grid: (batch * heads * rows,), rows = GROUP * queries."""
+    state_ptr = partial_ptr + state_at
     rows = GROUP * queries
     row = tl.program_id(0) % rows
     batch_head = tl.program_id(0) // rows
@@ -88,11 +89,11 @@ def _combine_kernel(
     tl.store(out + columns, values.to(out_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["queries", "splits"])
+@triton.jit(do_not_specialize=["state_at", "queries", "splits"])
 def _combine_rows_kernel(
     out_ptr,
     partial_ptr,
-    state_ptr,
+    state_at,
     sinks_ptr,
     heads,
     queries,
@@ -111,6 +112,7 @@ def _combine_rows_kernel(
     SINKS: tl.constexpr,
 ):
     """Grid: (batch * heads * row blocks,), blocks of ROWS of the GROUP * queries rows."""
+    state_ptr = partial_ptr + state_at
     rows = GROUP * queries
     row_blocks = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)

@@ -6,7 +6,7 @@ outside of the product (``codecs/base.py``): per-channel ones multiply the query
 scores and probabilities.  The program of the last split, which has fewer pages, takes the open page after them, as a
 result of its own: packed values may be in another domain.  Each split, and the open page, leaves
 
-    accumulator [rows, columns] float32, maximum and sum [rows] float32 (base 2)
+    accumulator [rows, columns] float32, maximum and sum [rows] float32 (base 2), these from ``state_at`` on
 
 and ``combine.py`` merges them, rotating packed values back once per row.  Many queries are attended to in another way
 (``chunk.py``).
@@ -62,13 +62,21 @@ def _store_state(state_ptr, first_row, row, maximum, total, row_exists):
 
 
 # Numbers that change while a cache grows must not make new kernels.
-_NOT_SPECIALIZED = ("queries", "splits", "stride_table_b", "stride_mask_b", "stride_mask_h", "stride_mask_q")
+_NOT_SPECIALIZED = (
+    "state_at",
+    "queries",
+    "splits",
+    "stride_table_b",
+    "stride_mask_b",
+    "stride_mask_h",
+    "stride_mask_q",
+)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _decode_kernel(
     partial_ptr,
-    state_ptr,
+    state_at,
     query_ptr,
     rotated_query_ptr,
     k_planes,
@@ -144,6 +152,7 @@ def _decode_kernel(
     SCALE_FIRST: tl.constexpr = K_HAS[2] and K_PARTS > 4
     NORMALIZE: tl.constexpr = K_FIELDS > 0 and K_DTYPE == tl.float16
     TAIL: tl.constexpr = PAGE if PAGE < 32 else 32
+    state_ptr = partial_ptr + state_at
     program = tl.program_id(0)
     split = splits - 1 - tl.program_id(1)  # the last one, which has the open page too, begins first
     row_blocks = tl.cdiv(GROUP * queries, ROWS)

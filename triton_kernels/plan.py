@@ -124,10 +124,10 @@ class AttentionPlan:
         self.out_strides = (query_heads * queries * value_dim, queries * value_dim, value_dim)
         self.rotated_strides = (query_heads * queries * key_dim, queries * key_dim, key_dim)
         self._rows = (batch, heads, rows)
-        # Not known before ``settle``: splits, and the shapes of scratch memory, which is float32.
-        self.splits = 0
-        self.partial: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, columns], of each split and the open page
-        self.state: tuple[int, ...] = ()  # [batch, heads, splits + 1, rows, 2], its maximum (base 2) and sum
+        # Not known before ``settle``: splits, and float32 numbers of scratch memory.  That is accumulators, [batch,
+        # heads, splits + 1, rows, columns], of each split and the open page, and from ``state_at`` on maximum (base 2)
+        # and sum of each, [batch, heads, splits + 1, rows, 2].
+        self.splits = self.scratch = self.state_at = 0
 
     def settle(self, args: tuple[Any, ...]) -> None:
         """Choose the splits, for calls of ``decode`` with arguments like ``args``."""
@@ -136,8 +136,8 @@ class AttentionPlan:
             config = dataclasses.replace(config, residents=self.kernels.residents(args))
         splits = split_count(config, self.programs, self.pages, processors(device))
         batch, heads, rows = self._rows
-        self.partial = (batch, heads, splits + 1, rows, self.kernels.columns)
-        self.state = (batch, heads, splits + 1, rows, 2)
+        results = batch * heads * (splits + 1) * rows
+        self.state_at, self.scratch = results * self.kernels.columns, results * (self.kernels.columns + 2)
         self.splits = splits
 
 

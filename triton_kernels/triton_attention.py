@@ -79,17 +79,15 @@ class AttentionCall:
             *plan.counts,
         )
         if not plan.splits:
-            scratch = query.new_empty(1, dtype=torch.float32)
-            plan.settle((scratch, scratch, *inputs, 1, *self._strides))
-        partial = query.new_empty(plan.partial, dtype=torch.float32)
-        state = query.new_empty(plan.state, dtype=torch.float32)
+            plan.settle((query.new_empty(1, dtype=torch.float32), 0, *inputs, 1, *self._strides))
+        partial = query.new_empty(plan.scratch, dtype=torch.float32)
         out = query.new_empty(plan.out)
-        splits = plan.splits
-        sinks = state if sinks is None else sinks
-        args = (partial, state, *inputs, splits, *self._strides)
-        merged = (out, partial, state, sinks, *plan.counts, splits, *plan.out_strides)
+        state_at, splits = plan.state_at, plan.splits
+        sinks = partial if sinks is None else sinks
+        args = (partial, state_at, *inputs, splits, *self._strides)
+        merged = (out, partial, state_at, sinks, *plan.counts, splits, *plan.out_strides)
         grid = (plan.programs, splits, 1)
-        if aligned(partial, state, query, rotated, lengths, seen, out, sinks):
+        if aligned(partial, query, rotated, lengths, seen, out, sinks):
             direct = nobody_watches()
             self._decode = kernels.decode(grid, args, self._decode, direct)
             self._combine = kernels.combine(plan.combine_grid, merged, self._combine, direct)

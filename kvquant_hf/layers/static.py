@@ -43,6 +43,11 @@ class StaticPagedLayer(PagedLayer):
         self.window = window
         self.leads = False  # whether this layer sees to it that a step fits; the first of a cache does
         self.filled = False  # whether there are tokens
+        self._handed: tuple[Any, ...] = ()  # what attention was handed last: store, dtypes, keys, values
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a store of its own to hand out.
+        return self.__dict__ | {"_handed": ()}
 
     def _carrier(
         self, side: Side, dtype: torch.dtype | None = None, exact: torch.Tensor | None = None
@@ -72,20 +77,23 @@ class StaticPagedLayer(PagedLayer):
         assert self.store is not None
         new = self.store.fitted(keys, values)
         exact = self.exact_prefill and not self.filled and keys.shape[2] > 1  # attended to as it came
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             self.store.append(*new, self.leads)
         else:
             with plain_tensors():
                 self.store.append(*self._without_padding(*new), self.leads)
             self.log.prefill += exact
         self.filled = True
-        held = (keys, values) if exact else (None, None)
         dtypes = self.store.promoted(keys, values)
-        about = (self.log, self.window)
-        return (
-            StaticKV(self.store, "keys", *about, held[0], dtypes[0]),
-            StaticKV(self.store, "values", *about, held[1], dtypes[1]),
-        )
+        if exact or compiling:  # what is kept here would be one more thing for a graph to watch
+            held = (keys, values) if exact else (None, None)
+            return self._carrier("keys", dtypes[0], held[0]), self._carrier("values", dtypes[1], held[1])
+        handed = self._handed
+        if not handed or handed[0] is not self.store or handed[1] != dtypes:  # they stand for any number of tokens
+            both = self._carrier("keys", dtypes[0]), self._carrier("values", dtypes[1])
+            self._handed = handed = (self.store, dtypes, *both)
+        return handed[2], handed[3]
 
     def _without_padding(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens with padding replaced, so that it takes no part in the scales of the pages that they will be in.

@@ -90,10 +90,11 @@ def _attend_or(
     key, value, mask, bias = exact_prompt(key, value, mask, kwargs.pop("position_bias", None))
     if bias is not None:
         kwargs["position_bias"] = bias
-    if is_packed(key) or is_packed(value):
+    packed = is_packed(key), is_packed(value)
+    if any(packed):
         foreign = _foreign(kwargs)
         reason = reason or (f"argument {foreign[0]!r}" if foreign else "")
-        if not reason and is_packed(key) and is_packed(value):
+        if not reason and all(packed):
             return ours(module, query, key, value, mask, **kwargs)
         reason = reason or "keys or values were changed after the cache"
         key, value = dense(key, reason), dense(value, reason)
