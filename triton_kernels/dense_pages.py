@@ -56,10 +56,11 @@ def _store_page(
             x = x + token_offset[:, None]
         if HAS[3]:
             x = x + channel_offset[part][None, :]
-        dense = dense + (round_saturating(x, DTYPE),)
+        x = round_saturating(x, DTYPE)
+        dense = dense + (x,)  # type: ignore[assignment]  # a tuple of another length is another type for Triton too
     if FIELDS == 0:
         offs_d, exists = part_channels(0, HEAD_DIM, FIELDS, WORDS)
-        tl.store(out_ptr + offs_n[:, None] * HEAD_DIM + offs_d[None, :], dense[0], mask=exists[None, :])
+        tl.store(out_ptr + offs_n[:, None] * HEAD_DIM + offs_d[None, :], x, mask=exists[None, :])
     else:
         WIDTH: tl.constexpr = HEAD_DIM // FIELDS
         within = tl.arange(0, 2 * WORDS)
