@@ -12,11 +12,17 @@ from .versions import check_version_on_import
 
 check_version_on_import()  # before anything is imported from transformers
 
+from typing import TYPE_CHECKING, Any
+
+from .batching import hooks
 from .cache import QuantizedPagedCache
 from .policies.table import POLICIES, KVPolicy, LayerwisePolicy
 from .pools import PagePools
 from .presets import Int4PagedCache, Int8PagedCache, TurboQuantPagedCache
 from .transformers_api.install import install, uninstall
+
+if TYPE_CHECKING:
+    from .batching.config import QuantizedBatchingConfig
 
 __all__ = [
     "POLICIES",
@@ -25,6 +31,7 @@ __all__ = [
     "KVPolicy",
     "LayerwisePolicy",
     "PagePools",
+    "QuantizedBatchingConfig",
     "QuantizedPagedCache",
     "TurboQuantPagedCache",
     "disable",
@@ -39,11 +46,23 @@ def enable() -> None:
     Does nothing when already enabled.
     """
     install(QuantizedPagedCache)
+    hooks.install()
 
 
 def disable() -> None:
     """Restore everything that :func:`enable` changed in transformers."""
+    hooks.uninstall()
     uninstall()
+
+
+def __getattr__(name: str) -> Any:
+    """``QuantizedBatchingConfig``, whose base not every version of transformers has as we need it."""
+    if name != "QuantizedBatchingConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    hooks.require_support()
+    from .batching.config import QuantizedBatchingConfig
+
+    return QuantizedBatchingConfig
 
 
 enable()

@@ -1,0 +1,249 @@
+"""The cache of a batching run: what transformers' processor and the model's attention ask for, answered by pages."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import CachePool
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
+from ..errors import UnsupportedModelError
+from ..pages.layout import without_autocast
+from ..triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
+from .allocator import ALIGNMENT, PageAllocator
+from .config import QuantizedBatchingConfig
+from .model import FULL, check_layers, layouts_of, window_of_all_layers
+from .prompt import attend_to_itself
+from .sizing import PageMemory
+from .slots import OpenPages
+from .step import Group, Row, group_rows
+
+_KEPT_SIDES = 512  # calls whose tensors are kept from step to step
+
+
+class QuantizedBatchingCache(PagedAttentionCache):
+    """Keys and values of all live requests in quantized pages.
+
+    Args:
+        config: the decoder's config.
+        continuous_batching_config: ours.
+        device: where the pages live.
+        distributed_helper: transformers' helper, for models whose heads are spread over several devices.
+        dtype: the model's dtype, in which open pages are held.
+        model_supports_logits_to_keep: whether the model computes logits of the last tokens only.
+
+    Raises:
+        UnsupportedModelError: a layer that is neither full attention nor a sliding window, or a head_dim that a codec
+            cannot store.
+        WrongModelError: a policy by layer, or parameters, of another model.
+        QParamsError: parameters are missing, cannot be read, or not taken.
+        OutOfPages: the memory has no room for a block beside the open pages.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        continuous_batching_config: QuantizedBatchingConfig,
+        device: torch.device | str,
+        distributed_helper: Any,
+        dtype: torch.dtype = torch.float16,
+        model_supports_logits_to_keep: bool = False,
+    ) -> None:
+        cb = continuous_batching_config
+        check_layers(config)
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.policy, self.impl, self.exact_prefill = cb.policy, cb.impl, cb.prefill == "exact"
+        heads, shards = find_num_key_value_heads(config), 1
+        if distributed_helper.tp_size > 1 and distributed_helper.are_kv_heads_tp_ed():
+            shards = distributed_helper.tp_size
+            heads //= shards
+        like = torch.empty(1, heads, 0, find_head_dim(config), dtype=dtype, device=self.device)
+        layouts = layouts_of(config, cb, like)
+        self.layouts = layouts
+        self.pages = PageAllocator(
+            layouts, allow_block_sharing=cb.allow_block_sharing, window=window_of_all_layers(config)
+        )
+        self.cache_allocators = {FULL: self.pages}
+        self.layer_to_allocator = dict.fromkeys(layouts, self.pages)
+
+        self.bytes_per_sector = math.lcm(self.pages.bytes_per_block, ALIGNMENT)
+        self.tokens_per_sector = self.bytes_per_sector // self.pages.bytes_per_block * cb.page_size
+        self.dense_bytes_per_block = sum(x.dense_bytes_per_token() for x in layouts.values()) * cb.page_size
+        sizes = PageMemory(
+            OpenPages.bytes_per_slot(layouts.values()),
+            shards,
+            config=config,
+            cb_config=cb,
+            dtype=dtype,
+            bytes_per_sector=self.bytes_per_sector,
+            tokens_per_sector=self.tokens_per_sector,
+            bytes_per_block=self.dense_bytes_per_block,
+            attn_types=[FULL],
+            model_supports_logits_to_keep=model_supports_logits_to_keep,
+        ).divide()
+        if distributed_helper.tp_size > 1:  # every device does what the smallest can
+            least = torch.tensor(sizes, device=self.device, dtype=torch.int64)
+            distributed_helper.tp_all_reduce_min(least)
+            sizes = tuple(least.tolist())
+        self.max_batch_tokens, self.num_sectors, slots = sizes
+
+        held = self.num_sectors * self.bytes_per_sector
+        self.cache_tensor = torch.zeros(held + 2 * self.bytes_per_sector, dtype=torch.uint8, device=self.device)
+        self.pool = CachePool(self.num_sectors, 1)
+        self.pages.register_cache_tensor(self.bytes_per_sector, held, self.cache_tensor, self.pool)
+        self.open = self.pages.open = OpenPages(layouts, slots, self.device)
+
+        self.allow_block_sharing = cb.allow_block_sharing
+        self.use_prefix_sharing = self.pages.use_block_sharing
+        self.num_blocks = self.pages.num_blocks
+        # What bounds the index tensors of dense attention; pages have their own tables, which nothing bounds.
+        self.max_blocks_per_request = self.max_decode_fast_path_length = self.read_cache_limit = 0
+        self.max_tokens_read = 1
+
+        self._first = min(layouts)
+        self._noted: Any = None  # the step that ``_rows`` belong to
+        self._rows: list[tuple[str, int, int]] = []
+        self._groups: list[Group] | None = None
+        self._copies: tuple[list[int], list[int]] = ([], [])  # slots, from and to
+        self._sides: dict[tuple[int, int, int], tuple[PagedSide, PagedSide]] = {}
+        self.paged_calls: Counter[str] = Counter()
+        self.prefill_calls = 0
+        self.reason = ""  # why the kernels did not run
+
+    # -- who may come in -----------------------------------------------------------------------------------------------
+
+    def can_store_request_tokens(self, state: Any, request_len: int, dry_run: bool = False) -> bool:
+        """As transformers': whether there are blocks for a request's next tokens, which it then has; and a slot."""
+        self.pages.give_back_outlived(state.request_id, state.current_len())
+        if state.request_id not in self.open.of and not self.open.free:
+            return False
+        fits: bool = super().can_store_request_tokens(state, request_len, dry_run)
+        return fits
+
+    def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
+        """As transformers', if there is a slot: a request that shares blocks is live."""
+        if request_id not in self.open.of and not self.open.free:
+            return 0
+        found: int = super().search_prefix_match(request_id, prompt_ids)
+        return found
+
+    def count_new_complete_blocks(self, state: Any, request_len: int) -> dict[str, int]:
+        """Blocks that the next tokens of a request seal: only those may be shared."""
+        if not self.use_prefix_sharing or not request_len:
+            return {}
+        past = state.current_len()
+        new = (past + request_len - 1) // self.pages.tokens_per_page - self.pages.sealed(state.request_id, past)
+        return {FULL: new} if new else {}
+
+    def prepare_fork_request(self, src_state: Any, dst_req_ids: list[str], copy_src_and_dst: Any) -> list[str]:
+        """As transformers', for as many forks as there are slots."""
+        forked: list[str] = super().prepare_fork_request(src_state, dst_req_ids[: self.open.free], copy_src_and_dst)
+        for request_id in forked:
+            self._copies[0].append(self.open.of[src_state.request_id])
+            self._copies[1].append(self.open.of[request_id])
+        return forked
+
+    def perform_cache_copy(self, copy_src_and_dst: Any) -> None:
+        """As transformers'; a fork's open page is a copy."""
+        if self._copies[0]:
+            self.open.copy(*self._copies)
+            self._copies = ([], [])
+        super().perform_cache_copy(copy_src_and_dst)
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def extend_read_and_write_indices(
+        self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any
+    ) -> None:
+        """Note a request of the step being prepared; a list of its own for each step says which one."""
+        if write_index is not self._noted:
+            self._noted, self._rows, self._groups = write_index, [], None
+        self._rows.append((request_id, past_length, query_length))
+
+    def _plan(self) -> list[Group]:
+        """The calls of the step that was noted."""
+        rows, start = [], 0
+        for request_id, past, new in self._rows:
+            blocks = self.pages.block_table[request_id]
+            sealed = self.pages.sealed(request_id, past)
+            rows.append(Row(self.open.of[request_id], start, new, past, sealed, blocks))
+            start += new
+        return group_rows(rows, self.pages.tokens_per_page, self.exact_prefill, self.device)
+
+    def _sides_of(self, layer_idx: int, group: Group) -> tuple[PagedSide, PagedSide]:
+        """Keys and values of a layer for a group: the same objects as in the step before, if its slots are."""
+        key = layer_idx, group.slots.start, group.slots.stop
+        if key not in self._sides:
+            if len(self._sides) >= _KEPT_SIDES * len(self.layouts):
+                self._sides.clear()
+            keys, values = self.open.tails[layer_idx]
+            tails = keys[group.slots], values[group.slots]
+            self._sides[key] = self.layouts[layer_idx].sides(self.pages.planes[layer_idx], tails)
+        return self._sides[key]
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens of a step; they are returned as they came, for prompts that attend to them.
+
+        Args:
+            key_states: ``[1, heads, tokens, head_dim]``.
+            value_states: the same for values.
+            layer_idx: whose they are.
+            kwargs: arguments of the attention function that is called next, which finds this cache among them.
+
+        Raises:
+            UnsupportedModelError: the layer has other heads than its config says.
+        """
+        if layer_idx == self._first or self._groups is None:
+            self._groups = self._plan()
+        layout = self.layouts[layer_idx]
+        for states, expected, what in zip((key_states, value_states), layout.vectors, ("keys", "values"), strict=True):
+            if (states.shape[1], states.shape[3]) != expected:
+                raise UnsupportedModelError(
+                    f"layer {layer_idx} makes {what} of {states.shape[1]} heads x {states.shape[3]}, its config says "
+                    f"{' x '.join(map(str, expected))}, and blocks are made before; use generate() for this model."
+                )
+        new_keys, new_values = (x.to(dtype) for x, dtype in zip((key_states, value_states), layout.dtypes, strict=True))
+        for group in self._groups:
+            keys, values = self._sides_of(layer_idx, group)
+            parts = group.pick(new_keys), group.pick(new_values)
+            append_pages(*parts, keys, values, group.table, group.lengths, group.after, impl=self.impl)
+        kwargs["cache"], kwargs["stored"] = self, True
+        return key_states, value_states
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **options: Any
+    ) -> torch.Tensor:
+        """Attention of a step, after :meth:`update`.
+
+        Args:
+            query: ``[1, query_heads, tokens, head_dim]``.
+            keys: what :meth:`update` returned.
+            values: the same for values.
+            layer_idx: whose they are.
+            options: ``scale``, ``softcap``, ``sinks`` and ``window`` of ``paged_attention``.
+
+        Returns:
+            ``[1, tokens, query_heads, head_dim]`` in the query's dtype.
+
+        Raises:
+            ImplementationError: the implementation that was asked for cannot run.
+        """
+        output = query.new_empty(query.shape[2], query.shape[1], values.shape[3])
+        for group in self._groups or ():
+            part = group.pick(query)
+            with without_autocast(query.device.type):
+                if group.exact:
+                    self.prefill_calls += 1
+                    group.place(attend_to_itself(part, group.pick(keys), group.pick(values), **options), output)
+                    continue
+                pages = self._sides_of(layer_idx, group)
+                chosen = choose(self.impl, part.dtype, *pages)
+                self.paged_calls[chosen.name] += 1
+                self.reason = chosen.reason or self.reason
+                group.place(paged_attention(part, *pages, group.table, group.after, impl=chosen, **options), output)
+        return output.unsqueeze(0)

@@ -1,0 +1,74 @@
+"""``QuantizedBatchingManager``: what ``init_continuous_batching`` returns for quantized pages."""
+
+from typing import Any
+
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from ..errors import BatchingError, UnsupportedModelError
+from .attention import NAME
+from .config import QuantizedBatchingConfig
+from .model import check_layers
+from .report import BatchingReport, report_of
+
+
+class QuantizedBatchingManager(ContinuousBatchingManager):
+    """transformers' manager, whose blocks are quantized pages: queue, streams and results are all its own.
+
+    Args:
+        model: the model.
+        generation_config: as there.
+        continuous_batching_config: ours.
+        workload_hints: as there.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be replaced, or its layers are of a kind without blocks.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        generation_config: Any,
+        continuous_batching_config: QuantizedBatchingConfig,
+        workload_hints: Any = None,
+    ) -> None:
+        check_layers(model.config.get_text_config())
+        self._last: BatchingReport | None = None
+        super().__init__(model, generation_config, continuous_batching_config, workload_hints)
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """Have the model call our attention function until the manager stops."""
+        before = model.config._attn_implementation
+        if before == NAME:
+            return
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} computes attention itself and cannot read pages of many requests; use "
+                "generate() for this model."
+            )
+        self._original_attn_impl = before
+
+    def _generation_step(self) -> None:
+        """As transformers', except where a step has no tokens: a prompt of which all is held but the token that its
+        forks begin with is in one, and the model would be called with nothing."""
+        if self.batch_processor.inputs_and_outputs.total_seqlen_q:
+            super()._generation_step()
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers'; the report of the run is kept."""
+        processor = self.batch_processor
+        super().stop(*args, **kwargs)
+        if processor is not None:
+            self._last = report_of(processor.cache)
+
+    def report(self) -> BatchingReport:
+        """What the run holds and what ran in it; after it has ended, what it was then.
+
+        Raises:
+            BatchingError: it has not begun.
+        """
+        if self.batch_processor is not None:
+            return report_of(self.batch_processor.cache)
+        if self._last is None:
+            raise BatchingError("there is nothing to report before the manager has started; call start() first.")
+        return self._last
