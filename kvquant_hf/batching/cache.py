@@ -9,7 +9,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.cache_allocators import CachePool
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
-from ..errors import UnsupportedModelError
+from ..errors import BatchingError, UnsupportedModelError
 from ..pages.layout import without_autocast
 from ..triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
 from .allocator import ALIGNMENT, PageAllocator
@@ -113,6 +113,24 @@ class QuantizedBatchingCache(PagedAttentionCache):
         self.reason = ""  # why the kernels did not run
 
     # -- who may come in -----------------------------------------------------------------------------------------------
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that a request can have, if it is alone; None where windows bound what it holds."""
+        return None if self.pages.window else (self.num_blocks + 1) * self.pages.tokens_per_page
+
+    def check_fits(self, prompt: int, new: int) -> None:
+        """Refuse a request that could not be held if it were alone.
+
+        Raises:
+            BatchingError: it has ``prompt`` tokens, may get ``new`` more, and needs more blocks than there are.
+        """
+        if self.max_tokens is not None and prompt + new - 1 > self.max_tokens:  # the last token is not stored
+            raise BatchingError(
+                f"a prompt of {prompt} tokens and up to {new} new ones do not fit into {self.num_blocks} blocks of "
+                f"{self.pages.tokens_per_page} tokens; shorten it, lower max_new_tokens, or give more memory "
+                "(num_blocks, max_bytes)."
+            )
 
     def can_store_request_tokens(self, state: Any, request_len: int, dry_run: bool = False) -> bool:
         """As transformers': whether there are blocks for a request's next tokens, which it then has; and a slot."""

@@ -48,6 +48,21 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
             )
         self._original_attn_impl = before
 
+    def add_request(
+        self, input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, **kwargs: Any
+    ) -> str | None:
+        """As transformers'; a request that could never be held is refused here, because once it is let in, it ends the
+        run of all others.
+
+        Raises:
+            BatchingError: the prompt and its new tokens need more blocks than there are.
+        """
+        new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if self.batch_processor is not None:
+            self.batch_processor.cache.check_fits(len(input_ids), new or 0)
+        added: str | None = super().add_request(input_ids, request_id, max_new_tokens, **kwargs)
+        return added
+
     def _generation_step(self) -> None:
         """As transformers', except where a step has no tokens: a prompt of which all is held but the token that its
         forks begin with is in one, and the model would be called with nothing."""

@@ -10,7 +10,7 @@ from models import prompt, tiny_llama, tiny_windowed
 from kvquant_hf import LayerwisePolicy
 from kvquant_hf.batching.allocator import GIVEN_BACK
 from kvquant_hf.calibration import collect, compute
-from kvquant_hf.errors import OutOfPages, QParamsError, WrongModelError
+from kvquant_hf.errors import BatchingError, OutOfPages, QParamsError, WrongModelError
 from kvquant_hf.policies.table import POLICIES
 
 BUDGET = 8_000_000
@@ -124,6 +124,19 @@ def test_a_cancelled_request_gives_everything_back() -> None:
     report = manager.report()
     assert ended == set(names[1:])
     assert (report.live_requests, report.used_blocks) == (0, 0)
+
+
+def test_a_request_that_never_fits_is_refused() -> None:
+    """Alone, a request fills all blocks and its open page; one token more would end the run of all others."""
+    model, config = tiny_llama(), config_of("exact", num_blocks=4, max_requests=1)
+    with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=config) as manager:
+        assert manager.batch_processor.cache.max_tokens == 4 * 64
+        with pytest.raises(BatchingError, match="240 tokens and up to 18 new ones do not fit into 3 blocks of 64"):
+            manager.add_request(prompts_of((240,))[0], max_new_tokens=18)
+        manager.add_request(prompts_of((240,))[0], max_new_tokens=17)
+        while (result := manager.get_result(timeout=1)) is None:
+            assert manager.is_running()
+    assert (result.error, len(result.generated_tokens)) == (None, 17)
 
 
 def test_windows_give_blocks_back(monkeypatch: pytest.MonkeyPatch) -> None:

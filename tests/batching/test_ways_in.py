@@ -20,7 +20,7 @@ from kvquant_hf.batching import hooks
 from kvquant_hf.batching.attention import NAME
 from kvquant_hf.batching.cache import QuantizedBatchingCache
 from kvquant_hf.batching.manager import QuantizedBatchingManager
-from kvquant_hf.errors import BatchingError, UnknownPolicyError, UnsupportedModelError, UnsupportedVersionError
+from kvquant_hf.errors import BatchingError, UnknownPolicyError, UnsupportedModelError
 
 PROMPTS = prompts_of((5, 100))
 PLAIN = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=512)
@@ -206,16 +206,6 @@ def test_disabled_is_disabled() -> None:
     finally:
         kvquant_hf.enable()
     assert NAME in AttentionInterface()
-
-
-@pytest.mark.parametrize("found", ["5.17.0", "5.22.3"])
-def test_an_older_transformers_is_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "version", lambda _: found)
-    asking = named(cache_implementation="kvquant")
-    with pytest.raises(UnsupportedVersionError, match=rf"needs transformers 5\.23 or newer, found {found}; run: pip"):
-        tiny_llama().generate_batch(PROMPTS, asking)
-    with pytest.raises(UnsupportedVersionError, match="needs transformers"):
-        _ = kvquant_hf.QuantizedBatchingConfig
 
 
 def test_no_other_name_is_made_up() -> None:
