@@ -9,12 +9,12 @@ the last, open page are in none.
     slot                                           | 23 tokens   -> ``OpenPages``
 
 A page is sealed by the first token that does not fit into the open one, so ``t`` tokens take ``(t - 1) // page_size``
-blocks.  Where only the last ``window`` tokens are seen in every layer, blocks are given back in front.
+blocks, or as many for each of several lanes of layers (``model.py``): they stand side by side in the table.  Where
+layers see the last ``window`` tokens only, blocks are given back in front.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 from transformers.generation.continuous_batching.cache_allocators import CachePool, FullAttentionCacheAllocator
@@ -27,31 +27,41 @@ GIVEN_BACK = 0  # stands in a block table for a block that is given back: transf
 
 
 class PageAllocator(FullAttentionCacheAllocator):
-    """Sealed pages of all layers.
+    """Sealed pages of the layers of one kind.
 
     Args:
-        layouts: what each layer stores of a page, by the layer's index; all of one page size.
+        index: of this kind of blocks, to the pool.
+        kind: its name.
+        layouts: what a block has a page of, position by position; all of one page size.
+        layers: the layers.
+        lanes: blocks for each page of tokens.
         allow_block_sharing: whether requests may share blocks.
-        window: tokens that every layer's queries see, themselves included; 0: all.
+        window: tokens that the layers' queries see, themselves included; 0: all.
     """
 
     supports_block_table = False
 
-    def __init__(self, layouts: Mapping[int, StoreLayout], *, allow_block_sharing: bool, window: int = 0) -> None:
-        self.layouts = layouts
-        self.window = window
+    def __init__(
+        self,
+        index: int,
+        kind: str,
+        layouts: Sequence[StoreLayout],
+        layers: Sequence[int],
+        *,
+        lanes: int,
+        allow_block_sharing: bool,
+        window: int,
+    ) -> None:
+        self.layer_type, self.layouts, self.lanes, self.window = kind, layouts, lanes, window
         # What was given back can be shared with nobody, so a request keeps its blocks to itself.
         self.supports_block_sharing = window == 0
-        self.page_bytes = {
-            index: sum(prod(shape) * dtype.itemsize for dtype, shape in layout.plane_shapes)
-            for index, layout in layouts.items()
-        }
-        block = -(-sum(self.page_bytes.values()) // ALIGNMENT) * ALIGNMENT
+        planes = [plane for layout in layouts for plane in layout.plane_shapes]
+        block = sum(prod(shape) * dtype.itemsize for dtype, shape in planes)
         self._before_cache_tensor_init(
-            index=0,
-            layer_indices=list(layouts),
-            tokens_per_page=next(iter(layouts.values())).page_size,
-            bytes_per_page=block,
+            index=index,
+            layer_indices=list(layers),
+            tokens_per_page=layouts[0].page_size,
+            bytes_per_page=-(-block // ALIGNMENT) * ALIGNMENT,
             allow_block_sharing=allow_block_sharing,
         )
         # To transformers a block is one page: those of different layers need not have the same size.
@@ -65,20 +75,18 @@ class PageAllocator(FullAttentionCacheAllocator):
     def register_cache_tensor(
         self, bytes_per_sector: int, non_trash_bytes: int, cache_tensor: torch.Tensor, pool: CachePool
     ) -> None:
-        """Cut the planes of each layer's pages out of ``cache_tensor`` (uint8), plane by plane: kernels want each to be
-        contiguous, ``[blocks, heads, *Plane.shape(page_size)]``."""
+        """Cut the planes of each position's pages out of ``cache_tensor`` (uint8), plane by plane: kernels want each to
+        be contiguous, ``[blocks, heads, *Plane.shape(page_size)]``.  Every kind of block cuts alike."""
         self.bytes_per_sector = bytes_per_sector
         blocks = cache_tensor.numel() // self.bytes_per_block
-        planes: dict[int, list[torch.Tensor | None]] = {
-            index: [None] * len(layout.plane_shapes) for index, layout in self.layouts.items()
-        }
-        places = [(i, n, *plane) for i, layout in self.layouts.items() for n, plane in enumerate(layout.plane_shapes)]
+        planes: list[dict[int, torch.Tensor]] = [{} for _ in self.layouts]
+        cuts = [(i, n, *plane) for i, layout in enumerate(self.layouts) for n, plane in enumerate(layout.plane_shapes)]
         start = 0
-        for index, n, dtype, shape in sorted(places, key=lambda place: -place[2].itemsize):  # so that each is aligned
+        for position, n, dtype, shape in sorted(cuts, key=lambda cut: -cut[2].itemsize):  # so that each is aligned
             size = blocks * prod(shape) * dtype.itemsize
-            planes[index][n] = cache_tensor[start : start + size].view(dtype).view(blocks, *shape)
+            planes[position][n] = cache_tensor[start : start + size].view(dtype).view(blocks, *shape)
             start += size
-        self.planes: Any = {index: tuple(found) for index, found in planes.items()}
+        self.planes = [tuple(found[n] for n in range(len(found))) for found in planes]
         self._after_cache_tensor_init(non_trash_bytes, bytes_per_sector, cache_tensor, pool)
 
     # -- blocks --------------------------------------------------------------------------------------------------------
@@ -90,7 +98,18 @@ class PageAllocator(FullAttentionCacheAllocator):
         return (past if whole else max(0, past - 1)) // self.tokens_per_page
 
     def _compute_blocks_needed(self, allocated_blocks: int, past_length: int, query_length: int) -> int:
-        return max(0, (past_length + query_length - 1) // self.tokens_per_page - allocated_blocks)
+        return max(0, (past_length + query_length - 1) // self.tokens_per_page * self.lanes - allocated_blocks)
+
+    def most_blocks(self, tokens: int, step: int) -> int:
+        """Blocks that a request has at most on its way to ``tokens`` tokens, of which a step brings up to ``step``."""
+        pages = max(0, tokens - 1) // self.tokens_per_page
+        if self.window:
+            pages = min(pages, (self.window + step) // self.tokens_per_page + 1)
+        return pages * self.lanes
+
+    def tables(self, request_id: str) -> list[list[int]]:
+        """The blocks of a request, lane by lane."""
+        return [self.block_table[request_id][lane :: self.lanes] for lane in range(self.lanes)]
 
     def allocate_cache_to_request(self, request_id: str, past_length: int, query_length: int) -> None:
         """Give a request the blocks that its next tokens complete, and a slot; there must be both."""
@@ -103,7 +122,7 @@ class PageAllocator(FullAttentionCacheAllocator):
             return
         table = self.block_table.get(request_id, [])
         outlived = max(0, past - self.window + 1) // self.tokens_per_page
-        for i in range(min(outlived, self.sealed(request_id, past), len(table)) - 1, -1, -1):
+        for i in range(min(outlived * self.lanes, len(table)) - 1, -1, -1):
             if table[i] == GIVEN_BACK:
                 break
             self.pool.free_blocks(self.index, [table[i]])
@@ -130,7 +149,7 @@ class PageAllocator(FullAttentionCacheAllocator):
         """Sealed blocks of a request, if they may be shared; one that is allocated and not sealed never is."""
         if not self.use_block_sharing:
             return 0
-        return min(self.sealed(source_request_id, past_length), len(self.block_table[source_request_id]))
+        return min(self.sealed(source_request_id, past_length) * self.lanes, len(self.block_table[source_request_id]))
 
     def count_non_shareable_blocks(self, source_request_id: str, past_length: int) -> int:
         """Fresh blocks that a fork of a request needs."""
@@ -155,7 +174,7 @@ class PageAllocator(FullAttentionCacheAllocator):
         return copied, fresh
 
     def copy_blocks(self, source_block_ids: list[int], dest_block_ids: list[int]) -> None:
-        """Copy the pages of some blocks to others, in all layers."""
-        for planes in self.planes.values():
+        """Copy the pages of some blocks to others."""
+        for planes in self.planes:
             for plane in planes:
                 plane[dest_block_ids] = plane[source_block_ids]

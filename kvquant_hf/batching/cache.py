@@ -1,6 +1,5 @@
 """The cache of a batching run: what transformers' processor and the model's attention ask for, answered by pages."""
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -12,9 +11,9 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 from ..errors import BatchingError, UnsupportedModelError
 from ..pages.layout import without_autocast
 from ..triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
-from .allocator import ALIGNMENT, PageAllocator
+from .allocator import PageAllocator
 from .config import QuantizedBatchingConfig
-from .model import FULL, check_layers, layouts_of, window_of_all_layers
+from .model import FULL, check_layers, layouts_of, places_of
 from .prompt import attend_to_itself
 from .sizing import PageMemory
 from .slots import OpenPages
@@ -62,15 +61,28 @@ class QuantizedBatchingCache(PagedAttentionCache):
         like = torch.empty(1, heads, 0, find_head_dim(config), dtype=dtype, device=self.device)
         layouts = layouts_of(config, cb, like)
         self.layouts = layouts
-        self.pages = PageAllocator(
-            layouts, allow_block_sharing=cb.allow_block_sharing, window=window_of_all_layers(config)
-        )
-        self.cache_allocators = {FULL: self.pages}
-        self.layer_to_allocator = dict.fromkeys(layouts, self.pages)
+        self.places, windows = places_of(config, layouts)
+        self.cache_allocators: dict[str, PageAllocator] = {}
+        self.lanes: dict[int, int] = {}  # of each layer, over all kinds of blocks
+        for kind, window in windows.items():
+            mine = {layer: place for layer, place in self.places.items() if place.kind == kind}
+            before = sum(allocator.lanes for allocator in self.cache_allocators.values())
+            self.lanes |= {layer: before + place.lane for layer, place in mine.items()}
+            self.cache_allocators[kind] = PageAllocator(
+                len(self.cache_allocators),
+                kind,
+                [layouts[layer] for layer, place in mine.items() if place.lane == 0],
+                list(mine),
+                lanes=max(place.lane for place in mine.values()) + 1,
+                allow_block_sharing=cb.allow_block_sharing,
+                window=window,
+            )
+        self.layer_to_allocator = {layer: self.cache_allocators[place.kind] for layer, place in self.places.items()}
+        self.pages = self.cache_allocators[FULL]
 
-        self.bytes_per_sector = math.lcm(self.pages.bytes_per_block, ALIGNMENT)
-        self.tokens_per_sector = self.bytes_per_sector // self.pages.bytes_per_block * cb.page_size
-        self.dense_bytes_per_block = sum(x.dense_bytes_per_token() for x in layouts.values()) * cb.page_size
+        self.bytes_per_sector = self.pages.bytes_per_block
+        self.tokens_per_sector = cb.page_size
+        dense_block = sum(x.dense_bytes_per_token() for x in layouts.values()) * cb.page_size
         sizes = PageMemory(
             OpenPages.bytes_per_slot(layouts.values()),
             shards,
@@ -79,8 +91,8 @@ class QuantizedBatchingCache(PagedAttentionCache):
             dtype=dtype,
             bytes_per_sector=self.bytes_per_sector,
             tokens_per_sector=self.tokens_per_sector,
-            bytes_per_block=self.dense_bytes_per_block,
-            attn_types=[FULL],
+            bytes_per_block=dense_block,
+            attn_types=list(self.cache_allocators),
             model_supports_logits_to_keep=model_supports_logits_to_keep,
         ).divide()
         if distributed_helper.tp_size > 1:  # every device does what the smallest can
@@ -91,13 +103,16 @@ class QuantizedBatchingCache(PagedAttentionCache):
 
         held = self.num_sectors * self.bytes_per_sector
         self.cache_tensor = torch.zeros(held + 2 * self.bytes_per_sector, dtype=torch.uint8, device=self.device)
-        self.pool = CachePool(self.num_sectors, 1)
-        self.pages.register_cache_tensor(self.bytes_per_sector, held, self.cache_tensor, self.pool)
-        self.open = self.pages.open = OpenPages(layouts, slots, self.device)
+        self.pool = CachePool(self.num_sectors, len(self.cache_allocators))
+        self.open = OpenPages(layouts, slots, self.device)
+        for allocator in self.cache_allocators.values():
+            allocator.register_cache_tensor(self.bytes_per_sector, held, self.cache_tensor, self.pool)
+            allocator.open = self.open
 
         self.allow_block_sharing = cb.allow_block_sharing
-        self.use_prefix_sharing = self.pages.use_block_sharing
-        self.num_blocks = self.pages.num_blocks
+        self.use_prefix_sharing = all(x.use_block_sharing for x in self.cache_allocators.values())
+        # What transformers writes into the config, and reads when the manager starts again: a measure of memory.
+        self.num_blocks = cb.num_blocks or (held + self.open.nbytes) // dense_block
         # What bounds the index tensors of dense attention; pages have their own tables, which nothing bounds.
         self.max_blocks_per_request = self.max_decode_fast_path_length = self.read_cache_limit = 0
         self.max_tokens_read = 1
@@ -114,27 +129,24 @@ class QuantizedBatchingCache(PagedAttentionCache):
 
     # -- who may come in -----------------------------------------------------------------------------------------------
 
-    @property
-    def max_tokens(self) -> int | None:
-        """Tokens that a request can have, if it is alone; None where windows bound what it holds."""
-        return None if self.pages.window else (self.num_blocks + 1) * self.pages.tokens_per_page
-
     def check_fits(self, prompt: int, new: int) -> None:
         """Refuse a request that could not be held if it were alone.
 
         Raises:
             BatchingError: it has ``prompt`` tokens, may get ``new`` more, and needs more blocks than there are.
         """
-        if self.max_tokens is not None and prompt + new - 1 > self.max_tokens:  # the last token is not stored
+        tokens = prompt + new - 1  # the last one is not stored
+        needed = sum(x.most_blocks(tokens, self.max_batch_tokens) for x in self.cache_allocators.values())
+        if needed > self.num_sectors:
             raise BatchingError(
-                f"a prompt of {prompt} tokens and up to {new} new ones do not fit into {self.num_blocks} blocks of "
-                f"{self.pages.tokens_per_page} tokens; shorten it, lower max_new_tokens, or give more memory "
-                "(num_blocks, max_bytes)."
+                f"a prompt of {prompt} tokens and up to {new} new ones need {needed} blocks, there are "
+                f"{self.num_sectors}; shorten it, lower max_new_tokens, or give more memory (num_blocks, max_bytes)."
             )
 
     def can_store_request_tokens(self, state: Any, request_len: int, dry_run: bool = False) -> bool:
         """As transformers': whether there are blocks for a request's next tokens, which it then has; and a slot."""
-        self.pages.give_back_outlived(state.request_id, state.current_len())
+        for allocator in self.cache_allocators.values():
+            allocator.give_back_outlived(state.request_id, state.current_len())
         if state.request_id not in self.open.of and not self.open.free:
             return False
         fits: bool = super().can_store_request_tokens(state, request_len, dry_run)
@@ -184,7 +196,7 @@ class QuantizedBatchingCache(PagedAttentionCache):
         """The calls of the step that was noted."""
         rows, start = [], 0
         for request_id, past, new in self._rows:
-            blocks = self.pages.block_table[request_id]
+            blocks = [table for x in self.cache_allocators.values() for table in x.tables(request_id)]
             sealed = self.pages.sealed(request_id, past)
             rows.append(Row(self.open.of[request_id], start, new, past, sealed, blocks))
             start += new
@@ -198,7 +210,8 @@ class QuantizedBatchingCache(PagedAttentionCache):
                 self._sides.clear()
             keys, values = self.open.tails[layer_idx]
             tails = keys[group.slots], values[group.slots]
-            self._sides[key] = self.layouts[layer_idx].sides(self.pages.planes[layer_idx], tails)
+            planes = self.pages.planes[self.places[layer_idx].position]
+            self._sides[key] = self.layouts[layer_idx].sides(planes, tails)
         return self._sides[key]
 
     @torch.compiler.disable
@@ -229,7 +242,8 @@ class QuantizedBatchingCache(PagedAttentionCache):
         for group in self._groups:
             keys, values = self._sides_of(layer_idx, group)
             parts = group.pick(new_keys), group.pick(new_values)
-            append_pages(*parts, keys, values, group.table, group.lengths, group.after, impl=self.impl)
+            table = group.tables[self.lanes[layer_idx]]
+            append_pages(*parts, keys, values, table, group.lengths, group.after, impl=self.impl)
         kwargs["cache"], kwargs["stored"] = self, True
         return key_states, value_states
 
@@ -263,5 +277,6 @@ class QuantizedBatchingCache(PagedAttentionCache):
                 chosen = choose(self.impl, part.dtype, *pages)
                 self.paged_calls[chosen.name] += 1
                 self.reason = chosen.reason or self.reason
-                group.place(paged_attention(part, *pages, group.table, group.after, impl=chosen, **options), output)
+                table = group.tables[self.lanes[layer_idx]]
+                group.place(paged_attention(part, *pages, table, group.after, impl=chosen, **options), output)
         return output.unsqueeze(0)

@@ -18,7 +18,8 @@ class BatchingReport:
         used_blocks: blocks that live requests have, shared ones counted once.
         cached_blocks: blocks that no live request has and that are kept for the next prompt that begins alike; given
             away when memory is short.
-        bytes_per_block: bytes of a block: a sealed page of each layer.
+        bytes_per_block: bytes of a block: a sealed page of each layer, or of some, where layers that see all tokens and
+            layers that see a window take blocks of their own.
         dense_bytes_per_block: bytes of as many tokens in the model's dtype.
         requests: requests that may hold pages at a time; each has an open page in every layer.
         live_requests: requests that do.
@@ -87,8 +88,10 @@ def report_of(cache: QuantizedBatchingCache) -> BatchingReport:
     """The report of a run."""
     pages = cache.pages
     policy: Any = cache.policy
-    cached = len(pages.ledger.cached_blocks)
-    free = cache.pool.num_free_sectors * pages.blocks_per_sector + cache.pool.count_free_blocks(pages.index)
+    kinds = cache.cache_allocators.values()
+    cached = sum(len(kind.ledger.cached_blocks) for kind in kinds)
+    free = cache.pool.num_free_sectors + sum(cache.pool.count_free_blocks(kind.index) for kind in kinds)
+    dense = sum(layout.dense_bytes_per_token() for layout in pages.layouts) * pages.tokens_per_page
     return BatchingReport(
         policy=policy.name,
         page_size=pages.tokens_per_page,
@@ -96,7 +99,7 @@ def report_of(cache: QuantizedBatchingCache) -> BatchingReport:
         used_blocks=pages.num_blocks - free - cached,
         cached_blocks=cached,
         bytes_per_block=pages.bytes_per_block,
-        dense_bytes_per_block=cache.dense_bytes_per_block,
+        dense_bytes_per_block=dense,
         requests=cache.open.count,
         live_requests=len(cache.open.of),
         open_page_bytes=cache.open.nbytes,

@@ -17,14 +17,14 @@ from ..pages.table import to_device
 
 class Row(NamedTuple):
     """New tokens of one request: ``new`` of them at ``start`` of the packed batch, behind ``past`` tokens, of which
-    ``sealed`` pages lie in ``blocks``; its open page is in ``slot``."""
+    ``sealed`` pages lie in ``blocks``, one list for each lane of layers; its open page is in ``slot``."""
 
     slot: int
     start: int
     new: int
     past: int
     sealed: int
-    blocks: list[int]
+    blocks: list[list[int]]
 
 
 class Group(NamedTuple):
@@ -34,7 +34,7 @@ class Group(NamedTuple):
         slots: their slots.
         new: tokens of each.
         at: where their tokens are in the packed batch, row after row.
-        table: int32 ``[rows, blocks]``.
+        tables: int32 ``[rows, blocks]`` for each lane of layers.
         lengths: int32 ``[rows, 2]``: sealed pages and tokens in the open page before the step.
         after: the same after it; written by the first layer, and by each other with the same numbers.
         exact: whether this is a first prompt that attends to its exact keys and values.
@@ -43,7 +43,7 @@ class Group(NamedTuple):
     slots: slice
     new: int
     at: slice | torch.Tensor
-    table: torch.Tensor
+    tables: list[torch.Tensor]
     lengths: torch.Tensor
     after: torch.Tensor
     exact: bool
@@ -80,9 +80,12 @@ def group_rows(rows: Sequence[Row], page_size: int, exact_prefill: bool, device:
 
 def _group(run: list[Row], page_size: int, exact_prefill: bool, device: torch.device) -> Group:
     first, count = run[0], len(run)
-    table = np.zeros((count, max(len(row.blocks) for row in run)), dtype=np.int32)
-    for entries, row in zip(table, run, strict=True):
-        entries[: len(row.blocks)] = row.blocks
+    tables = []
+    for lane in zip(*(row.blocks for row in run), strict=True):
+        table = np.zeros((count, max(map(len, lane))), dtype=np.int32)
+        for entries, blocks in zip(table, lane, strict=True):
+            entries[: len(blocks)] = blocks
+        tables.append(to_device(table, device))
     held = [(row.sealed, row.past - row.sealed * page_size) for row in run]
     lengths = to_device(np.array(held, dtype=np.int32), device)
     at: slice | torch.Tensor = slice(first.start, first.start + count * first.new)
@@ -93,7 +96,7 @@ def _group(run: list[Row], page_size: int, exact_prefill: bool, device: torch.de
         slots=slice(first.slot, first.slot + count),
         new=first.new,
         at=at,
-        table=to_device(table, device),
+        tables=tables,
         lengths=lengths,
         after=torch.empty_like(lengths),
         exact=exact_prefill and first.past == 0 and first.new > 1,

@@ -9,6 +9,7 @@ from models import prompt, tiny_llama, tiny_windowed
 
 from kvquant_hf import LayerwisePolicy
 from kvquant_hf.batching.allocator import GIVEN_BACK
+from kvquant_hf.batching.cache import QuantizedBatchingCache
 from kvquant_hf.calibration import collect, compute
 from kvquant_hf.errors import BatchingError, OutOfPages, QParamsError, WrongModelError
 from kvquant_hf.policies.table import POLICIES
@@ -130,8 +131,7 @@ def test_a_request_that_never_fits_is_refused() -> None:
     """Alone, a request fills all blocks and its open page; one token more would end the run of all others."""
     model, config = tiny_llama(), config_of("exact", num_blocks=4, max_requests=1)
     with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=config) as manager:
-        assert manager.batch_processor.cache.max_tokens == 4 * 64
-        with pytest.raises(BatchingError, match="240 tokens and up to 18 new ones do not fit into 3 blocks of 64"):
+        with pytest.raises(BatchingError, match="240 tokens and up to 18 new ones need 4 blocks, there are 3; shorten"):
             manager.add_request(prompts_of((240,))[0], max_new_tokens=18)
         manager.add_request(prompts_of((240,))[0], max_new_tokens=17)
         while (result := manager.get_result(timeout=1)) is None:
@@ -139,25 +139,53 @@ def test_a_request_that_never_fits_is_refused() -> None:
     assert (result.error, len(result.generated_tokens)) == (None, 17)
 
 
-def test_windows_give_blocks_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every layer has a window, a request holds the blocks of its last window, whatever its length."""
-    from kvquant_hf.batching.cache import QuantizedBatchingCache
-
-    held: list[int] = []
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Blocks that the requests of each step have, by kind."""
+    found: dict[str, list[int]] = {}
     original = QuantizedBatchingCache._plan
 
     def plan(self: Any) -> Any:
-        held.extend(sum(b != GIVEN_BACK for b in table) for table in self.pages.block_table.values())
+        for kind, allocator in self.cache_allocators.items():
+            tables = allocator.block_table.values()
+            found.setdefault(kind, []).append(sum(b != GIVEN_BACK for table in tables for b in table))
         return original(self)
 
     monkeypatch.setattr(QuantizedBatchingCache, "_plan", plan)
+    return found
+
+
+def test_windows_give_blocks_back(held: dict[str, list[int]]) -> None:
+    """Where every layer has a window, a request holds the blocks of its last window, whatever its length."""
     model, prompts = tiny_windowed("mistral"), prompts_of((500,))
-    config = config_of("exact", page_size=8, num_blocks=24, max_requests=1, max_batch_tokens=32)
+    config = config_of("exact", page_size=8, num_blocks=10, max_requests=1, max_batch_tokens=32)
     found, report = batched(model, prompts, config)
     assert found == one_by_one(model, prompts)
-    assert report.blocks == 23
-    assert max(held) <= (24 + 32) // 8 + 1  # the window, the tokens of a step, and the page that both share
-    assert held[-1] <= 24 // 8 + 1
+    assert report.blocks == 9
+    (blocks,) = held.values()
+    assert max(blocks) <= (24 + 32) // 8 + 1  # the window, the tokens of a step, and the page that both share
+    assert blocks[-1] <= 24 // 8 + 1
+
+
+def test_windows_in_turn_give_blocks_back(held: dict[str, list[int]]) -> None:
+    """Five layers with a window and one without: a block is a page of one layer, and can be given to any."""
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    model, prompts = tiny_windowed("gemma3", num_hidden_layers=6, layer_types=types), prompts_of((400, 100), seed=2)
+    config = config_of("int4", page_size=8, num_blocks=40, max_requests=2, max_batch_tokens=32)
+    found, report = batched(model, prompts, config)
+    assert found == [batched(model, [prompt], config)[0][0] for prompt in prompts]
+    assert max(held["full_attention"]) >= (400 + 24 - 2) // 8
+    assert max(held["sliding_attention"]) <= 2 * 5 * ((24 + 32) // 8 + 1)
+    assert held["full_attention"][-1] == (100 + 24 - 2) // 8  # the shorter one, alone
+    assert held["sliding_attention"][-1] <= 5 * (24 // 8 + 1)
+    assert report.dense_bytes_per_block == 8 * 2 * 2 * 16 * 4  # tokens, keys and values, heads, head_dim, bytes
+
+
+def test_policies_by_layer_with_windows() -> None:
+    """Pages of different sizes: a block has one of every layer, and nothing is given back."""
+    model, prompts = tiny_windowed("gemma3"), prompts_of((150, 40), seed=2)
+    mixed = LayerwisePolicy(["int4", "exact", "int8", "exact"])
+    assert batched(model, prompts, config_of(mixed))[0] == one_by_one(model, prompts, mixed)
 
 
 def test_live_requests_are_reported() -> None:

@@ -1,8 +1,10 @@
 """The ways to quantized pages, what is refused, and that transformers is put back as it was."""
 
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,6 +177,17 @@ def test_the_attention_function_outside_of_a_run() -> None:
     model.init_continuous_batching(GREEDY, config_of("int4"))  # which is not stopped
     with pytest.raises(BatchingError, match="belongs to continuous batching"):
         model(torch.tensor([[1, 2, 3]]))
+
+
+def test_the_documented_ways(made: list[QuantizedBatchingCache], capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    snippet = snippet.replace("2_000_000_000", "20_000_000").replace('{"policy": "int4"}', '{"max_bytes": 20_000_000}')
+    assert snippet.count("20_000_000") == 2
+    names = {"kvquant_hf": kvquant_hf, "GenerationConfig": GenerationConfig, "model": tiny_llama()}
+    exec(snippet, names | {"prompts": PROMPTS, "prompt": PROMPTS[0]})
+    assert [cache.policy.name for cache in made] == ["int4"] * 3
+    assert "attention calls" in capsys.readouterr().out
 
 
 def test_disable_restores() -> None:
