@@ -13,6 +13,6 @@ hashes of shared prefixes, eviction.  Ours is what a block is and who reads it:
     ``ops.append_pages``, ``ops.paged_attention``
 
 ``config.py`` has the options, ``manager.py`` what a user holds, ``hooks.py`` the ways in, ``attention.py`` the function
-that the model calls, ``prompt.py`` what that does with a first prompt, ``model.py`` which models have blocks, and
-``report.py`` what a run says of itself.
+that the model calls, ``prompt.py`` what that does with a first prompt, ``model.py`` which models have blocks,
+``report.py`` what a run says of itself, and ``calls.py`` what the two ends of a call tell each other.
 """

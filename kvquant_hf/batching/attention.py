@@ -6,8 +6,7 @@ import torch
 
 from ..errors import BatchingError
 from .cache import QuantizedBatchingCache
-
-NAME = "kvquant_batched"
+from .calls import ATTENTION
 
 
 def batched_attention(
@@ -38,8 +37,8 @@ def batched_attention(
     """
     if not isinstance(cache, QuantizedBatchingCache):
         raise BatchingError(
-            f"the attention function {NAME!r} belongs to continuous batching on quantized pages, and this call does "
-            "not; wait until generate_batch() or the manager has ended, or use a copy of the model."
+            f"the attention function {ATTENTION!r} belongs to continuous batching on quantized pages, and this call "
+            "does not; wait until generate_batch() or the manager has ended, or use a copy of the model."
         )
     for name in ("dropout", "position_bias"):
         if isinstance(others.get(name), torch.Tensor) or others.get(name):

@@ -25,6 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 from ..errors import BatchingError, UnsupportedVersionError
 from ..transformers_api.attention import NAME
 from ..transformers_api.contract import BATCHING, broken
+from .calls import ATTENTION, REFUSED
 
 OLDEST = "5.23"
 _API = "transformers.generation.continuous_batching.continuous_api"
@@ -71,8 +72,13 @@ def _asked(generation_config: Any) -> dict[str, Any] | None:
     return options if name == "quantized" and options.pop("backend", None) == NAME else None
 
 
-def _wanted(generation_config: Any, plain: Any) -> Any:
+def _wanted(generation_config: Any, plain: Any, models: Any) -> Any:
     """The config of ours that a call asks for; None if it asks for none.
+
+    Args:
+        generation_config: of the call.
+        plain: a config of transformers or of ours, or None.
+        models: the model's own generation config, which says what the call's leaves open, as for ``generate``.
 
     Raises:
         UnsupportedVersionError: it does, and transformers is too old or too new.
@@ -80,7 +86,7 @@ def _wanted(generation_config: Any, plain: Any) -> Any:
         UnknownPolicyError: an unknown policy or option.
     """
     plain = getattr(generation_config, "continuous_batching_config", None) if plain is None else plain
-    options = _asked(generation_config)
+    options = _asked(models if getattr(generation_config, "cache_implementation", None) is None else generation_config)
     if options is None and not _is_ours(plain):
         return None
     require_support()
@@ -108,7 +114,7 @@ def extend_init(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         generation_config_used = self.generation_config if generation_config is None else generation_config
-        ours = _wanted(generation_config_used, continuous_batching_config)
+        ours = _wanted(generation_config_used, continuous_batching_config, self.generation_config)
         kept = getattr(self, "_cached_continuous_batching_manager", None)
         kept_config = getattr(kept, "continuous_batching_config", None)
         if kept is not None and (ours is not None or _is_ours(kept_config)):
@@ -141,7 +147,8 @@ def _check_kept(kept: Any, wanted: Any) -> None:
 
 
 def extend_generate_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``generate_batch``, which drops arguments that it does not know: those that ask for our pages are heard."""
+    """``generate_batch``, which drops arguments that it does not know: those that ask for our pages are heard, and a
+    prompt that does not fit is an error."""
 
     @functools.wraps(original)
     def generate_batch(self: Any, inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +157,15 @@ def extend_generate_batch(original: Callable[..., Any]) -> Callable[..., Any]:
             generation_config = copy.copy(self.generation_config if generation_config is None else generation_config)
             for name, value in given.items():
                 setattr(generation_config, name, value)
-        return original(self, inputs, generation_config, *args, **kwargs)
+        refused: list[BatchingError] = []
+        token = REFUSED.set(refused)
+        try:
+            results = original(self, inputs, generation_config, *args, **kwargs)
+        finally:
+            REFUSED.reset(token)
+        if refused:
+            raise refused[0]
+        return results
 
     return generate_batch
 
@@ -188,11 +203,10 @@ def install() -> None:
         setattr(holder, name, extend(getattr(holder, name)))
     setattr(owner.init_continuous_batching, _MARK, before)
     if supported:
-        from .attention import NAME as BATCHED
         from .attention import batched_attention, no_mask
 
-        AttentionInterface.register(BATCHED, batched_attention)
-        AttentionMaskInterface.register(BATCHED, no_mask)
+        AttentionInterface.register(ATTENTION, batched_attention)
+        AttentionMaskInterface.register(ATTENTION, no_mask)
 
 
 _EXTENDED = {"init_continuous_batching": extend_init, "generate_batch": extend_generate_batch}
@@ -204,4 +218,4 @@ def uninstall() -> None:
     for holder, name, value in getattr(getattr(owner, "init_continuous_batching", None), _MARK, ()):
         setattr(holder, name, value)
     for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop("kvquant_batched", None)
+        interface._global_mapping.pop(ATTENTION, None)

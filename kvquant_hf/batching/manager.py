@@ -5,7 +5,7 @@ from typing import Any
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..errors import BatchingError, UnsupportedModelError
-from .attention import NAME
+from .calls import ATTENTION, REFUSED
 from .config import QuantizedBatchingConfig
 from .model import check_layers
 from .report import BatchingReport, report_of
@@ -38,10 +38,10 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Have the model call our attention function until the manager stops."""
         before = model.config._attn_implementation
-        if before == NAME:
+        if before == ATTENTION:
             return
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(ATTENTION)
+        if model.config._attn_implementation != ATTENTION:
             raise UnsupportedModelError(
                 f"{type(model).__name__} computes attention itself and cannot read pages of many requests; use "
                 "generate() for this model."
@@ -58,8 +58,13 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
             BatchingError: the prompt and its new tokens need more blocks than there are.
         """
         new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if self.batch_processor is not None:
-            self.batch_processor.cache.check_fits(len(input_ids), new or 0)
+        try:
+            if self.batch_processor is not None:
+                self.batch_processor.cache.check_fits(len(input_ids), new or 0)
+        except BatchingError as error:
+            if (refused := REFUSED.get()) is not None:
+                refused.append(error)
+            raise
         added: str | None = super().add_request(input_ids, request_id, max_new_tokens, **kwargs)
         return added
 

@@ -105,7 +105,7 @@ def report_of(cache: QuantizedBatchingCache) -> BatchingReport:
         open_page_bytes=cache.open.nbytes,
         bytes=cache.cache_tensor.nbytes + cache.open.nbytes,
         shared_tokens=pages.shared_tokens,
-        implementation=", ".join(sorted(cache.paged_calls)),
+        implementation=", ".join(sorted(dict(cache.paged_calls))),
         implementation_reason=cache.reason,
         paged_calls=cache.paged_calls.total(),
         prefill_calls=cache.prefill_calls,

@@ -19,8 +19,8 @@ from transformers.modeling_utils import AttentionInterface
 
 import kvquant_hf
 from kvquant_hf.batching import hooks
-from kvquant_hf.batching.attention import NAME
 from kvquant_hf.batching.cache import QuantizedBatchingCache
+from kvquant_hf.batching.calls import ATTENTION
 from kvquant_hf.batching.manager import QuantizedBatchingManager
 from kvquant_hf.errors import BatchingError, UnknownPolicyError, UnsupportedModelError
 
@@ -74,8 +74,16 @@ def test_by_the_models_own_config(made: list[QuantizedBatchingCache]) -> None:
     model.generation_config.cache_implementation = "kvquant"
     model.generation_config.cache_config = {"policy": "int8", "page_size": 32, "max_bytes": 3_000_000}
     assert len(model.generate_batch(PROMPTS, max_new_tokens=2)) == 2
-    (cache,) = made
+    assert len(model.generate_batch(PROMPTS, GREEDY)) == 2  # which leaves it open, as generate() understands it
+    cache, _ = made
     assert (cache.policy.name, cache.pages.tokens_per_page) == ("int8", 32)
+
+
+def test_a_prompt_that_never_fits_is_an_error() -> None:
+    """transformers would write it into the log and return the results of the others."""
+    config = config_of("int8", num_blocks=4, max_requests=1)
+    with pytest.raises(BatchingError, match="a prompt of 700 tokens and up to 24 new ones need 11 blocks"):
+        tiny_llama().generate_batch(prompts_of((5, 700)), GREEDY, continuous_batching_config=config)
 
 
 def test_by_a_config_of_ours(made: list[QuantizedBatchingCache]) -> None:
@@ -211,14 +219,14 @@ def test_disable_restores() -> None:
 def test_disabled_is_disabled() -> None:
     kvquant_hf.disable()
     try:
-        assert NAME not in AttentionInterface()
-        assert NAME not in AttentionMaskInterface()
+        assert ATTENTION not in AttentionInterface()
+        assert ATTENTION not in AttentionMaskInterface()
         assert isinstance(continuous_api.PagedAttentionCache, type)
         for method in (ContinuousMixin.init_continuous_batching, ContinuousMixin.generate_batch):
             assert method.__globals__["__name__"] != hooks.__name__
     finally:
         kvquant_hf.enable()
-    assert NAME in AttentionInterface()
+    assert ATTENTION in AttentionInterface()
 
 
 def test_no_other_name_is_made_up() -> None:
