@@ -13,13 +13,14 @@ blocks, or as many for each of several lanes of layers (``model.py``): they stan
 layers see the last ``window`` tokens only, blocks are given back in front.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
 from transformers.generation.continuous_batching.cache_allocators import CachePool, FullAttentionCacheAllocator
 
 from ..pages.layout import StoreLayout
+from .model import Place
 from .slots import OpenPages
 
 ALIGNMENT = 128  # bytes, of transformers' sectors; a block that is a multiple of it is a sector of its own
@@ -178,3 +179,29 @@ class PageAllocator(FullAttentionCacheAllocator):
         for planes in self.planes:
             for plane in planes:
                 plane[dest_block_ids] = plane[source_block_ids]
+
+
+def allocators_of(
+    places: Mapping[int, Place], windows: Mapping[str, int], layouts: Mapping[int, StoreLayout], share: bool
+) -> dict[str, PageAllocator]:
+    """An allocator for each kind of blocks.
+
+    Args:
+        places: where each layer's pages are.
+        windows: the window of each kind.
+        layouts: what each layer stores of a page.
+        share: whether requests may share blocks.
+    """
+    found: dict[str, PageAllocator] = {}
+    for kind, window in windows.items():
+        mine = {layer: place for layer, place in places.items() if place.kind == kind}
+        found[kind] = PageAllocator(
+            len(found),
+            kind,
+            [layouts[layer] for layer, place in mine.items() if place.lane == 0],
+            list(mine),
+            lanes=max(place.lane for place in mine.values()) + 1,
+            allow_block_sharing=share,
+            window=window,
+        )
+    return found

@@ -11,15 +11,16 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 from ..errors import BatchingError, UnsupportedModelError
 from ..pages.layout import without_autocast
 from ..triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
-from .allocator import PageAllocator
+from .allocator import allocators_of
 from .config import QuantizedBatchingConfig
-from .model import FULL, check_layers, layouts_of, places_of
+from .model import FULL, check_layers, layouts_of, places_of, rotary_limit
 from .prompt import attend_to_itself
 from .sizing import PageMemory
 from .slots import OpenPages
 from .step import Group, Row, group_rows
 
 _KEPT_SIDES = 512  # calls whose tensors are kept from step to step
+_NOT_READY = "transformers' own continuous batching does not run this model; use generate() for this model."
 
 
 class QuantizedBatchingCache(PagedAttentionCache):
@@ -62,21 +63,12 @@ class QuantizedBatchingCache(PagedAttentionCache):
         layouts = layouts_of(config, cb, like)
         self.layouts = layouts
         self.places, windows = places_of(config, layouts)
-        self.cache_allocators: dict[str, PageAllocator] = {}
+        self.cache_allocators = allocators_of(self.places, windows, layouts, cb.allow_block_sharing)
         self.lanes: dict[int, int] = {}  # of each layer, over all kinds of blocks
-        for kind, window in windows.items():
-            mine = {layer: place for layer, place in self.places.items() if place.kind == kind}
-            before = sum(allocator.lanes for allocator in self.cache_allocators.values())
-            self.lanes |= {layer: before + place.lane for layer, place in mine.items()}
-            self.cache_allocators[kind] = PageAllocator(
-                len(self.cache_allocators),
-                kind,
-                [layouts[layer] for layer, place in mine.items() if place.lane == 0],
-                list(mine),
-                lanes=max(place.lane for place in mine.values()) + 1,
-                allow_block_sharing=cb.allow_block_sharing,
-                window=window,
-            )
+        before = 0
+        for kind, allocator in self.cache_allocators.items():
+            self.lanes |= {layer: before + place.lane for layer, place in self.places.items() if place.kind == kind}
+            before += allocator.lanes
         self.layer_to_allocator = {layer: self.cache_allocators[place.kind] for layer, place in self.places.items()}
         self.pages = self.cache_allocators[FULL]
 
@@ -133,9 +125,16 @@ class QuantizedBatchingCache(PagedAttentionCache):
         """Refuse a request that could not be held if it were alone.
 
         Raises:
-            BatchingError: it has ``prompt`` tokens, may get ``new`` more, and needs more blocks than there are.
+            BatchingError: it has ``prompt`` tokens, may get ``new`` more, and needs more blocks than there are, or is
+                longer than requests can be beside each other.
         """
         tokens = prompt + new - 1  # the last one is not stored
+        limit = rotary_limit(self.config)
+        if limit is not None and tokens > limit:
+            raise BatchingError(
+                f"a prompt of {prompt} tokens and up to {new} new ones go beyond {limit}, where this model chooses its "
+                "rotary embedding by the longest request of a batch; use generate(), or shorten it."
+            )
         needed = sum(x.most_blocks(tokens, self.max_batch_tokens) for x in self.cache_allocators.values())
         if needed > self.num_sectors:
             raise BatchingError(
@@ -214,9 +213,21 @@ class QuantizedBatchingCache(PagedAttentionCache):
             self._sides[key] = self.layouts[layer_idx].sides(planes, tails)
         return self._sides[key]
 
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """There is no one length.
+
+        Raises:
+            UnsupportedModelError: always: a model that asks is none that transformers' continuous batching runs.
+        """
+        raise UnsupportedModelError(_NOT_READY)
+
     @torch.compiler.disable
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens of a step; they are returned as they came, for prompts that attend to them.
 
@@ -227,8 +238,10 @@ class QuantizedBatchingCache(PagedAttentionCache):
             kwargs: arguments of the attention function that is called next, which finds this cache among them.
 
         Raises:
-            UnsupportedModelError: the layer has other heads than its config says.
+            UnsupportedModelError: the layer has other heads than its config says, or hands over no ``kwargs``.
         """
+        if kwargs is None:
+            raise UnsupportedModelError(_NOT_READY)
         if layer_idx == self._first or self._groups is None:
             self._groups = self._plan()
         layout = self.layouts[layer_idx]

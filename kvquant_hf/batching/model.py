@@ -54,6 +54,21 @@ def layouts_of(config: Any, cb: QuantizedBatchingConfig, like: torch.Tensor) -> 
     return {i: StoreLayout(*pair, cb.page_size, like, like, cb.impl) for i, pair in given.items()}
 
 
+def rotary_limit(config: Any) -> int | None:
+    """Tokens up to which the rotary embedding of a request is its own; None: always.
+
+    Some (Phi-3's for long contexts, "dynamic") are chosen for a whole batch, by the longest in it.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = parameters.values() if all(isinstance(rope, dict) for rope in parameters.values()) else [parameters]
+    limits = [
+        rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        for rope in each
+        if rope.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(limits, default=None)
+
+
 class Place(NamedTuple):
     """Where a layer's pages are: in blocks of ``kind``, in which ``lane`` of them, at which ``position`` of a block."""
 
