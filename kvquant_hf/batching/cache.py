@@ -1,6 +1,5 @@
 """The cache of a batching run: what transformers' processor and the model's attention ask for, answered by pages."""
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from transformers.generation.continuous_batching.cache_allocators import CachePo
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from ..errors import BatchingError, UnsupportedModelError
-from ..pages.layout import without_autocast
+from ..pages.layout import StoreLayout, without_autocast
+from ..reports.calls import CallLog
 from ..triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
 from .allocator import allocators_of
 from .config import QuantizedBatchingConfig
@@ -115,9 +115,7 @@ class QuantizedBatchingCache(PagedAttentionCache):
         self._groups: list[Group] | None = None
         self._copies: tuple[list[int], list[int]] = ([], [])  # slots, from and to
         self._sides: dict[tuple[int, int, int], tuple[PagedSide, PagedSide]] = {}
-        self.paged_calls: Counter[str] = Counter()
-        self.prefill_calls = 0
-        self.reason = ""  # why the kernels did not run
+        self.log = CallLog()
 
     # -- who may come in -----------------------------------------------------------------------------------------------
 
@@ -257,8 +255,16 @@ class QuantizedBatchingCache(PagedAttentionCache):
             parts = group.pick(new_keys), group.pick(new_values)
             table = group.tables[self.lanes[layer_idx]]
             append_pages(*parts, keys, values, table, group.lengths, group.after, impl=self.impl)
+            self._look_at(layout, layer_idx, group)
         kwargs["cache"], kwargs["stored"] = self, True
         return key_states, value_states
+
+    def _look_at(self, layout: StoreLayout, layer_idx: int, group: Group) -> None:
+        """Whether pages that were sealed now are beyond what scales hold; a GPU would have to be waited for."""
+        sealed = group.sealed[self.lanes[layer_idx]]
+        if sealed.size and not self.log.out_of_range and self.device.type == "cpu":
+            planes = self.pages.planes[self.places[layer_idx].position]
+            self.log.saturated(layout.saturated(planes, sealed))
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **options: Any
@@ -283,13 +289,12 @@ class QuantizedBatchingCache(PagedAttentionCache):
             part = group.pick(query)
             with without_autocast(query.device.type):
                 if group.exact:
-                    self.prefill_calls += 1
+                    self.log.prefill += 1
                     group.place(attend_to_itself(part, group.pick(keys), group.pick(values), **options), output)
                     continue
                 pages = self._sides_of(layer_idx, group)
                 chosen = choose(self.impl, part.dtype, *pages)
-                self.paged_calls[chosen.name] += 1
-                self.reason = chosen.reason or self.reason
+                self.log.attended(chosen.name, chosen.reason)
                 table = group.tables[self.lanes[layer_idx]]
                 group.place(paged_attention(part, *pages, table, group.after, impl=chosen, **options), output)
         return output.unsqueeze(0)

@@ -29,6 +29,8 @@ class BatchingReport:
         implementation: what read the pages: ``"triton"``, ``"cpu"``, ``"reference"``, or several.
         implementation_reason: why the kernels did not run, if they might have.
         paged_calls, prefill_calls: attention calls: on pages; on the exact keys and values of a first prompt.
+        out_of_range: whether a page had keys or values beyond what its scales can hold, which a ``KVQuantRangeWarning``
+            said; on a GPU, which is not waited for, nobody looks.
     """
 
     policy: str
@@ -47,6 +49,7 @@ class BatchingReport:
     implementation_reason: str
     paged_calls: int
     prefill_calls: int
+    out_of_range: bool
 
     @property
     def ratio(self) -> float:
@@ -79,6 +82,11 @@ class BatchingReport:
             ("reserved", format_size(self.bytes)),
             ("prefixes", f"{self.shared_tokens} tokens found in blocks"),
             ("attention calls", f"{self.paged_calls} in pages{ran}, {self.prefill_calls} exact prefill"),
+            *(
+                [("out of range", "keys or values were cut off at the ends of their scales")]
+                if self.out_of_range
+                else []
+            ),
             *([("kernels", f"not used: {self.implementation_reason}")] if self.implementation_reason else []),
         ]
         return "\n".join(f"{label:<17} {text}" for label, text in rows)
@@ -105,8 +113,9 @@ def report_of(cache: QuantizedBatchingCache) -> BatchingReport:
         open_page_bytes=cache.open.nbytes,
         bytes=cache.cache_tensor.nbytes + cache.open.nbytes,
         shared_tokens=pages.shared_tokens,
-        implementation=", ".join(sorted(dict(cache.paged_calls))),
-        implementation_reason=cache.reason,
-        paged_calls=cache.paged_calls.total(),
-        prefill_calls=cache.prefill_calls,
+        implementation=", ".join(sorted(dict(cache.log.paged))),
+        implementation_reason=cache.log.reason,
+        paged_calls=cache.log.paged.total(),
+        prefill_calls=cache.log.prefill,
+        out_of_range=cache.log.out_of_range,
     )

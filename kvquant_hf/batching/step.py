@@ -37,6 +37,7 @@ class Group(NamedTuple):
         tables: int32 ``[rows, blocks]`` for each lane of layers.
         lengths: int32 ``[rows, 2]``: sealed pages and tokens in the open page before the step.
         after: the same after it; written by the first layer, and by each other with the same numbers.
+        sealed: pages that the step seals, for each lane of layers, on the host.
         exact: whether this is a first prompt that attends to its exact keys and values.
     """
 
@@ -46,6 +47,7 @@ class Group(NamedTuple):
     tables: list[torch.Tensor]
     lengths: torch.Tensor
     after: torch.Tensor
+    sealed: list[np.ndarray]
     exact: bool
 
     def pick(self, packed: torch.Tensor) -> torch.Tensor:
@@ -80,12 +82,14 @@ def group_rows(rows: Sequence[Row], page_size: int, exact_prefill: bool, device:
 
 def _group(run: list[Row], page_size: int, exact_prefill: bool, device: torch.device) -> Group:
     first, count = run[0], len(run)
-    tables = []
+    tables, sealed = [], []
     for lane in zip(*(row.blocks for row in run), strict=True):
         table = np.zeros((count, max(map(len, lane))), dtype=np.int32)
         for entries, blocks in zip(table, lane, strict=True):
             entries[: len(blocks)] = blocks
         tables.append(to_device(table, device))
+        new = [ids[row.sealed : (row.past + row.new - 1) // page_size] for ids, row in zip(lane, run, strict=True)]
+        sealed.append(np.array([page for pages in new for page in pages], dtype=np.int64))
     held = [(row.sealed, row.past - row.sealed * page_size) for row in run]
     lengths = to_device(np.array(held, dtype=np.int32), device)
     at: slice | torch.Tensor = slice(first.start, first.start + count * first.new)
@@ -99,5 +103,6 @@ def _group(run: list[Row], page_size: int, exact_prefill: bool, device: torch.de
         tables=tables,
         lengths=lengths,
         after=torch.empty_like(lengths),
+        sealed=sealed,
         exact=exact_prefill and first.past == 0 and first.new > 1,
     )

@@ -1,5 +1,6 @@
 """How many blocks there are, what they cost, and that every one comes back."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from kvquant_hf import LayerwisePolicy
 from kvquant_hf.batching.allocator import GIVEN_BACK
 from kvquant_hf.batching.cache import QuantizedBatchingCache
 from kvquant_hf.calibration import collect, compute
-from kvquant_hf.errors import BatchingError, OutOfPages, QParamsError, WrongModelError
+from kvquant_hf.errors import BatchingError, KVQuantRangeWarning, OutOfPages, QParamsError, WrongModelError
 from kvquant_hf.policies.table import POLICIES
 
 BUDGET = 8_000_000
@@ -186,6 +187,21 @@ def test_policies_by_layer_with_windows() -> None:
     model, prompts = tiny_windowed("gemma3"), prompts_of((150, 40), seed=2)
     mixed = LayerwisePolicy(["int4", "exact", "int8", "exact"])
     assert batched(model, prompts, config_of(mixed))[0] == one_by_one(model, prompts, mixed)
+
+
+def test_what_is_out_of_range_is_said() -> None:
+    """In the step that seals such a page, not before, and once."""
+    model = tiny_llama()
+    model.model.layers[1].self_attn.k_proj.weight.data[0] *= 1e6
+    config = config_of("int4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KVQuantRangeWarning)
+        assert not batched(model, prompts_of((40,)), config)[1].out_of_range
+    with pytest.warns(KVQuantRangeWarning, match="beyond the range") as said:
+        _, report = batched(model, prompts_of((100, 70)), config)
+    assert report.out_of_range
+    assert "cut off" in str(report)
+    assert sum(issubclass(warning.category, KVQuantRangeWarning) for warning in said) == 1
 
 
 def test_live_requests_are_reported() -> None:

@@ -64,7 +64,7 @@ def test_by_name(arguments: dict[str, Any], made: list[QuantizedBatchingCache]) 
     assert [result.generated_tokens for result in results.values()] == one_by_one(model, PROMPTS, "int4")
     (cache,) = made
     assert (cache.policy.name, cache.pages.tokens_per_page, cache.max_batch_tokens) == ("int4", 64, 512)
-    assert cache.paged_calls.total() > 0
+    assert cache.log.paged.total() > 0
     assert model.config._attn_implementation == before
     assert model.generation_config.eos_token_id is None
 
