@@ -1,10 +1,12 @@
 """Batched requests get the tokens that each would get alone."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from batching.runs import LENGTHS, batched, config_of, one_by_one, prompts_of, returning
+import torch
+from batching.runs import GREEDY, LENGTHS, batched, config_of, one_by_one, prompts_of, returning
 from models import tiny_gemma2, tiny_llama, tiny_windowed
 from transformers import PreTrainedModel
 
@@ -70,6 +72,21 @@ def test_requests_make_room(llama: PreTrainedModel, alone: list[list[int]]) -> N
 @pytest.mark.parametrize("policy", ["int8", "int4", "turboquant", "int8/int4"])
 def test_quantized_as_one_by_one(llama: PreTrainedModel, policy: str) -> None:
     assert batched(llama, PROMPTS, config_of(policy))[0] == one_by_one(llama, PROMPTS, policy)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, and these tensors are the CPU's")
+@pytest.mark.parametrize("policy", ["exact", "int4"])
+def test_triton_as_plain_torch(policy: str) -> None:
+    """The GPU's kernels, in Triton's interpreter: ragged rows, an empty table, slots that lie apart, a chunk."""
+    model, prompts = tiny_llama(num_hidden_layers=1), prompts_of((3, 20, 37), seed=4)
+    short = copy.copy(GREEDY)
+    short.max_new_tokens = 6
+    found = {}
+    for impl in ("triton", "reference"):
+        config = config_of(policy, impl=impl, page_size=16, num_blocks=40, max_batch_tokens=32)
+        found[impl], report = batched(model, prompts, config, short)
+        assert report.implementation == impl
+    assert found["triton"] == found["reference"]
 
 
 @pytest.mark.parametrize("sharing", [True, False], ids=["shared", "copied"])
