@@ -59,7 +59,8 @@ def require_support() -> None:
 
 
 def _is_ours(config: Any) -> bool:
-    """By its name: a version without continuous batching for us has no such class to import."""
+    """By its name: a transformers that is too old has no class to derive it from, and one that was made before a
+    reload of the package counts."""
     return any(base.__name__ == "QuantizedBatchingConfig" for base in type(config).__mro__)
 
 

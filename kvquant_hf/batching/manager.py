@@ -1,5 +1,7 @@
 """``QuantizedBatchingManager``: what ``init_continuous_batching`` returns for quantized pages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -33,7 +35,21 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
     ) -> None:
         check_layers(model.config.get_text_config())
         self._last: BatchingReport | None = None
-        super().__init__(model, generation_config, continuous_batching_config, workload_hints)
+        with self._or_as_before(model):
+            super().__init__(model, generation_config, continuous_batching_config, workload_hints)
+
+    @contextmanager
+    def _or_as_before(self, model: Any) -> Iterator[None]:
+        """Give the model its attention function back if what is in the block fails: no one would come to ``stop``."""
+        before = model.config._attn_implementation
+        try:
+            yield
+        except BaseException:
+            original = getattr(self, "_original_attn_impl", None) or before
+            if model.config._attn_implementation != original:
+                model.set_attn_implementation(original)
+            self._original_attn_impl = None
+            raise
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Have the model call our attention function until the manager stops."""
@@ -47,6 +63,11 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
                 "generate() for this model."
             )
         self._original_attn_impl = before
+
+    def _create_batch_processor(self) -> Any:
+        """As transformers', which makes the cache here; the model is left as it was if that cannot be."""
+        with self._or_as_before(self.model):
+            return super()._create_batch_processor()
 
     def add_request(
         self, input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, **kwargs: Any
@@ -73,6 +94,11 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         forks begin with is in one, and the model would be called with nothing."""
         if self.batch_processor.inputs_and_outputs.total_seqlen_q:
             super()._generation_step()
+
+    def start(self) -> None:
+        """As transformers'; a manager that was stopped, which gave the model its own attention back, takes it again."""
+        self.switch_to_cb_friendly_attn(self.model)
+        super().start()
 
     def stop(self, *args: Any, **kwargs: Any) -> None:
         """As transformers'; the report of the run is kept."""

@@ -53,7 +53,7 @@ class PageMemory(PagedAttentionMemoryHandler):
         slots = self.cb_config.max_requests
         if slots is None:
             fitting = max(1, budget // _SHARE_OF_OPEN_PAGES // self.open_bytes)
-            slots = min(fitting, self.cb_config.max_requests_per_batch or fitting)
+            slots = min(fitting, self.cb_config.max_requests_per_batch or fitting, tokens)  # that a step can take
         left = (budget - slots * self.open_bytes) // self.bytes_per_sector
         if left < 1:
             raise OutOfPages(

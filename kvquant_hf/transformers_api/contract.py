@@ -103,7 +103,9 @@ BATCHING = (
     ),
     Row(_API, "ContinuousBatchingManager.switch_to_cb_friendly_attn", ("model", "auto_switch_to_flash")),
     Row(_API, "ContinuousBatchingManager.add_request", ("input_ids", "request_id", "max_new_tokens")),
+    Row(_API, "ContinuousBatchingManager._create_batch_processor"),
     Row(_API, "ContinuousBatchingManager._generation_step"),
+    Row(_API, "ContinuousBatchingManager.start"),
     Row(_API, "ContinuousBatchingManager.stop"),
     Row(_MODELS, "PreTrainedModel.set_attn_implementation"),
     # the cache

@@ -11,6 +11,7 @@ from models import prompt, tiny_llama, tiny_windowed
 from kvquant_hf import LayerwisePolicy
 from kvquant_hf.batching.allocator import GIVEN_BACK
 from kvquant_hf.batching.cache import QuantizedBatchingCache
+from kvquant_hf.batching.sizing import PageMemory
 from kvquant_hf.calibration import collect, compute
 from kvquant_hf.errors import BatchingError, KVQuantRangeWarning, OutOfPages, QParamsError, WrongModelError
 from kvquant_hf.policies.table import POLICIES
@@ -50,17 +51,34 @@ def test_all_bytes_are_in_the_budget(policy: str) -> None:
 
 
 def test_what_memory_there_is_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvquant_hf.batching.sizing import PageMemory
-
     monkeypatch.setattr(PageMemory, "get_available_memory", lambda self: 50_000_000)
     report = started(tiny_llama(), config_of("int4", num_blocks=None, max_batch_tokens=64)).report()
     assert 48_500_000 < report.bytes <= 50_000_000
-    assert report.requests > 100
+    assert report.requests == 64  # a step has a token for each
 
 
 def test_no_room_is_said() -> None:
+    model = tiny_llama()
+    before = model.config._attn_implementation
     with pytest.raises(OutOfPages, match=r"have no room for a block .* raise num_blocks or max_bytes, or lower"):
-        started(tiny_llama(), config_of("int4", max_bytes=BUDGET, max_requests=1000))
+        model.generate_batch(prompts_of((5,)), GREEDY, config_of("int4", max_bytes=BUDGET, max_requests=1000))
+    assert model.config._attn_implementation == before  # and generate() goes on
+
+
+@pytest.mark.parametrize("room", [{"num_blocks": 50}, {"max_bytes": BUDGET}, {"num_blocks": None}], ids=str)
+def test_a_manager_that_starts_again_has_as_many_blocks(room: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PageMemory, "get_available_memory", lambda self: 50_000_000)
+    manager = tiny_llama().init_continuous_batching(GREEDY, config_of("int4", max_batch_tokens=64, **room))
+    blocks = []
+    for _ in range(3):
+        manager.start()
+        manager.add_request(prompts_of((5,))[0])
+        while (result := manager.get_result(timeout=1)) is None:
+            assert manager.is_running()
+        assert result.error is None
+        manager.stop()
+        blocks.append(manager.report().blocks)
+    assert blocks[0] - 7 <= blocks[2] <= blocks[1] <= blocks[0]  # a dense block is 6.7 of these
 
 
 def test_policies_by_layer_waste_nothing() -> None:
