@@ -31,17 +31,19 @@ __all__ = [
     "KVPolicy",
     "LayerwisePolicy",
     "PagePools",
-    "QuantizedBatchingConfig",
     "QuantizedPagedCache",
     "TurboQuantPagedCache",
     "disable",
     "enable",
 ]
+if not hooks.unsupported():  # ``import *`` works with any version
+    __all__ += ["QuantizedBatchingConfig"]
 __version__ = "0.1.0"
 
 
 def enable() -> None:
-    """Make ``cache_implementation="kvquant"`` and the attention function "kvquant" known to transformers.
+    """Make ``cache_implementation="kvquant"`` and the attention function "kvquant" known to transformers, for
+    ``generate`` and for continuous batching.
 
     Does nothing when already enabled.
     """

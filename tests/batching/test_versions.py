@@ -21,6 +21,11 @@ def refused(found: str) -> None:
         _ = kvquant_hf.QuantizedBatchingConfig
 
 
+def test_all_names_are_there() -> None:
+    assert ("QuantizedBatchingConfig" in kvquant_hf.__all__) == (not hooks.unsupported())
+    assert all(hasattr(kvquant_hf, name) for name in kvquant_hf.__all__)
+
+
 @pytest.mark.parametrize("found", ["5.17.0", "5.22.3"])
 def test_an_older_transformers_is_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "version", lambda _: found)
