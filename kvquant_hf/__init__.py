@@ -12,11 +12,17 @@ from .versions import check_version_on_import
 
 check_version_on_import()  # before anything is imported from transformers
 
+from typing import TYPE_CHECKING, Any
+
+from .batching import hooks
 from .cache import QuantizedPagedCache
 from .policies.table import POLICIES, KVPolicy, LayerwisePolicy
 from .pools import PagePools
 from .presets import Int4PagedCache, Int8PagedCache, TurboQuantPagedCache
 from .transformers_api.install import install, uninstall
+
+if TYPE_CHECKING:
+    from .batching.config import QuantizedBatchingConfig
 
 __all__ = [
     "POLICIES",
@@ -30,20 +36,35 @@ __all__ = [
     "disable",
     "enable",
 ]
+if not hooks.unsupported():  # ``import *`` works with any version
+    __all__ += ["QuantizedBatchingConfig"]
 __version__ = "0.1.0"
 
 
 def enable() -> None:
-    """Make ``cache_implementation="kvquant"`` and the attention function "kvquant" known to transformers.
+    """Make ``cache_implementation="kvquant"`` and the attention function "kvquant" known to transformers, for
+    ``generate`` and for continuous batching.
 
     Does nothing when already enabled.
     """
     install(QuantizedPagedCache)
+    hooks.install()
 
 
 def disable() -> None:
     """Restore everything that :func:`enable` changed in transformers."""
+    hooks.uninstall()
     uninstall()
+
+
+def __getattr__(name: str) -> Any:
+    """``QuantizedBatchingConfig``, whose base not every version of transformers has as we need it."""
+    if name != "QuantizedBatchingConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    hooks.require_support()
+    from .batching.config import QuantizedBatchingConfig
+
+    return QuantizedBatchingConfig
 
 
 enable()

@@ -101,6 +101,10 @@ class StaticCacheError(KVQuantError, RuntimeError):
     """A static cache is asked for what would change its memory."""
 
 
+class BatchingError(KVQuantError, ValueError):
+    """Continuous batching is asked for in a way that quantized pages cannot honour."""
+
+
 class KVQuantWarning(UserWarning):
     """Base of all warnings of kvquant_hf."""
 

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from kvquant_hf import versions
+from kvquant_hf.batching.hooks import OLDEST, require_support, unsupported
 from kvquant_hf.errors import KVQuantVersionWarning, UnsupportedVersionError
-from kvquant_hf.transformers_api.contract import CONTRACT, Row, broken
+from kvquant_hf.transformers_api.contract import BATCHING, CONTRACT, Row, broken
 from kvquant_hf.versions import NEWEST_TESTED, check_version
 
 PACKAGE = Path(versions.__file__).parent
 # What runs whenever a model generates; commands and measurements import more, where they need it.
-RUNTIME = sorted([*PACKAGE.glob("*.py"), *(PACKAGE / "transformers_api").glob("*.py")])
+RUNTIME = sorted(path for room in ("", "transformers_api", "batching") for path in (PACKAGE / room).glob("*.py"))
 SOURCES = {path: path.read_text(encoding="utf-8") for path in RUNTIME if path.name != "contract.py"}
+
+BEFORE_BATCHING = f"needs transformers {OLDEST}" in unsupported()
 
 
 def owner(row: Row) -> tuple[object, str]:
@@ -35,7 +38,12 @@ def test_all_of_it_is_there() -> None:
     assert broken() == []
 
 
-@pytest.mark.parametrize("row", CONTRACT, ids=lambda row: row.path)
+@pytest.mark.skipif(BEFORE_BATCHING, reason="this transformers is too old for it")
+def test_all_of_batching_is_there() -> None:
+    assert broken(BATCHING) == []
+
+
+@pytest.mark.parametrize("row", CONTRACT + BATCHING, ids=lambda row: row.path)
 def test_each_row_is_used(row: Row) -> None:
     last = row.name.rpartition(".")[2]
     assert any(re.search(rf"\b{last}\b", source) for source in SOURCES.values())
@@ -43,7 +51,7 @@ def test_each_row_is_used(row: Row) -> None:
 
 def test_each_import_has_a_row() -> None:
     """Everything that is imported from transformers, but for modules, which are only ways to names."""
-    rows = {row.name.partition(".")[0] for row in CONTRACT}
+    rows = {row.name.partition(".")[0] for row in CONTRACT + BATCHING}
     for path, source in SOURCES.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers":
@@ -51,15 +59,29 @@ def test_each_import_has_a_row() -> None:
                 assert names <= rows, path.name
 
 
-@pytest.mark.parametrize("row", CONTRACT, ids=lambda row: row.path)
-def test_what_is_lost_is_named(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+def lose(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the name of a row away."""
     holder, last = owner(row)
     for base in [holder, *getattr(holder, "__mro__", type(holder).__mro__)]:
         if last in vars(base) and base is not object:
             monkeypatch.delattr(base, last)
+
+
+@pytest.mark.parametrize("row", CONTRACT, ids=lambda row: row.path)
+def test_what_is_lost_is_named(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose(row, monkeypatch)
     with pytest.raises(UnsupportedVersionError, match=re.escape(row.path)) as refused:
         check_version()
     assert f"transformers=={NEWEST_TESTED}.*" in str(refused.value)
+
+
+@pytest.mark.skipif(BEFORE_BATCHING, reason="this transformers is too old for it")
+@pytest.mark.parametrize("row", BATCHING, ids=lambda row: row.path)
+def test_what_batching_lost_is_named_when_it_is_asked_for(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose(row, monkeypatch)
+    check_version()  # the package works without
+    with pytest.raises(UnsupportedVersionError, match=re.escape(row.path)):
+        require_support()
 
 
 def test_a_parameter_that_is_lost_is_named() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 
 from ..errors import QParamsError, WrongModelError
 from ..layers.paged import PagedLayer
+from ..triton_kernels.codecs import Codec
 from .checked import CheckedFile, Tensors, check_model
 
 SIDES = ("keys", "values")
@@ -169,36 +170,54 @@ def read_qparams(qparams: str | os.PathLike[str] | QParams | None, policy: str, 
     return qparams if isinstance(qparams, QParams) else QParams.load(qparams)
 
 
+def calibrated_codecs(
+    qparams: str | os.PathLike[str] | QParams | None,
+    policy: str,
+    codecs: Mapping[int, tuple[Codec, Codec]],
+    fingerprint: tuple[Any, ...],
+) -> tuple[QParams | None, dict[int, tuple[Codec, Codec]]]:
+    """What was given, and the codecs of keys and values of each layer with their parameters.
+
+    Args:
+        qparams: see :func:`read_qparams`.
+        policy: name of the policy.
+        codecs: the same without, by the layer's index.
+        fingerprint: of the model.
+
+    Raises:
+        QParamsError: they are missing, cannot be read, or the policy takes none.
+        WrongModelError: they are of another model.
+    """
+    found = read_qparams(qparams, policy, any(codec.calibrated for pair in codecs.values() for codec in pair))
+    if found is None:
+        return None, dict(codecs)
+    where = "the file of parameters" if isinstance(qparams, QParams) else qparams
+    check_model(where, found.model, fingerprint, "calibrated with")
+    if missing := codecs.keys() - set(found.layers):
+        raise WrongModelError(f"{where} has no layer {min(missing)}; {REMEDY} for this model.")
+    given: dict[int, tuple[Codec, Codec]] = {}
+    for i, pair in codecs.items():
+        keys, values = (
+            codec.given(*found.of(i, side)) if codec.calibrated else codec
+            for codec, side in zip(pair, SIDES, strict=True)
+        )
+        given[i] = keys, values
+    return found, given
+
+
 def hand_over(
     qparams: str | os.PathLike[str] | QParams | None,
     policy: str,
     layers: Sequence[Any],
     fingerprint: tuple[Any, ...],
 ) -> QParams | None:
-    """Give the paged ones of ``layers`` their parameters; what was given.
-
-    Args:
-        qparams: see :func:`read_qparams`.
-        policy: name of the policy.
-        layers: all layers of a cache.
-        fingerprint: of its model.
+    """Give the paged ones of ``layers``, all layers of a cache, their parameters; what was given.
 
     Raises:
-        QParamsError: they are missing, cannot be read, or the policy takes none.
-        WrongModelError: they are of another model.
+        QParamsError, WrongModelError: see :func:`calibrated_codecs`.
     """
     paged = {i: layer for i, layer in enumerate(layers) if isinstance(layer, PagedLayer)}
-    needed = any(codec.calibrated for layer in paged.values() for codec in layer.codecs)
-    found = read_qparams(qparams, policy, needed)
-    if found is not None:
-        where = "the file of parameters" if isinstance(qparams, QParams) else qparams
-        check_model(where, found.model, fingerprint, "calibrated with")
-        if missing := paged.keys() - set(found.layers):
-            raise WrongModelError(f"{where} has no layer {min(missing)}; {REMEDY} for this model.")
-        for i, layer in paged.items():
-            keys, values = (
-                codec.given(*found.of(i, side)) if codec.calibrated else codec
-                for codec, side in zip(layer.codecs, SIDES, strict=True)
-            )
-            layer.codecs = keys, values
+    found, codecs = calibrated_codecs(qparams, policy, {i: x.codecs for i, x in paged.items()}, fingerprint)
+    for i, layer in paged.items():
+        layer.codecs = codecs[i]
     return found

@@ -123,7 +123,7 @@ class StoreLayout:
             return keys, values
         return _cast(keys, self.dtypes[0]), _cast(values, self.dtypes[1])
 
-    def _saturated(self, planes: Sequence[torch.Tensor], pages: np.ndarray) -> int:
+    def saturated(self, planes: Sequence[torch.Tensor], pages: np.ndarray) -> int:
         """How many of ``pages`` have a scale or an offset at the end of its range, where codecs put what is beyond it;
         waits for the device.
 

@@ -180,7 +180,7 @@ class StaticStore(StoreLayout):
 
     def saturated_pages(self) -> int:
         """As of ``PagedStore``."""
-        return self._saturated(self._planes, self.page_table[:, : self.sealed_pages].unique().cpu().numpy())
+        return self.saturated(self._planes, self.page_table[:, : self.sealed_pages].unique().cpu().numpy())
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors; what is reserved for tokens to come is unused."""

@@ -126,7 +126,7 @@ class PagedStore(StoreLayout):
     def saturated_pages(self, last: int | None = None) -> int:
         """Pages held, each once, or of the ``last`` of each sequence, whose scales are at the end of their range."""
         ids = self.table.ids if last is None else self.table.ids[:, self.sealed_pages - last :]
-        return self._saturated(self.pool.lying, ids[0] if len(ids) == 1 else np.unique(ids))
+        return self.saturated(self.pool.lying, ids[0] if len(ids) == 1 else np.unique(ids))
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""

@@ -71,6 +71,97 @@ CONTRACT = (
     Row("transformers.utils.output_capturing", "_active_collector.get"),
 )
 
+_BATCHING = "transformers.generation.continuous_batching"
+_API, _PAGED = f"{_BATCHING}.continuous_api", f"{_BATCHING}.cache"
+_BLOCKS, _FULL = f"{_BATCHING}.cache_allocators", "FullAttentionCacheAllocator"
+_OF_A_REQUEST = ("request_id", "past_length", "query_length")
+
+# What continuous batching relies on beside that.  Where a row does not hold, the package works and batching is refused.
+BATCHING = (
+    # the ways in
+    Row(
+        _API,
+        "ContinuousMixin.init_continuous_batching",
+        ("generation_config", "continuous_batching_config", "workload_hints"),
+    ),
+    Row(_API, "ContinuousMixin.generate_batch", ("inputs", "generation_config")),
+    Row(
+        _API,
+        "PagedAttentionCache",
+        ("config", "continuous_batching_config", "device", "distributed_helper", "dtype"),
+    ),
+    Row(
+        "transformers.generation.configuration_utils",
+        "ContinuousBatchingConfig",
+        ("page_size", "num_blocks", "max_requests_per_batch"),
+    ),
+    # the manager
+    Row(
+        _BATCHING,
+        "ContinuousBatchingManager",
+        ("model", "generation_config", "continuous_batching_config", "workload_hints"),
+    ),
+    Row(_API, "ContinuousBatchingManager.switch_to_cb_friendly_attn", ("model", "auto_switch_to_flash")),
+    Row(_API, "ContinuousBatchingManager.add_request", ("input_ids", "request_id", "max_new_tokens")),
+    Row(_API, "ContinuousBatchingManager._create_batch_processor"),
+    Row(_API, "ContinuousBatchingManager._generation_step"),
+    Row(_API, "ContinuousBatchingManager.start"),
+    Row(_API, "ContinuousBatchingManager.stop"),
+    Row(_MODELS, "PreTrainedModel.set_attn_implementation"),
+    # the cache
+    Row(_PAGED, "PagedAttentionCache.can_store_request_tokens", ("state", "request_len", "dry_run")),
+    Row(_PAGED, "PagedAttentionCache.search_prefix_match", ("request_id", "prompt_ids")),
+    Row(_PAGED, "PagedAttentionCache.count_new_complete_blocks", ("state", "request_len")),
+    Row(_PAGED, "PagedAttentionCache.prepare_fork_request", ("src_state", "dst_req_ids", "copy_src_and_dst")),
+    Row(_PAGED, "PagedAttentionCache.perform_cache_copy", ("copy_src_and_dst",)),
+    Row(
+        _PAGED,
+        "PagedAttentionCache.extend_read_and_write_indices",
+        (*_OF_A_REQUEST, "read_index", "write_index"),
+    ),
+    Row(_PAGED, "PagedAttentionCache.update", ("key_states", "value_states", "layer_idx", "kwargs")),
+    Row(f"{_BATCHING}.utils", "find_head_dim"),
+    Row(f"{_BATCHING}.utils", "find_num_key_value_heads"),
+    # how much memory
+    Row(
+        _PAGED,
+        "PagedAttentionMemoryHandler",
+        ("config", "cb_config", "dtype", "bytes_per_sector", "tokens_per_sector", "bytes_per_block", "attn_types"),
+    ),
+    Row(_PAGED, "PagedAttentionMemoryHandler.num_sectors_from_config"),
+    Row(_PAGED, "PagedAttentionMemoryHandler.bytes_per_cache_token"),
+    Row(_PAGED, "PagedAttentionMemoryHandler.infer_max_batch_tokens_and_num_sectors"),
+    # blocks
+    Row(_BLOCKS, "CachePool", ("num_sectors", "num_allocators")),
+    Row(_BLOCKS, "CachePool.free_blocks", ("index", "block_ids")),
+    Row(_BLOCKS, "CachePool.get_free_blocks", ("index", "num_blocks")),
+    Row(_BLOCKS, "CachePool.count_free_blocks", ("index",)),
+    Row(_BLOCKS, "CachePool.num_free_sectors"),
+    Row(
+        _BLOCKS,
+        f"{_FULL}._before_cache_tensor_init",
+        ("index", "layer_indices", "tokens_per_page", "bytes_per_page", "allow_block_sharing"),
+    ),
+    Row(
+        _BLOCKS,
+        f"{_FULL}._after_cache_tensor_init",
+        ("non_trash_bytes", "bytes_per_sector", "cache_tensor", "pool"),
+    ),
+    Row(
+        _BLOCKS,
+        f"{_FULL}.register_cache_tensor",
+        ("bytes_per_sector", "non_trash_bytes", "cache_tensor", "pool"),
+    ),
+    Row(_BLOCKS, f"{_FULL}._compute_blocks_needed", ("allocated_blocks", "past_length", "query_length")),
+    Row(_BLOCKS, f"{_FULL}.allocate_cache_to_request", _OF_A_REQUEST),
+    Row(_BLOCKS, f"{_FULL}.acquire_prefix_blocks", ("request_id", "prefix_len", "block_ids")),
+    Row(_BLOCKS, f"{_FULL}.count_shareable_blocks", ("source_request_id", "past_length")),
+    Row(_BLOCKS, f"{_FULL}.count_non_shareable_blocks", ("source_request_id", "past_length")),
+    Row(_BLOCKS, f"{_FULL}.fork_blocks", ("source_request_id", "dest_request_id", "past_length")),
+    Row(_BLOCKS, f"{_FULL}.copy_blocks", ("source_block_ids", "dest_block_ids")),
+    Row(_BLOCKS, f"{_FULL}.free_blocks", ("request_id", "no_cache")),
+)
+
 
 def broken(rows: tuple[Row, ...] = CONTRACT) -> list[str]:
     """What is not as in ``rows`` with the installed transformers: the name, and what it lacks."""
