@@ -233,7 +233,7 @@ def test_the_fastest_that_agrees_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_
         now = launch.launch_config("sm_90", 2, 64 * 64, 4, 8)
         if impl == "triton" and now.warps == 4:
             raise RuntimeError("out of resources")
-        return torch.ones(4) * (2.0 if impl == "triton" and now.stages == 3 else 1.0)
+        return torch.ones(4) * (2.0 if impl == "triton" and now.stages == 2 else 1.0)
 
     class Faked(Counter):
         measured = 0

@@ -1,5 +1,6 @@
 """Cached keys and values are packed: what would write into them, through any view, is refused and never lost."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -156,6 +157,8 @@ def test_what_a_write_that_is_refused_would_have_done(model: PreTrainedModel) ->
     """A write that is lost shows in the next logits, where ``DynamicCache`` is written."""
     theirs = filled(DynamicCache(config=model.config), model)
     mine = filled(QuantizedPagedCache(model.config, "exact"), model)
+    with torch.no_grad():
+        before = model(prompt(1, 5, seed=1), **with_cache(copy.deepcopy(theirs))).logits
     theirs.layers[1].values[:, :, :50] = 0
     with pytest.raises(CacheMismatchError, match=r"clone\(\).*crop\(\).*new cache"):
         mine.layers[1].values[:, :, :50] = 0
@@ -167,7 +170,9 @@ def test_what_a_write_that_is_refused_would_have_done(model: PreTrainedModel) ->
         edited.update(keys, values, i)
     with torch.no_grad():
         logits = [model(prompt(1, 5, seed=1), **with_cache(cache)).logits for cache in (theirs, edited)]
-    torch.testing.assert_close(logits[0], logits[1])
+    # Torch's attention and ours round in another order on every processor; a lost write is a hundred times that.
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert (logits[0] - before).abs().max() > 0.01
 
 
 # -- assignment --------------------------------------------------------------------------------------------------------

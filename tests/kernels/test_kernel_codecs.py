@@ -40,7 +40,7 @@ def test_each_gpu_is_asked_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
             self.major, self.minor = major, minor
 
     gpus = [Properties(9, 0), Properties(7, 5), Properties(12, 0)]
-    monkeypatch.setattr(target, "interpreting", lambda: False)
+    monkeypatch.setattr(target, "_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     target._of_device.cache_clear()
