@@ -180,7 +180,9 @@ def _chunk_kernel(
 def _launch(device: torch.device, dtype: torch.dtype, columns: int) -> tuple[int, int, int, int]:
     """Rows and tokens of a program's tiles, warps, stages; as registers and shared memory allow (docs/kernels.md)."""
     gpu = architecture(device)
-    if dtype == torch.float32 or gpu.startswith(("sm_7", "gfx")):
+    if dtype == torch.float32 or gpu.startswith("sm_7"):  # without tensor cores, whose tiles registers would not hold
+        return (16, 16, 8, 1) if columns > 128 else (32, 32, 8, 1)
+    if gpu.startswith("gfx"):
         return 32, 32, 4, 1
     large = gpu in ("sm_80", "sm_90") or gpu.startswith("sm_10")
     if columns > 128:

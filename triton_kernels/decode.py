@@ -372,30 +372,6 @@ def _decode_kernel(
         _store_state(state_ptr, first_row, row, running_max, running_sum, row_exists)
 
 
-def part_width(codec: KernelCodec, head_dim: int, least: int = 1) -> int:
-    """Elements of one part of a tile, padded to a power of two and to ``least``."""
-    if head_dim % codec.parts:
-        raise ValueError(
-            f"the kernels read two bytes at a time: head_dim {head_dim} must be a multiple of {codec.parts}"
-        )
-    return max(least, triton.next_power_of_2(head_dim // codec.parts))
-
-
-def level_dtype(codec: KernelCodec, model_dtype: torch.dtype) -> "tl.dtype":
-    """Dtype in which levels enter the product: fp16 holds every code exactly and leaves the query three more bits than
-    bf16; vectors in the model's dtype stay in it."""
-    if model_dtype == torch.float32:
-        return tl.float32
-    if codec.byte_codes or model_dtype == torch.float16:
-        return tl.float16
-    return tl.bfloat16
-
-
-def level_unit(codec: KernelCodec, ptx: bool) -> float:
-    """What levels are multiplied by in the kernel: integer codes from PTX are subnormal (``ptx.py``)."""
-    return 2.0**24 if ptx and codec.integer_codes else 1.0
-
-
 def decode_constants(
     keys: KernelCodec,
     values: KernelCodec,
@@ -433,23 +409,9 @@ def decode_constants(
     key_dim, value_dim = dims
     ptx = ptx and dtype != torch.float32
     return {
-        "K_TILE": keys.tile,
-        "K_CHANNELS": keys.channels,
-        "K_HAS": (keys.token_scale, keys.token_offset, keys.channel_scale, keys.channel_offset),
-        "K_PARTS": keys.parts,
-        "K_FIELDS": keys.fields if keys.byte_codes else 0,
         # A product of tensor cores sums over 16 elements at least.
-        "K_WORDS": part_width(keys, key_dim, 16),
-        "K_DTYPE": level_dtype(keys, dtype),
-        "K_UNIT": level_unit(keys, ptx),
-        "V_TILE": values.tile,
-        "V_CHANNELS": values.channels,
-        "V_HAS": (values.token_scale, values.token_offset, values.channel_scale, values.channel_offset),
-        "V_PARTS": values.parts,
-        "V_FIELDS": values.fields if values.byte_codes else 0,
-        "V_WORDS": part_width(values, value_dim),
-        "V_DTYPE": level_dtype(values, dtype),
-        "V_UNIT": level_unit(values, ptx),
+        **keys.constants("K", key_dim, dtype, ptx, least=16),
+        **values.constants("V", value_dim, dtype, ptx),
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
         "KEY_COLUMNS": max(16, triton.next_power_of_2(key_dim)),

@@ -12,7 +12,6 @@ import torch
 
 from . import launching
 from .codecs.jit import KernelCodec
-from .decode import level_dtype, level_unit, part_width
 from .hadamard import hadamard_block
 from .target import has_ptx, tl, triton
 from .tile_math import hadamard_signs, round_saturating
@@ -28,6 +27,7 @@ def _store_page(
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
     HAS: tl.constexpr,
+    PARTS: tl.constexpr,
     FIELDS: tl.constexpr,
     WORDS: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -43,7 +43,6 @@ def _store_page(
     )
     channel_scale, channel_offset = CHANNELS(planes, page_head, HEAD_DIM, FIELDS, WORDS)
     dense = ()
-    PARTS: tl.constexpr = 2 * FIELDS if FIELDS > 0 else 1
     for part in tl.static_range(PARTS):
         x = levels[part].to(tl.float32)
         if UNIT != 1.0:
@@ -125,6 +124,7 @@ def _dense_pages_kernel(
     K_TILE: tl.constexpr,
     K_CHANNELS: tl.constexpr,
     K_HAS: tl.constexpr,
+    K_PARTS: tl.constexpr,
     K_FIELDS: tl.constexpr,
     K_WORDS: tl.constexpr,
     K_DTYPE: tl.constexpr,
@@ -134,6 +134,7 @@ def _dense_pages_kernel(
     V_TILE: tl.constexpr,
     V_CHANNELS: tl.constexpr,
     V_HAS: tl.constexpr,
+    V_PARTS: tl.constexpr,
     V_FIELDS: tl.constexpr,
     V_WORDS: tl.constexpr,
     V_DTYPE: tl.constexpr,
@@ -174,6 +175,7 @@ def _dense_pages_kernel(
                     K_TILE,
                     K_CHANNELS,
                     K_HAS,
+                    K_PARTS,
                     K_FIELDS,
                     K_WORDS,
                     K_DTYPE,
@@ -191,6 +193,7 @@ def _dense_pages_kernel(
                     V_TILE,
                     V_CHANNELS,
                     V_HAS,
+                    V_PARTS,
                     V_FIELDS,
                     V_WORDS,
                     V_DTYPE,
@@ -273,22 +276,10 @@ def dense_pages(
         *pages.key_tail.stride()[:3],
         *pages.value_tail.stride()[:3],
         pages.page_table.stride(0),
-        K_TILE=k.tile,
-        K_CHANNELS=k.channels,
-        K_HAS=(k.token_scale, k.token_offset, k.channel_scale, k.channel_offset),
-        K_FIELDS=k.fields if k.byte_codes else 0,
-        K_WORDS=part_width(k, key_dim),
-        K_DTYPE=level_dtype(k, dtype),
-        K_UNIT=level_unit(k, ptx),
+        **k.constants("K", key_dim, dtype, ptx),
+        **v.constants("V", value_dim, dtype, ptx),
         K_COLUMNS=max(16, triton.next_power_of_2(key_dim)),
         K_ORDER=hadamard_block(key_dim) if pages.key_rotated else 0,
-        V_TILE=v.tile,
-        V_CHANNELS=v.channels,
-        V_HAS=(v.token_scale, v.token_offset, v.channel_scale, v.channel_offset),
-        V_FIELDS=v.fields if v.byte_codes else 0,
-        V_WORDS=part_width(v, value_dim),
-        V_DTYPE=level_dtype(v, dtype),
-        V_UNIT=level_unit(v, ptx),
         V_COLUMNS=max(16, triton.next_power_of_2(value_dim)),
         V_ORDER=hadamard_block(value_dim) if pages.value_rotated else 0,
         KEY_DIM=key_dim,
@@ -297,6 +288,8 @@ def dense_pages(
         CAUSAL=causal,
         WINDOW=window,
         PTX=ptx,
-        num_warps=4,
+        # Where products run without tensor cores, the rotation of the open page fills the registers of four warps.
+        num_warps=8 if dtype == torch.float32 else 4,
+        num_stages=1,
         enable_fp_fusion=True,
     )

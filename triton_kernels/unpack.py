@@ -15,7 +15,7 @@ code ever moves to another thread.  Codecs of whole vectors have one part in nat
 power of two, and words past the head are zero.
 
 Levels leave here in the dtype of the product.  On NVIDIA GPUs integer codes leave as fp16 *subnormals*, bit pattern =
-code, which is the code times 2^-24 exactly; ``level_unit`` in ``decode.py`` is what undoes it, in float32.
+code, which is the code times 2^-24 exactly; ``KernelCodec.constants`` has the unit that undoes it, in float32.
 """
 
 from .ptx import nibbles, run_on_words, run_on_words_and_numbers, run_on_words_and_signs, whole_bytes

@@ -80,7 +80,8 @@ class Case:
 @dataclass(frozen=True)
 class Built:
     """A compiled kernel.  ``registers`` and ``spilled`` (bytes of stack of a thread) are None where no tool reads
-    them; ``buffers`` is how many tiles each pipelined load has room for in shared memory."""
+    them; ``buffers`` is how many tiles each pipelined load has room for in shared memory, ``waits`` how many copies may
+    still be under way where the kernel waits for some."""
 
     name: str
     warps: int
@@ -90,6 +91,7 @@ class Built:
     spilled: int | None
     sass: str = ""
     buffers: tuple[int, ...] = ()
+    waits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,8 @@ def inspect(kernel: Any, sass: bool = False) -> Built:
         )
     buffers = tuple(map(int, re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x", kernel.asm.get("ttgir", ""))))
     figures = (metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled)
-    return Built(metadata.name, *figures, text, buffers)
+    waits = tuple(map(int, re.findall(r"async_wait.*num = (\d+)", kernel.asm.get("ttgir", ""))))
+    return Built(metadata.name, *figures, text, buffers, waits)
 
 
 def compile_case(case: Case, sass: bool = False) -> list[Built]:

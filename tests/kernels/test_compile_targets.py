@@ -85,6 +85,8 @@ def trimmed(target: str) -> list[Case]:
     cases += [Case(target, *pair, dtype=half) for pair in mixed.get(target, ())]
     if target in ("sm_75", "sm_90", "gfx942"):
         cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
+    if target == "sm_75":  # the least shared memory, and the largest tiles
+        cases.append(Case(target, *PAIRS["int4"], dtype="float32", head_dim=256, queries=512))
     if target == "sm_90":
         cases.append(Case(target, *PAIRS["turboquant-qjl"]))
         cases += [Case(target, *PAIRS["lloyd4"], head_dim=64), Case(target, *PAIRS["exact"], head_dim=256)]
@@ -112,6 +114,8 @@ def full(target: str, name: str) -> list[Case]:
         {"mask": "bool"},
         {"queries": 512},
         {"queries": 512, "head_dim": 256, "mask": "bool"},
+        {"queries": 512, "dtype": "float32"},
+        {"queries": 512, "dtype": "float32", "head_dim": 256},
     ]
     if everything:
         kinds += [{"head_dim": dim, "group": 7} for dim in (64, 80, 96, 192)]
@@ -194,6 +198,8 @@ def test_two_page_buffers(target: str) -> None:
         assert not check(case, built)
         (decode,) = (kernel for kernel in built if "decode" in kernel.name)
         assert decode.buffers and set(decode.buffers) == {2}, f"{case}: {decode.buffers}"
+        # Of all copies under way, those of the next page, one for each buffer, may go on.
+        assert decode.waits[0] >= len(decode.buffers), f"{case}: waits for the page that was asked for last"
 
 
 @pytest.mark.slow

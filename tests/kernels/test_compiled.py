@@ -174,6 +174,15 @@ def test_large_queries_and_keys(policy: str, dtype: str) -> None:
     call(compiled.check_attention, ALL_PAIRS[policy], case, 90)
 
 
+@every_pair("int4", "int8")
+@pytest.mark.parametrize("target", [80, pytest.param(90, marks=pytest.mark.full)])
+def test_many_rows_are_merged(policy: str, dtype: str, target: int) -> None:
+    """As few queries of many heads have them: by products with signs, for all rows of a program."""
+    case = Case((230, 150), 64, 64, 16, 5, dtype=DTYPES[dtype], heads=1)
+    launches = call(compiled.check_attention, ALL_PAIRS[policy], case, target)
+    assert any(launch.name == "_combine_rows_kernel" for launch in launches)
+
+
 @every_pair("int4")
 def test_blocks_go_on_where_others_ended(policy: str, dtype: str) -> None:
     """Many queries, of which and of whose pages little is taken at a time."""

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..target import tl, triton
 
 
@@ -56,6 +58,36 @@ class KernelCodec:
     def parts(self) -> int:
         """Tiles of levels that a tile of 16-bit words becomes; 1 for vectors."""
         return 2 * self.fields if self.byte_codes else 1
+
+    def constants(self, side: str, head_dim: int, dtype: torch.dtype, ptx: bool, least: int = 1) -> dict[str, Any]:
+        """Constants of a kernel that reads pages of this codec: ``K_TILE`` and so on for ``side`` ``"K"``.
+
+        Args:
+            head_dim: elements of a vector.
+            dtype: the model's.
+            ptx: whether the kernel is compiled for an NVIDIA GPU, for a model in 16 bits.
+            least: of the words of a part.
+
+        Raises:
+            ValueError: head_dim is no multiple of the codes of a word.
+        """
+        if head_dim % self.parts:
+            raise ValueError(
+                f"the kernels read two bytes at a time: head_dim {head_dim} must be a multiple of {self.parts}"
+            )
+        # fp16 holds every code exactly and leaves the query three more bits than bf16; exact vectors stay as they are.
+        level = {torch.float16: tl.float16, torch.bfloat16: tl.float16 if self.byte_codes else tl.bfloat16}
+        return {
+            f"{side}_TILE": self.tile,
+            f"{side}_CHANNELS": self.channels,
+            f"{side}_HAS": (self.token_scale, self.token_offset, self.channel_scale, self.channel_offset),
+            f"{side}_PARTS": self.parts,
+            f"{side}_FIELDS": self.fields if self.byte_codes else 0,
+            f"{side}_WORDS": max(least, triton.next_power_of_2(head_dim // self.parts)),
+            f"{side}_DTYPE": level.get(dtype, tl.float32),
+            # Integer codes from PTX are subnormal (``ptx.py``).
+            f"{side}_UNIT": 2.0**24 if ptx and self.integer_codes else 1.0,
+        }
 
     def arguments(self, planes: Sequence[Any], heads: int) -> tuple[Any, ...]:
         """What kernels receive as ``planes``."""
