@@ -4,17 +4,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..errors import BatchingError, UnsupportedModelError
 from .calls import ATTENTION, REFUSED
 from .config import QuantizedBatchingConfig
 from .model import check_layers
-from .report import BatchingReport, report_of
+from .report import BatchingReport, count_blocks, report_of
+from .sampling import RequestProcessors, RequestRunner, carried, check_range
+from .settings import Sampling, check_config, settings_of
 
 
 class QuantizedBatchingManager(ContinuousBatchingManager):
     """transformers' manager, whose blocks are quantized pages: queue, streams and results are all its own.
+
+    Requests may have settings of their own (:meth:`add_request`); ``generation_config`` is what they leave open.
 
     Args:
         model: the model.
@@ -23,6 +29,7 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         workload_hints: as there.
 
     Raises:
+        BatchingError: ``generation_config`` asks for what requests of a batch cannot have.
         UnsupportedModelError: the model's attention cannot be replaced, or its layers are of a kind without blocks.
     """
 
@@ -34,9 +41,17 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         workload_hints: Any = None,
     ) -> None:
         check_layers(model.config.get_text_config())
+        check_config(generation_config)
         self._last: BatchingReport | None = None
+        self._most_used = 0
+        self._added = 0
         with self._or_as_before(model):
-            super().__init__(model, generation_config, continuous_batching_config, workload_hints)
+            # What transformers would make of the settings of sampling holds for all requests; ours hold for each.
+            bare = GenerationConfig(do_sample=False, eos_token_id=generation_config.eos_token_id)
+            bare.num_return_sequences = generation_config.num_return_sequences
+            super().__init__(model, bare, continuous_batching_config, workload_hints)
+        self.generation_config = generation_config
+        self.logit_processor = RequestProcessors()
 
     @contextmanager
     def _or_as_before(self, model: Any) -> Iterator[None]:
@@ -67,26 +82,69 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
     def _create_batch_processor(self) -> Any:
         """As transformers', which makes the cache here; the model is left as it was if that cannot be."""
         with self._or_as_before(self.model):
-            return super()._create_batch_processor()
+            processor = super()._create_batch_processor()
+        if not isinstance(processor.model_runner, RequestRunner):  # it is kept from an earlier session
+            processor.model_runner = RequestRunner(
+                self.model,
+                Sampling(self.generation_config, "", 0),
+                logit_processor=self.logit_processor,
+                cb_config=self.continuous_batching_config,
+                cache=processor.cache,
+                inputs_and_outputs=processor.inputs_and_outputs,
+                return_logprobs=processor.return_logprobs,
+            )
+        return processor
 
     def add_request(
-        self, input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, **kwargs: Any
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        generation_config: Any = None,
+        seed: int | None = None,
+        **settings: Any,
     ) -> str | None:
-        """As transformers'; a request that could never be held is refused here, because once it is let in, it ends the
-        run of all others.
+        """As transformers', with settings of the request's own.  A request that could never be held is refused here,
+        because once it is let in, it ends the run of all others.
+
+        Args:
+            input_ids: the prompt.
+            request_id: as there.
+            max_new_tokens: as there.
+            streaming: as there.
+            record_timestamps: as there.
+            eos_token_id: as there.
+            generation_config: of this request; what is None in it is as in the manager's.
+            seed: of this request, whose answer then does not depend on what else runs; None: drawn from torch's
+                generator, or from the seed of the batching config.
+            settings: single settings by name: ``temperature=0.7, do_sample=True``.
 
         Raises:
-            BatchingError: the prompt and its new tokens need more blocks than there are.
+            BatchingError: the prompt and its new tokens need more blocks than there are, or a setting is out of range,
+                unknown, or none that requests of a batch can have.
         """
-        new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self._added += 1
+        if seed is None:
+            base = getattr(self.continuous_batching_config, "seed", None)
+            seed = int(torch.randint(2**62, ())) if base is None else base + self._added
         try:
+            sampling = settings_of(self.generation_config, generation_config, seed, settings)
+            check_range(self.model, sampling, len(input_ids))
+            new = sampling.config.max_new_tokens if max_new_tokens is None else max_new_tokens
             if self.batch_processor is not None:
                 self.batch_processor.cache.check_fits(len(input_ids), new or 0)
         except BatchingError as error:
             if (refused := REFUSED.get()) is not None:
                 refused.append(error)
             raise
-        added: str | None = super().add_request(input_ids, request_id, max_new_tokens, **kwargs)
+        eos_token_id = sampling.config.eos_token_id if eos_token_id is None else eos_token_id
+        added: str | None = super().add_request(
+            input_ids, request_id, new, streaming, record_timestamps, eos_token_id, **carried(sampling)
+        )
         return added
 
     def _generation_step(self) -> None:
@@ -94,6 +152,7 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         forks begin with is in one, and the model would be called with nothing."""
         if self.batch_processor.inputs_and_outputs.total_seqlen_q:
             super()._generation_step()
+        self._most_used = max(self._most_used, count_blocks(self.batch_processor.cache)[0])
 
     def start(self) -> None:
         """As transformers'; a manager that was stopped, which gave the model its own attention back, takes it again."""
@@ -105,7 +164,7 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         processor = self.batch_processor
         super().stop(*args, **kwargs)
         if processor is not None:
-            self._last = report_of(processor.cache)
+            self._last = report_of(processor.cache, self._most_used)
 
     def report(self) -> BatchingReport:
         """What the run holds and what ran in it; after it has ended, what it was then.
@@ -114,7 +173,7 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
             BatchingError: it has not begun.
         """
         if self.batch_processor is not None:
-            return report_of(self.batch_processor.cache)
+            return report_of(self.batch_processor.cache, self._most_used)
         if self._last is None:
             raise BatchingError("there is nothing to report before the manager has started; call start() first.")
         return self._last

@@ -16,6 +16,7 @@ class BatchingReport:
         page_size: tokens per page and block.
         blocks: blocks that requests can have.
         used_blocks: blocks that live requests have, shared ones counted once.
+        most_used_blocks: the most that were at the end of a step.
         cached_blocks: blocks that no live request has and that are kept for the next prompt that begins alike; given
             away when memory is short.
         bytes_per_block: bytes of a block: a sealed page of each layer, or of some, where layers that see all tokens and
@@ -37,6 +38,7 @@ class BatchingReport:
     page_size: int
     blocks: int
     used_blocks: int
+    most_used_blocks: int
     cached_blocks: int
     bytes_per_block: int
     dense_bytes_per_block: int
@@ -67,9 +69,10 @@ class BatchingReport:
 
     def __str__(self) -> str:
         ran = f" ({self.implementation})" if self.implementation else ""
+        used = f"{self.used_blocks} used (at most {self.most_used_blocks})"
         rows = [
             ("policy", f"{self.policy}, pages of {self.page_size} tokens"),
-            ("blocks", f"{self.blocks}: {self.used_blocks} used, {self.cached_blocks} kept, {self.free_blocks} free"),
+            ("blocks", f"{self.blocks}: {used}, {self.cached_blocks} kept, {self.free_blocks} free"),
             (
                 "of a block",
                 f"{format_size(self.bytes_per_block)} against {format_size(self.dense_bytes_per_block)} dense: ratio "
@@ -92,19 +95,26 @@ class BatchingReport:
         return "\n".join(f"{label:<17} {text}" for label, text in rows)
 
 
-def report_of(cache: QuantizedBatchingCache) -> BatchingReport:
-    """The report of a run."""
-    pages = cache.pages
-    policy: Any = cache.policy
+def count_blocks(cache: QuantizedBatchingCache) -> tuple[int, int]:
+    """Blocks that live requests have, and blocks that are kept for the next prompt that begins alike."""
     kinds = cache.cache_allocators.values()
     cached = sum(len(kind.ledger.cached_blocks) for kind in kinds)
     free = cache.pool.num_free_sectors + sum(cache.pool.count_free_blocks(kind.index) for kind in kinds)
+    return cache.pages.num_blocks - free - cached, cached
+
+
+def report_of(cache: QuantizedBatchingCache, most_used: int) -> BatchingReport:
+    """The report of a run, in which ``most_used`` blocks were used at a time."""
+    pages = cache.pages
+    policy: Any = cache.policy
+    used, cached = count_blocks(cache)
     dense = sum(layout.dense_bytes_per_token() for layout in pages.layouts) * pages.tokens_per_page
     return BatchingReport(
         policy=policy.name,
         page_size=pages.tokens_per_page,
         blocks=pages.num_blocks,
-        used_blocks=pages.num_blocks - free - cached,
+        used_blocks=used,
+        most_used_blocks=most_used,
         cached_blocks=cached,
         bytes_per_block=pages.bytes_per_block,
         dense_bytes_per_block=dense,

@@ -108,6 +108,22 @@ BATCHING = (
     Row(_API, "ContinuousBatchingManager.start"),
     Row(_API, "ContinuousBatchingManager.stop"),
     Row(_MODELS, "PreTrainedModel.set_attn_implementation"),
+    # each request's own settings
+    Row("transformers.generation.configuration_utils", "GenerationConfig", ("kwargs",)),
+    Row("transformers.generation.logits_process", "LogitsProcessorList"),
+    Row(
+        f"{_BATCHING}.cb_logits_processors",
+        "ContinuousBatchingLogitsProcessorList.check_kwargs",
+        ("kwargs",),
+    ),
+    Row(
+        f"{_BATCHING}.model_runner",
+        "ModelRunner.__init__",
+        ("logit_processor", "cb_config", "inputs_and_outputs", "cache", "do_sample", "return_logprobs"),
+    ),
+    Row(f"{_BATCHING}.model_runner", "ModelRunner._sample", ("scores", "output_ids")),
+    Row(_UTILS, "GenerationMixin._prepare_special_tokens", ("generation_config", "device")),
+    Row(_UTILS, "GenerationMixin._get_logits_processor", ("generation_config", "input_ids_seq_length", "device")),
     # the cache
     Row(_PAGED, "PagedAttentionCache.can_store_request_tokens", ("state", "request_len", "dry_run")),
     Row(_PAGED, "PagedAttentionCache.search_prefix_match", ("request_id", "prompt_ids")),
