@@ -105,6 +105,10 @@ class BatchingError(KVQuantError, ValueError):
     """Continuous batching is asked for in a way that quantized pages cannot honour."""
 
 
+class ServingError(KVQuantError, ValueError):
+    """A server is asked for what it cannot do."""
+
+
 class KVQuantWarning(UserWarning):
     """Base of all warnings of kvquant_hf."""
 

@@ -70,6 +70,7 @@ RULES = {
             "kvquant_hf.transformers_api",
             "kvquant_hf.transformers_api.*",
             "kvquant_hf.batching.*",  # parts of transformers' own machine, extended
+            "kvquant_hf.serving.*",  # and of its server
             "kvquant_hf.cache",
             "kvquant_hf.presets",
             "kvquant_hf.versions",
@@ -94,6 +95,7 @@ RULES = {
 ORDER = (
     ("cli",),
     ("benchmark",),
+    ("serving",),
     ("calibration",),
     ("evaluation",),
     ("__init__",),

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
 
-from ..errors import OutOfPages
+from ..errors import BatchingError, OutOfPages
 from ..reports.report import format_size
 from .config import QuantizedBatchingConfig
 
@@ -62,3 +62,18 @@ class PageMemory(PagedAttentionMemoryHandler):
                 "max_bytes, or lower max_requests."
             )
         return tokens, left, slots
+
+
+def longest_request(cache: Any) -> int:
+    """Tokens, prompt and new ones together, of the longest request that the cache can hold if it is alone and that the
+    model has positions for."""
+    positions = getattr(cache.config, "max_position_embeddings", None) or 2**31
+    low, high = 1, positions
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            cache.check_fits(middle, 1)
+            low = middle
+        except BatchingError:
+            high = middle - 1
+    return min(low + 1, positions)

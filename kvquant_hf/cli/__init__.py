@@ -16,11 +16,12 @@ from ..errors import (
     EvaluationInputError,
     KVQuantError,
     QParamsError,
+    ServingError,
     UnknownPolicyError,
     UnsupportedModelError,
     WrongModelError,
 )
-from . import bench, calibrate, demo, generate, lm_eval, needle, policies, qparams, tune
+from . import bench, calibrate, demo, generate, lm_eval, needle, policies, qparams, serve, tune
 from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
@@ -33,6 +34,7 @@ _WRONG_INPUT = (
     BenchmarkInputError,
     EvaluationInputError,
     QParamsError,
+    ServingError,
     UnknownPolicyError,
     UnsupportedModelError,
     WrongModelError,
@@ -54,6 +56,7 @@ _app.command("lm-eval", **lm_eval.PASS_ON)(lm_eval.lm_eval)
 _app.command()(needle.needle)
 _app.command()(policies.policies)
 _app.command()(qparams.qparams)
+_app.command()(serve.serve)
 _app.command()(tune.tune)
 
 

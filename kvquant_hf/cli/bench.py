@@ -12,9 +12,8 @@ import typer
 from ..policies.table import parse_policy
 from .measure import long_text
 from .models import load_model
+from .sizes import bytes_of
 from .terminal import INTERRUPTED, InputError, print_json, stage
-
-UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class _Asked(NamedTuple):
@@ -227,20 +226,6 @@ def _subject(asked: _Asked, dtypes: Sequence[str]) -> tuple[Any, Any]:
 def load_weights(model: str | None, dtype: str) -> Any:
     """A model in eval mode, in ``dtype``; for processes of their own, too."""
     return load_model(model, dtype, hidden=True).model
-
-
-def bytes_of(text: str) -> int:
-    """``"1.5GB"`` in bytes; units are decimal, or binary with an i.
-
-    Raises:
-        InputError: not that.
-    """
-    word = text.strip().lower()
-    for unit, factor in UNITS.items():
-        digits = word.removesuffix(unit).strip()
-        if word.endswith(unit) and digits.replace(".", "", 1).isdecimal() and float(digits) > 0:
-            return round(float(digits) * factor)
-    raise InputError(f"{text!r} is no size; use --kv-budget 500MB or 1GB.")
 
 
 def _list(names: str) -> list[str]:

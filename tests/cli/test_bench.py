@@ -10,7 +10,7 @@ import pytest
 from command import Run, is_one_sentence
 
 from kvquant_hf.benchmark.speed import race as speed
-from kvquant_hf.cli.bench import bytes_of
+from kvquant_hf.cli.sizes import bytes_of
 from kvquant_hf.cli.terminal import InputError
 
 FAST = ("--context", "64", "--rounds", "3", "--dtypes", "float32", "--policies", "int4")

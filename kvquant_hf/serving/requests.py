@@ -1,0 +1,91 @@
+"""What a request may say.  transformers' handlers ignore what they do not know how to do; here it is refused."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import HTTPException
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+_Whole = Annotated[int, Strict(), Field(ge=1)]
+_Off = Literal[False, 0] | None
+_Stop = Annotated[str, Field(min_length=1)]
+
+# Beyond OpenAI's fields: settings of transformers' generation that other servers take under these names too.
+OWN_FIELDS = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
+
+
+class _Settings(BaseModel):
+    """What all requests have; fields that are not here are transformers' to judge."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    stream: Annotated[bool, Strict()] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Strict()] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    ignore_eos: bool | None = None
+    # What OpenAI's servers do and this one does not.
+    n: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    logprobs: _Off = None
+    top_logprobs: Literal[0] | None = None
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: Annotated[str, Field(min_length=1)]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class _TextFormat(BaseModel):
+    type: Literal["text"]
+
+
+class Chat(_Settings):
+    """``/v1/chat/completions``"""
+
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_tokens: _Whole | None = None
+    max_completion_tokens: _Whole | None = None
+    response_format: _TextFormat | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+
+
+class Completion(_Settings):
+    """``/v1/completions``"""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    max_tokens: _Whole | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+
+
+class Response(_Settings):
+    """``/v1/responses``"""
+
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)] | dict[str, Any]
+    max_output_tokens: _Whole | None = None
+    previous_response_id: None = None
+    background: Literal[False] | None = None
+
+
+def check(body: dict[str, Any], form: type[BaseModel]) -> None:
+    """Refuse a body that is not of its form.
+
+    Raises:
+        HTTPException: 400: the first thing that is wrong, and where.
+    """
+    try:
+        form.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(
+            str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "str"))
+        )
+        raise HTTPException(400, f"{where or 'the request'}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
