@@ -184,7 +184,8 @@ class BatchedEngine(CBGenerateManager):
 
     def stop(self) -> None:
         """End the run; requests that are not over fail."""
-        self._cb.stop(block=True, timeout=5, hard_stop=True)
+        if self._cb.is_running():
+            self._cb.stop(block=True, timeout=5, hard_stop=True)
 
 
 class _Streamer(CBStreamer):

@@ -84,7 +84,7 @@ class Gate:
         if len(body) > MOST_BYTES:
             await _refuse(send, 413, f"the request has more than {MOST_BYTES >> 20} MiB.")
             return "refused"
-        status = 0
+        status, sent = 0, False
 
         async def replay() -> _Message:
             nonlocal body
@@ -95,18 +95,19 @@ class Gate:
             raise AssertionError
 
         async def note(message: _Message) -> None:
-            nonlocal status
+            nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
+            sent = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         answer = asyncio.ensure_future(self.app(scope, replay, note))
         gone = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
+            if not sent and not answer.done():
                 return "cancelled"
-            answer.result()
+            await answer  # when all is sent, servers say that the client is gone
             return "refused" if 400 <= status < 500 else "finished" if 0 < status < 400 else "failed"
         except Exception:  # of which the client was told, and whoever runs the server is now
             _log.exception("a request failed")

@@ -73,6 +73,8 @@ class _Handler(BaseHandler):
         for name in ("top_k", "min_p", "repetition_penalty"):
             if body.get(name) is not None:
                 setattr(config, name, body[name])
+        if body.get("logit_bias") is not None:
+            config.sequence_bias = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
         if body.get("temperature") is not None:
             config.do_sample = body["temperature"] > 0
         elif body.get("top_p") is not None or body.get("top_k") is not None:

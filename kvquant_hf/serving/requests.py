@@ -25,6 +25,7 @@ class _Settings(BaseModel):
     seed: Annotated[int, Strict()] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d+$")], Annotated[float, Field(ge=-100, le=100)]] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
