@@ -16,7 +16,7 @@ from .config import QuantizedBatchingConfig
 from .model import FULL, check_layers, layouts_of, places_of, rotary_limit
 from .prompt import attend_to_itself
 from .sizing import PageMemory
-from .slots import OpenPages
+from .slots import OpenPages, zeros
 from .step import Group, Row, group_rows
 
 _KEPT_SIDES = 512  # calls whose tensors are kept from step to step
@@ -94,7 +94,7 @@ class QuantizedBatchingCache(PagedAttentionCache):
         self.max_batch_tokens, self.num_sectors, slots = sizes
 
         held = self.num_sectors * self.bytes_per_sector
-        self.cache_tensor = torch.zeros(held + 2 * self.bytes_per_sector, dtype=torch.uint8, device=self.device)
+        self.cache_tensor = zeros((held + 2 * self.bytes_per_sector,), torch.uint8, self.device)
         self.pool = CachePool(self.num_sectors, len(self.cache_allocators))
         self.open = OpenPages(layouts, slots, self.device)
         for allocator in self.cache_allocators.values():

@@ -1,11 +1,21 @@
 """An open page for each live request: its most recent 1 to ``page_size`` tokens, in the model's dtype."""
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 
 from ..pages.layout import StoreLayout
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of zeros.  On a CPU it is the system's to find when something is written: a budget is a limit there, and
+    not memory that is taken."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class OpenPages:
@@ -25,7 +35,7 @@ class OpenPages:
         # Keys and values of each layer, [count, heads, page_size, head_dim].
         self.tails = {
             index: tuple(
-                torch.zeros(count, heads, layout.page_size, head_dim, dtype=dtype, device=device)
+                zeros((count, heads, layout.page_size, head_dim), dtype, device)
                 for (heads, head_dim), dtype in zip(layout.vectors, layout.dtypes, strict=True)
             )
             for index, layout in layouts.items()

@@ -9,7 +9,7 @@ from transformers.cli.serving.utils import CBGenerateManager, CBStreamer, CBWork
 
 from ..batching.report import BatchingReport
 from ..batching.sizing import longest_request
-from ..errors import BatchingError
+from ..errors import BatchingError, UnsupportedModelError
 from .ledger import Ledger
 from .limits import fit
 from .options import ServeOptions
@@ -39,11 +39,27 @@ class BatchedEngine(CBGenerateManager):
         self._cb.warmup()  # makes the cache
         self.longest = longest_request(self._cb.batch_processor.cache)
         self._cb.start()
+        self._try()
 
     @property
     def concurrent(self) -> int:
         """Requests that have pages at a time."""
         return self.report().requests
+
+    def _try(self) -> None:
+        """Answer a first request of one token: what the model cannot do is said now, and kernels are ready.
+
+        Raises:
+            UnsupportedModelError: it failed.
+        """
+        self._cb.add_request([0], max_new_tokens=2, eos_token_id=-1, do_sample=False)
+        result = None
+        while result is None and self._cb.is_running():
+            result = self._cb.get_result(timeout=1)
+        if result is None or result.error is not None:
+            self.stop()
+            error = result.error if result is not None else str(self._cb.background_thread_status.fatal_error)
+            raise UnsupportedModelError(error.strip().splitlines()[0])
 
     def report(self) -> BatchingReport:
         """What the batching run holds."""

@@ -3,7 +3,8 @@
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import openai
@@ -37,6 +38,18 @@ class Served(NamedTuple):
         """For a socket."""
         host, _, port = self.url.removeprefix("http://").partition(":")
         return host, int(port)
+
+
+def wait_until(met: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for something to come about.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.01)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

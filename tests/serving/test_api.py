@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
-from serving.servers import NAME, Served, alone, tiny_model
+from serving.servers import NAME, Served, alone, tiny_model, wait_until
 
 TEXT = "What is a page?"
 NEW = 12
@@ -170,6 +170,7 @@ def test_health_and_numbers(served: Served) -> None:
     chat(served, "a" * 200, max_tokens=5)
     with pytest.raises(openai.BadRequestError):
         chat(served, n=2)
+    wait_until(lambda: not served.app.ledger.live)
     after = report()
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     assert (after["model"], after["policy"], after["continuous_batching"]) == (NAME, "int4", True)
@@ -187,6 +188,7 @@ def test_metrics(served: Served) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
     chat(served)
+    wait_until(lambda: not served.app.ledger.live)
     answer = httpx.get(f"{served.url}/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     families = {family.name: family for family in text_string_to_metric_families(answer.text)}

@@ -3,24 +3,15 @@
 import asyncio
 import json
 import socket
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from serving.servers import NAME, Served, serving
+from serving.servers import NAME, Served, serving, wait_until
 
 BODY = {"model": NAME, "messages": [{"role": "user", "content": "x"}]}
 LONG = BODY | {"max_tokens": 400}
-
-
-def wait_until(met: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, "it does not come about"
-        time.sleep(0.01)
 
 
 def requests_of(served: Served) -> dict[str, int]:
