@@ -110,7 +110,7 @@ $(READY_MIN): constraints-min.txt pyproject.toml Makefile
 $(READY_MID): constraints-mid.txt $(READY_MIN)
 
 # Not in .venv-min: lm-eval brings scikit-learn, with which assisted generation of transformers 5.17 fails on windows.
-$(READY): EXTRAS := dev,lm-eval
+$(READY): EXTRAS := dev,lm-eval,web,ray
 $(READY_MIN): EXTRAS := dev
 
 $(READY) $(READY_MIN):

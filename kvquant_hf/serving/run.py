@@ -21,12 +21,15 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ServingError: the port is taken, or the host is not of this machine.
     """
+    found = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as error:
+        if found is not None:
+            found.close()
         raise ServingError(
             f"cannot listen at {host}:{port}: {error.strerror}; choose another --port or --host."
         ) from error
