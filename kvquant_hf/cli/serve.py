@@ -1,7 +1,9 @@
 """``kvquant serve``: an OpenAI server over quantized pages."""
 
+import functools
 import logging
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +14,7 @@ from .sizes import bytes_of
 from .terminal import CommandError, InputError
 
 if TYPE_CHECKING:
+    from ..serving.application import Application
     from ..serving.options import ServeOptions
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
@@ -56,6 +59,9 @@ def serve(
     allow_any_model: Annotated[
         bool, typer.Option("--allow-any-model", help="Let a request name another model or path, which is loaded.")
     ] = False,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="So many servers behind one address, by Ray Serve (extra: ray).")
+    ] = 1,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info (each request) or debug.")] = "warning",
 ) -> None:
     """Serve a model over OpenAI's protocol, with its KV cache in quantized pages.
@@ -65,7 +71,7 @@ def serve(
     """
     import_serving()
     from ..serving.options import ServeOptions
-    from ..serving.run import bind
+    from ..serving.run import bind, url_of
 
     if log_level not in LOG_LEVELS:
         raise InputError(f"unknown log level {log_level!r}; use one of {', '.join(LOG_LEVELS)}.")
@@ -87,30 +93,63 @@ def serve(
         allow_any_model=allow_any_model,
     )
     logging.basicConfig(level=getattr(logging, log_level.upper()), format="%(levelname)s: %(message)s")
+    called = name or locate(model).description
     with bind(host, port) as listening:
-        _run(model, name or locate(model).description, dtype, options, listening, log_level)
+        if replicas == 1:
+            _run(model, called, dtype, options, listening, log_level)
+            return
+        url, free = url_of(listening), listening.getsockname()[1]
+    _run_replicas(functools.partial(build, model, called, dtype, options), replicas, host, free, called, url)
 
 
-def _run(model: str | None, name: str, dtype: str, options: "ServeOptions", listening: Any, log_level: str) -> None:
-    """Load the model and serve it; the engine's thread ends with the command."""
+def build(model: str | None, name: str, dtype: str, options: "ServeOptions") -> "Application":
+    """Load a model, and make a server of it.
+
+    Raises:
+        UnsupportedModelError: it cannot be served like that.
+    """
     from ..serving.application import Application
-    from ..serving.run import run, url_of
 
     loaded = load_model(model, dtype)
     try:
-        app = Application(name, loaded.model, loaded.tokenizer, options)
+        return Application(name, loaded.model, loaded.tokenizer, options)
     except UnsupportedModelError as error:
         if not options.continuous_batching:
             raise
         raise UnsupportedModelError(f"{str(error).rstrip('.')}; or serve it with --no-continuous-batching.") from error
-    policy = app.report()["policy"]
-    ready = f"serving {name} with {policy} at {url_of(listening)}"
+
+
+def _run(model: str | None, name: str, dtype: str, options: "ServeOptions", listening: Any, log_level: str) -> None:
+    """Serve from this process; the engine's thread ends with the command."""
+    from ..serving.run import run, url_of
+
+    app = build(model, name, dtype, options)
+    ready = f"serving {name} with {app.report()['policy']} at {url_of(listening)}"
     try:
         run(app, listening, lambda: print(ready, file=sys.stderr, flush=True), log_level)
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
     finally:
         app.engine.stop()
+
+
+def _run_replicas(make: "Callable[[], Application]", replicas: int, host: str, port: int, name: str, url: str) -> None:
+    """Serve from processes of Ray.
+
+    Raises:
+        CommandError: Ray is not installed, or a replica cannot be built.
+    """
+    try:
+        from ..serving.replicas import run_replicas
+    except ModuleNotFoundError as error:
+        raise CommandError(f"replicas need the package {error.name}; run: pip install 'kvquant-hf[ray]'") from error
+    ready = f"serving {name} from {replicas} replicas at {url}"
+    try:
+        print(f"starting {replicas} replicas ...", file=sys.stderr, flush=True)
+        run_replicas(make, replicas, host, port, lambda: print(ready, file=sys.stderr, flush=True))
+    except RuntimeError as error:
+        raise CommandError(f"the replicas do not start: {str(error).strip().splitlines()[-1]}") from error
+    print("stopped.", file=sys.stderr)
 
 
 def policy_of(text: str) -> str | int:

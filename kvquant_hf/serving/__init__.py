@@ -12,5 +12,6 @@
         ▼
     ``ledger.py``     what became of each request; ``metrics.py`` and ``/kvquant/report`` tell it
 
-``options.py`` is what a server is asked for, ``models.py`` which models it answers for, ``run.py`` the process.
+``options.py`` is what a server is asked for, ``models.py`` which models it answers for, ``run.py`` the
+process, ``replicas.py`` several of them behind one address.
 """

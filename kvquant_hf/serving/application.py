@@ -37,6 +37,7 @@ class Application(Gate):
         name: of the model.
         engine: what computes.
         options: what was asked for.
+        replica: which of several servers behind one address this is; empty if there is one.
 
     Raises:
         UnsupportedVersionError: transformers is too old or too new.
@@ -46,7 +47,7 @@ class Application(Gate):
     """
 
     def __init__(self, name: str, model: Any, processor: Any, options: ServeOptions) -> None:
-        self.name, self.options = name, options
+        self.name, self.options, self.replica = name, options, ""
         metrics = Metrics()
         ledger = Ledger(metrics.closed, metrics.refused)
         in_turn = SequentialEngine(options, ledger)
@@ -68,7 +69,8 @@ class Application(Gate):
     def report(self) -> dict[str, Any]:
         """What ``/kvquant/report`` says; see ``metrics.overview``."""
         policy: Any = parse_policy(self.options.policy)
-        return {"model": self.name, "policy": policy.name} | overview(self.ledger, self.engine)
+        which = {"replica": self.replica} if self.replica else {}
+        return which | {"model": self.name, "policy": policy.name} | overview(self.ledger, self.engine)
 
     def _add_routes(self, app: FastAPI, metrics: Metrics) -> None:
         @app.get("/kvquant/report")
