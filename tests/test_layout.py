@@ -319,6 +319,17 @@ def test_every_package_is_installed(pyproject: dict[str, Any]) -> None:
     )
 
 
+def test_every_file_that_is_read_is_installed(pyproject: dict[str, Any]) -> None:
+    """The same of files that are not Python: each is in its package's list."""
+    patterns = pyproject["tool"]["setuptools"]["package-data"]
+    files = (path for folder in PACKAGES for path in (ROOT / folder).rglob("*") if path.is_file())
+    others = [path for path in files if path.suffix != ".py" and path.parent.name != "__pycache__"]
+    assert others
+    for path in others:
+        listed = patterns.get(module_name(path.parent / "__init__.py"), ())
+        assert any(fnmatchcase(path.name, pattern) for pattern in listed), path
+
+
 def test_one_range_of_transformers(pyproject: dict[str, Any]) -> None:
     """What pip is told, what is checked at import, and what the constraint files pin are one range; it has no upper
     end, because a version newer than tested is judged at import."""

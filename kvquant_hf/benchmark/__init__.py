@@ -8,13 +8,13 @@
 
 ``subject.py`` is the model (``shapes.py``: known shapes with random weights), ``contenders.py`` what is compared,
 ``plan.py`` what fits, ``machine.py`` where it runs.  ``speed/`` compares caches one call at a time, ``serving/`` runs
-many requests in batches that a budget of memory allows.
+many requests in batches that a budget of memory allows, ``load/`` sends them to running servers.
 """
 
 from .serving.results import Serving
 from .serving.rows import ServingRow
 from .serving.serve import serve
-from .serving.workload import Request, draw_requests, read_requests
+from .serving.workload import Request, draw_requests, read_requests, sharegpt_requests
 from .shapes import SHAPES
 from .speed.compare import compare
 from .speed.results import Comparison
@@ -35,4 +35,5 @@ __all__ = [
     "read_requests",
     "serve",
     "shape",
+    "sharegpt_requests",
 ]

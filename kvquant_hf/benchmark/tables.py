@@ -14,16 +14,20 @@ NOTHING = "-"
 
 
 class Table(NamedTuple):
-    """A title, headings, lines of cells (an empty line separates groups), and notes below."""
+    """A title, headings, lines of cells (an empty line separates groups), and notes below.
+
+    The first ``words`` columns hold words, the others numbers.
+    """
 
     title: str
     headings: tuple[str, ...]
     lines: list[tuple[str, ...]]
     notes: list[str]
+    words: int = 2
 
     def markdown(self) -> str:
         """For a file."""
-        rule = "|---|---" + "|--:" * (len(self.headings) - 2) + "|"
+        rule = "|---" * self.words + "|--:" * (len(self.headings) - self.words) + "|"
         table = ["| " + " | ".join(cells) + " |" for cells in (self.headings, *filter(None, self.lines))]
         return "\n".join([self.title, "", table[0], rule, *table[1:], "", *(f"- {note}" for note in self.notes)])
 
@@ -31,7 +35,7 @@ class Table(NamedTuple):
         """For a notebook."""
 
         def line(tag: str, cells: Iterable[str]) -> str:
-            aligned = ("left", "left", *("right",) * len(self.headings))
+            aligned = ("left",) * self.words + ("right",) * len(self.headings)
             inner = (
                 f"<{tag} style='text-align:{side}'>{html.escape(cell)}</{tag}>"
                 for side, cell in zip(aligned, cells, strict=False)

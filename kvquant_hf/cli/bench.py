@@ -1,29 +1,25 @@
-"""``kvquant bench``: speed and memory of KV caches side by side; ``--throughput``: many requests in batches."""
+"""``kvquant bench``: speed and memory of KV caches side by side, or many requests at once.
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+``--throughput`` answers them in batches in this process, ``--serve`` sends them to servers.
+"""
+
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
 from ..policies.table import parse_policy
-from .measure import long_text
-from .models import load_model
-from .sizes import bytes_of
-from .terminal import INTERRUPTED, InputError, print_json, stage
+from . import bench_servers
+from .bench_caches import Asked, compare_caches, serve_batches
+from .sizes import bytes_of, times_of
+from .terminal import INTERRUPTED, InputError, print_json, print_table
 
-
-class _Asked(NamedTuple):
-    """Which model, how many tokens it has to read, and whether to be silent about it."""
-
-    model: str | None
-    shape: str | None
-    layers: int | None
-    tokens: int
-    hidden: bool
+ROUNDS, LOADS = 24, 3  # if --rounds is not given
+STEP, STOCK_PAGE, TIMES = 256, 256, 8.0  # of --serve, if nothing else is said; a block of 256 is transformers' own
+THROUGHPUT, SERVE = "Throughput (--throughput)", "Load on servers (--serve)"
+BOTH = "Requests (--throughput, --serve)"
 
 
 def bench(
@@ -42,48 +38,77 @@ def bench(
     dtypes: Annotated[
         str | None, typer.Option(help="With commas; default: float32,bfloat16, on a GPU bfloat16.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Decode steps of each cache.")] = 24,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Decode steps of each cache ({ROUNDS}), or loads of each server ({LOADS})."),
+    ] = None,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass of a prompt.")] = 512,
     peak: Annotated[bool, typer.Option("--peak/--no-peak", help="Peak memory, a process for each number.")] = True,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one prompt, or for the rounds.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for one prompt, for the rounds, or of a server's silence.")
+    ] = 600.0,
     throughput: Annotated[
-        bool,
-        typer.Option(
-            "--throughput", rich_help_panel="Throughput", help="Many requests in batches, instead of one sequence."
-        ),
+        bool, typer.Option("--throughput", rich_help_panel=THROUGHPUT, help="Many requests in batches, in one process.")
     ] = False,
-    requests: Annotated[int, typer.Option(rich_help_panel="Throughput", min=1, help="How many.")] = 32,
+    batch_sizes: Annotated[
+        str | None, typer.Option(rich_help_panel=THROUGHPUT, help="Requests per batch, with commas: 8,16,32,48.")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", rich_help_panel=SERVE, help="Start transformers' server and ours, and load them.")
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option(rich_help_panel=SERVE, min=1e-6, help="Requests per second; default: all at once.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(rich_help_panel=SERVE, min=1, help="Most connections at a time.")
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=SERVE, min=1, help=f"Tokens that a server computes in a step ({STEP})."),
+    ] = None,
+    max_concurrent: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=SERVE, min=1, help="Requests with pages in ours; default: as many as fit."),
+    ] = None,
+    stock_page_size: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=SERVE, min=4, help=f"Tokens of a block of transformers' server ({STOCK_PAGE})."),
+    ] = None,
+    url: Annotated[
+        list[str] | None, typer.Option(rich_help_panel=SERVE, help="NAME=URL of a running server instead; may repeat.")
+    ] = None,
+    requests: Annotated[int, typer.Option(rich_help_panel=BOTH, min=1, help="How many.")] = 32,
     requests_file: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel="Throughput", help="Lengths from JSON lines or a ShareGPT file; default: a synthetic mix."
+            rich_help_panel=BOTH,
+            help="Lengths from JSON lines, CSV or a ShareGPT file; default: a synthetic mix; of --serve: of ShareGPT.",
         ),
     ] = None,
     kv_budget: Annotated[
-        str | None, typer.Option(rich_help_panel="Throughput", help="Bytes of a batch's cache: 500MB, 1GB.")
-    ] = None,
-    batch_sizes: Annotated[
-        str | None, typer.Option(rich_help_panel="Throughput", help="Requests per batch, with commas: 8,16,32,48.")
+        str | None,
+        typer.Option(rich_help_panel=BOTH, help="Bytes of a batch's or a server's cache: 500MB; of --serve also 8x."),
     ] = None,
     max_prompt: Annotated[
-        int, typer.Option(rich_help_panel="Throughput", min=4, help="Longest prompt of a request.")
+        int, typer.Option(rich_help_panel=BOTH, min=4, help="Longest prompt; longer are cut.")
     ] = 1024,
     max_output: Annotated[
-        int, typer.Option(rich_help_panel="Throughput", min=2, help="Longest answer of a request.")
+        int, typer.Option(rich_help_panel=BOTH, min=2, help="Longest answer; longer are cut.")
     ] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
     csv_file: Annotated[str | None, typer.Option("--csv", help="Write the numbers to a CSV file too.")] = None,
-    figure: Annotated[str | None, typer.Option(help="Draw speed and memory: .png, .svg or .pdf.")] = None,
+    figure: Annotated[str | None, typer.Option(help="Draw the numbers: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Time decode steps and prefill of KV caches in turn, and weigh them.
 
     All caches of a context take turns in one process; peak memory is measured in a process for each number.  What does
-    not fit or is not installed is named with its reason.  Ctrl-C shows what was measured until then.
+    not fit or is not installed is named with its reason.  Ctrl-C shows what was measured until then.  With --throughput
+    or --serve, many requests are answered instead, in batches or by servers.
     """
-    from ..benchmark.contenders import choose
+    from ..benchmark.contenders import EXACT, choose
+    from ..benchmark.pictures import check_figure, save
     from ..benchmark.plan import known_dtypes, numbers_of, prompt_tokens
     from ..benchmark.shapes import find_shape
-    from ..benchmark.speed.figure import check_figure, save
     from ..benchmark.speed.race import CHECKED
 
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
@@ -103,7 +128,40 @@ def bench(
             raise InputError(f"cannot write {file!r}: give the name of a file in a folder that exists.")
     if figure is not None:
         check_figure(figure)
-    if throughput:
+    started = {"--max-batch-tokens": max_batch_tokens, "--max-concurrent": max_concurrent}
+    started |= {"--stock-page-size": stock_page_size}
+    if not serve:
+        _refuse({"--rate": rate, "--concurrency": concurrency, "--url": url, **started}, "goes with --serve; add it")
+    if serve:
+        unfit = {"--throughput": throughput or None, "--batch-sizes": batch_sizes, "--shape": shape}
+        _refuse(unfit, "does not go with --serve; leave it out")
+        if url:
+            _refuse({"--kv-budget": kv_budget, **started}, "is for servers that are started; leave it out with --url")
+        if chosen is not None and len(chosen) > 1:
+            raise InputError("--serve takes one dtype; use --dtypes bfloat16.")
+        times = times_of(kv_budget) if kv_budget else TIMES
+        asked = bench_servers.Asked(
+            model=model,
+            dtype=(chosen or ("bfloat16",))[0],
+            policies=list(dict.fromkeys([EXACT, *ours])),
+            urls=bench_servers.named_urls(url or ()),
+            requests=requests,
+            requests_file=requests_file,
+            max_prompt=max_prompt,
+            max_output=max_output,
+            kv_times=times or TIMES,
+            kv_bytes=bytes_of(kv_budget) if kv_budget and times is None else None,
+            max_batch_tokens=max_batch_tokens or STEP,
+            max_concurrent=max_concurrent,
+            stock_page_size=stock_page_size or STOCK_PAGE,
+            rate=rate,
+            concurrency=concurrency,
+            rounds=rounds or LOADS,
+            timeout=timeout,
+            hidden=as_json,
+        )
+        run: Callable[[], Any] = partial(bench_servers.load_servers, asked)
+    elif throughput:
         if figure is not None:
             raise InputError("--figure draws speed against context; leave it out with --throughput.")
         if kv_budget is None and batch_sizes is None:
@@ -112,171 +170,45 @@ def bench(
         sizes: list[int | None] = [None]
         if batch_sizes is not None:
             sizes = [*numbers_of(batch_sizes, "--batch-sizes")]
-        run = partial(
-            _serve, requests, requests_file, max_prompt, max_output, budget, sizes, ours, chosen or ("bfloat16",)
-        )
-        needed = max_prompt + max_output
+        subject = Asked(model, shape, layers, max_prompt + max_output, as_json)
+        workload = requests, requests_file, max_prompt, max_output
+        run = partial(serve_batches, *workload, budget, sizes, ours, chosen or ("bfloat16",), subject)
     else:
         if kv_budget is not None or batch_sizes is not None or requests_file is not None:
-            raise InputError("--kv-budget, --batch-sizes and --requests-file go with --throughput; add it.")
+            raise InputError(
+                "--kv-budget, --batch-sizes and --requests-file go with --throughput or --serve; add one of them."
+            )
         contexts = numbers_of(context, "--context")
+        steps = rounds or ROUNDS
         for tokens in contexts:
-            prompt_tokens(tokens, CHECKED, rounds)
-        run = partial(_compare, sorted(set(contexts)), ours, theirs, chosen, rounds, prefill_chunk, peak, timeout)
-        needed = max(contexts)
-    result = run(_Asked(model, shape, layers, needed, as_json))
+            prompt_tokens(tokens, CHECKED, steps)
+        subject = Asked(model, shape, layers, max(contexts), as_json)
+        measured = sorted(set(contexts)), ours, theirs, chosen
+        run = partial(compare_caches, *measured, steps, prefill_chunk, peak, timeout, subject)
+    result = run()
     # First what cannot go wrong: hours of measuring may lie in it.
     if as_json:
         print_json(result.as_dict())
     else:
-        _print_table(result.table())
+        print_table(result.table())
     if csv_file is not None:
         result.write_csv(csv_file)
     if figure is not None:
-        save(result.conditions, result.rows, figure)
+        save(result.figure(), figure)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
-def _compare(
-    contexts: Sequence[int],
-    policies: Sequence[str],
-    baselines: Sequence[str],
-    dtypes: Sequence[str] | None,
-    rounds: int,
-    chunk: int,
-    peak: bool,
-    timeout: float,
-    asked: _Asked,
-) -> Any:
-    from ..benchmark import compare
-    from ..benchmark.speed.compare import default_dtypes
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Say which option is out of place.
 
-    dtypes = dtypes or default_dtypes()
-    subject, _ = _subject(asked, dtypes)
-    with _progress(asked.hidden) as advance:
-        return compare(
-            subject,
-            contexts=contexts,
-            policies=policies,
-            baselines=baselines,
-            dtypes=dtypes,
-            rounds=rounds,
-            prefill_chunk=chunk,
-            peak=peak,
-            timeout=timeout,
-            advance=advance,
-        )
-
-
-def _serve(
-    count: int,
-    file: str | None,
-    max_prompt: int,
-    max_output: int,
-    budget: int | None,
-    sizes: Sequence[int | None],
-    policies: Sequence[str],
-    dtypes: Sequence[str],
-    asked: _Asked,
-) -> Any:
-    from ..benchmark import draw_requests, read_requests, serve
-
-    lengths = {"max_prompt": max_prompt, "max_output": max_output}
-    drawn = draw_requests(count, **lengths)  # wrong lengths are said before a model is loaded
-    subject, tokenizer = _subject(asked, dtypes)
-    about = "synthetic: log-normal lengths with ShareGPT's means (161 and 338 tokens), seed 0"
-    if file is not None:
-        drawn = read_requests(file, count, tokenizer, **lengths)
-        about = f"lengths of {Path(file).name}"
-    about += f"; at most {max_prompt} + {max_output} tokens"
-    with _progress(asked.hidden) as advance:
-        return serve(
-            subject,
-            drawn,
-            kv_budget=budget,
-            batch_sizes=sizes,
-            policies=policies,
-            dtypes=dtypes,
-            about=about,
-            advance=advance,
-        )
-
-
-def _subject(asked: _Asked, dtypes: Sequence[str]) -> tuple[Any, Any]:
-    """The model to time, and its tokenizer (None for a shape)."""
-    from ..benchmark import Subject
-    from ..benchmark import shape as of_shape
-
-    if asked.shape is not None:
-        return of_shape(asked.shape, layers=asked.layers, dtypes=dtypes, tokens=asked.tokens), None
-    first = load_model(asked.model, dtypes[0], hidden=asked.hidden)
-    limit = getattr(first.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    with stage("tokenizing the text", hidden=asked.hidden):
-        ids = first.tokenizer(long_text()).input_ids[: asked.tokens]
-    kept = {dtypes[0]: first.model}
-    load = partial(load_weights, asked.model)
-
-    def once(dtype: str) -> Any:
-        return kept.pop(dtype, None) or load(dtype)
-
-    return Subject(first.description, once, ids, limit, apart=load), first.tokenizer
-
-
-def load_weights(model: str | None, dtype: str) -> Any:
-    """A model in eval mode, in ``dtype``; for processes of their own, too."""
-    return load_model(model, dtype, hidden=True).model
+    Raises:
+        InputError: one of ``options`` was given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name} {why}.")
 
 
 def _list(names: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-
-
-@contextmanager
-def _progress(hidden: bool) -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal; a line for each new thing where stderr is a file, unless ``hidden``."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    # Two frames a second: what draws must not cost what is timed.
-    with Progress(
-        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("loading", total=1.0)
-
-        def advance(what: str, share: float) -> None:
-            progress.update(task, advance=share, description=what or None)
-            if what and ": round " not in what and not console.is_terminal and not hidden:
-                print(f"{what} ...", file=sys.stderr, flush=True)
-
-        yield advance
-
-
-def _print_table(table: Any) -> None:
-    """Title, lines and notes, as wide as the terminal; wider where columns would lose their numbers."""
-    from rich import box
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    console = Console()
-    console.print(f"{table.title}\n", highlight=False)
-    gap = 1 if console.width >= 90 else 0  # between columns, beside the one that is always there
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
-    for i, heading in enumerate(table.headings):
-        shown.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold")
-    for line in table.lines:
-        shown.add_row(*line)
-    whole = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
-    Console(width=max(console.width, whole)).print(shown)
-    console.print()
-    for note in table.notes:
-        console.print(f"- {note}", highlight=False, markup=False)

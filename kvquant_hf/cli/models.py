@@ -94,7 +94,7 @@ def locate(model: str | None) -> Source:
     return Source(model, None, False, model)
 
 
-def load_config(model: str) -> Any:
+def load_config(model: str | None) -> Any:
     """A model's config, without its weights.
 
     Raises:
@@ -110,13 +110,32 @@ def load_config(model: str) -> Any:
             raise _cannot_load(source, error) from error
 
 
-def load_model(model: str | None, dtype: str = "auto", *, hidden: bool = False) -> LoadedModel:
+def load_tokenizer(model: str | None) -> Any:
+    """A model's tokenizer.
+
+    Raises:
+        InputError: there is none to read.
+    """
+    from transformers import AutoTokenizer
+
+    source = locate(model)
+    with stage(f"reading the tokenizer of {source.description}", hidden=True), hushed():
+        try:
+            return AutoTokenizer.from_pretrained(source.place, **source.options())
+        except Exception as error:
+            raise _cannot_load(source, error) from error
+
+
+def load_model(
+    model: str | None, dtype: str = "auto", *, hidden: bool = False, dequantize: bool = False
+) -> LoadedModel:
     """Load a model and its tokenizer, on a GPU if there is one; nothing of a local model comes from the network.
 
     Args:
         model: folder, .gguf file, or hub name; None is the built-in model.
         dtype: one of ``DTYPES``.
         hidden: do not say so, unless stderr is a terminal.
+        dequantize: make plain weights of a .gguf file's, as is always done with the built-in one.
 
     Raises:
         InputError: unknown dtype, or no model could be read there.
@@ -130,7 +149,7 @@ def load_model(model: str | None, dtype: str = "auto", *, hidden: bool = False) 
     source = locate(model)
     options = source.options()
     weights = options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if model is None:
+    if model is None or (dequantize and source.gguf):
         # Plain linear layers everywhere: packed weights would need a kernel from the hub.
         weights["quantization_config"] = GgufConfig(dequantize=True)
     with stage(f"loading {source.description}", hidden=hidden), hushed() if source.local else downloading():

@@ -1,4 +1,4 @@
-"""Sizes of memory on a command line."""
+"""Sizes as they are written on a command line."""
 
 from .terminal import InputError
 
@@ -17,3 +17,18 @@ def bytes_of(text: str) -> int:
         if word.endswith(unit) and digits.replace(".", "", 1).isdecimal() and float(digits) > 0:
             return round(float(digits) * factor)
     raise InputError(f"{text!r} is no size; use --kv-budget 500MB or 1GB.")
+
+
+def times_of(text: str) -> float | None:
+    """The number in ``"8x"``; None if it is another word.
+
+    Raises:
+        InputError: not a positive number.
+    """
+    word = text.strip().lower()
+    if not word.endswith("x"):
+        return None
+    digits = word.removesuffix("x").strip()
+    if not digits.replace(".", "", 1).isdecimal() or not float(digits):
+        raise InputError(f"{text!r} is no number of requests; use --kv-budget 8x, or bytes: 500MB.")
+    return float(digits)

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 INTERRUPTED = 130
 
@@ -35,6 +38,23 @@ def say(sentence: str) -> None:
 def print_json(data: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     print(json.dumps(data, indent=2))
+
+
+def print_table(table: Any) -> None:
+    """Title, lines and notes, as wide as the terminal; wider where columns would lose their numbers."""
+    console = Console()
+    console.print(f"{table.title}\n", highlight=False)
+    gap = 1 if console.width >= 90 else 0  # between columns, beside the one that is always there
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
+    for i, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="left" if i < table.words else "right", no_wrap=i > 0, overflow="fold")
+    for line in table.lines:
+        shown.add_row(*line)
+    whole = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
+    Console(width=max(console.width, whole)).print(shown)
+    console.print()
+    for note in table.notes:
+        console.print(f"- {note}", highlight=False, markup=False)
 
 
 @contextmanager
@@ -81,6 +101,31 @@ def progress(what: str, total: int, *, hidden: bool = False) -> Iterator[Callabl
     ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda now: bar.update(task, advance=1, description=now)
+
+
+@contextmanager
+def advancing(hidden: bool) -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal; a line for each new thing where stderr is a file, unless ``hidden``."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    # Two frames a second: what draws must not cost what is timed.
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("loading", total=1.0)
+
+        def advance(what: str, share: float) -> None:
+            progress.update(task, advance=share, description=what or None)
+            if what and ": round " not in what and not console.is_terminal and not hidden:
+                print(f"{what} ...", file=sys.stderr, flush=True)
+
+        yield advance
 
 
 @contextmanager

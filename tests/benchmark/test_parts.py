@@ -8,11 +8,12 @@ import torch
 
 from kvquant_hf.benchmark.csv_file import flat
 from kvquant_hf.benchmark.machine import PeakWatch, available_memory, kilobytes
+from kvquant_hf.benchmark.pictures import check_figure
 from kvquant_hf.benchmark.plan import crowded_out, known_dtypes, numbers_of, out_of_reach, prompt_tokens
 from kvquant_hf.benchmark.shapes import SHAPES, affordable_vocabulary, random_model
 from kvquant_hf.benchmark.speed.apart import read_answer
 from kvquant_hf.benchmark.speed.check import TIE_EPSILONS, judge
-from kvquant_hf.benchmark.speed.figure import check_figure, faster_dtypes
+from kvquant_hf.benchmark.speed.figure import faster_dtypes
 from kvquant_hf.benchmark.speed.results import Comparison
 from kvquant_hf.benchmark.speed.rows import Row
 from kvquant_hf.benchmark.statistics import interleaved, paired_ratio, percentiles, quantile, summarize

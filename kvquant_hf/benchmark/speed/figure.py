@@ -1,41 +1,14 @@
 """Two panels: decode speed and memory against context, a line for each cache."""
 
-import importlib.util
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ...errors import BenchmarkInputError, MissingPackageError
 from ..contenders import DYNAMIC, OURS, USUAL_POLICIES
+from ..pictures import OURS_COLOURS, THEIRS_COLOURS, new_figure, usual_place
 from ..tables import SHORT, where
 from .rows import Row
 
-SUFFIXES = (".pdf", ".png", ".svg")
-# Okabe and Ito's colours, which colour-blind readers can tell apart; transformers' own caches are grey and dashed.
-# A usual policy has the same one in every figure.
-_OURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_THEIRS = ("#000000", "#777777", "#999999", "#555555", "#bbbbbb")
 _MARKERS = "osD^vP*X"
-
-
-def check_figure(path: str) -> None:
-    """Say before anything is measured that a figure could not be drawn.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
-        BenchmarkInputError: a file name of another kind.
-    """
-    if Path(path).suffix not in SUFFIXES:
-        raise BenchmarkInputError(f"cannot draw {path!r}; name a file that ends with {', '.join(SUFFIXES)}.")
-    _need_matplotlib()
-
-
-def _need_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackageError(
-            "a figure needs the package matplotlib; run: pip install matplotlib, or leave --figure out."
-        )
 
 
 def faster_dtypes(rows: Sequence[Row]) -> dict[str, str]:
@@ -57,24 +30,11 @@ def draw(conditions: Mapping[str, Any], rows: Sequence[Row]) -> Any:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    _need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = new_figure()
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     dtypes = faster_dtypes(rows)
     peaks = any(row.peak is not None for row in rows)
-
-    class Picture(Figure):
-        """Shows itself in a notebook, also where pyplot was never imported."""
-
-        def _repr_png_(self) -> bytes:
-            file = io.BytesIO()
-            self.savefig(file, format="png", dpi=100)
-            return file.getvalue()
-
-    figure = Picture(figsize=(10, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the machine has
     speed, memory = figure.subplots(1, 2)
     counts = {True: len(USUAL_POLICIES), False: 0}
     for cache, dtype in dtypes.items():
@@ -82,9 +42,9 @@ def draw(conditions: Mapping[str, Any], rows: Sequence[Row]) -> Any:
             (r for r in rows if (r.cache, r.dtype) == (cache, dtype) and r.p50_ms), key=lambda row: row.context
         )
         ours = mine[0].family == OURS
-        palette = _OURS if ours else _THEIRS
-        usual = ours and cache in USUAL_POLICIES
-        place = USUAL_POLICIES.index(cache) if usual else counts[ours]
+        palette = OURS_COLOURS if ours else THEIRS_COLOURS
+        usual = usual_place(cache) if ours else None
+        place = counts[ours] if usual is None else usual
         style: dict[str, Any] = {
             "color": palette[place % len(palette)],
             "marker": _MARKERS[place % len(_MARKERS)],
@@ -92,7 +52,7 @@ def draw(conditions: Mapping[str, Any], rows: Sequence[Row]) -> Any:
             "linewidth": 2.4 if cache == DYNAMIC else 1.6,
             "linestyle": "-" if ours or cache == DYNAMIC else "--",
         }
-        counts[ours] += not usual
+        counts[ours] += usual is None
         label = f"{cache} ({SHORT.get(dtype, dtype)})"
         speed.plot([r.context for r in mine], [r.tokens_per_s for r in mine], label=label, **style)
         weighed = [(r.context, r.peak if peaks else r.stored_bytes) for r in mine]
@@ -117,16 +77,3 @@ def draw(conditions: Mapping[str, Any], rows: Sequence[Row]) -> Any:
     each = ", each cache in its faster dtype" if len(conditions["dtypes"]) > 1 else ""
     figure.suptitle(f"{conditions['model']}, batch 1{each}\n{where(conditions['machine'])}", fontsize=10)
     return figure
-
-
-def save(conditions: Mapping[str, Any], rows: Sequence[Row], path: str) -> None:
-    """Write the figure to a .png, .svg or .pdf file.
-
-    Raises:
-        MissingPackageError, BenchmarkInputError: see :func:`check_figure`; or it cannot be written.
-    """
-    check_figure(path)
-    try:
-        draw(conditions, rows).savefig(path, dpi=150)
-    except OSError as error:
-        raise BenchmarkInputError(f"cannot write {path!r}: {error.strerror}; name another file.") from error
