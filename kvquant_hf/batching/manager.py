@@ -7,9 +7,10 @@ from typing import Any
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..errors import BatchingError, UnsupportedModelError
+from ..transformers_api.heads import check_shards
 from .calls import ATTENTION, REFUSED
 from .config import QuantizedBatchingConfig
-from .model import check_layers
+from .model import check_layers, check_model
 from .report import BatchingReport, report_of
 
 
@@ -23,7 +24,8 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         workload_hints: as there.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be replaced, or its layers are of a kind without blocks.
+        UnsupportedModelError: the model has an encoder, its attention cannot be replaced, or its layers are of a kind
+            without blocks, or where blocks cannot be.
     """
 
     def __init__(
@@ -33,7 +35,9 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         continuous_batching_config: QuantizedBatchingConfig,
         workload_hints: Any = None,
     ) -> None:
+        check_model(model)
         check_layers(model.config.get_text_config())
+        check_shards(model)
         self._last: BatchingReport | None = None
         with self._or_as_before(model):
             super().__init__(model, generation_config, continuous_batching_config, workload_hints)
