@@ -58,6 +58,7 @@ def test_batches(whole: PreTrainedModel, spread: PreTrainedModel, policy: str, r
 def test_an_offloaded_embedding(whole: PreTrainedModel, tmp_path: Path) -> None:
     """It is the first of the weights, whose device transformers takes for the requests; ``generate`` takes theirs."""
     spread = on_disk(whole, tmp_path, *PARTS)
+    assert by_object(spread, "exact")["tokens"] == generate(whole)
     assert by_object(spread, "int4")["tokens"] == by_object(whole, "int4")["tokens"]
     before = spread.config._attn_implementation
     with pytest.raises(UnsupportedModelError, match=r"first weights of this model are offloaded.*keep the embedding"):
