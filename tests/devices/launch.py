@@ -1,4 +1,4 @@
-"""A program of this folder in processes that talk to each other, as ``torchrun`` starts them."""
+"""A program of this folder in two processes that talk to each other, as ``torchrun`` starts them."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ PROCESSES = 2
 LIMIT = 240  # seconds, on a machine that does other things too
 
 
-def torchrun(program: str, *arguments: str | Path, processes: int = PROCESSES) -> str:
-    """Run ``tests/devices/<program>`` in several processes on this machine's CPU; the port is a free one.
+def torchrun(program: str, *arguments: str | Path) -> str:
+    """Run ``tests/devices/<program>`` in ``PROCESSES`` processes on this machine's CPU; the port is a free one.
 
     Returns:
         What they printed, errors included.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command = [*launcher, f"--nproc-per-node={processes}", TESTS / "devices" / program, *arguments]
+    command = [*launcher, f"--nproc-per-node={PROCESSES}", TESTS / "devices" / program, *arguments]
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [str(part) for part in command],
