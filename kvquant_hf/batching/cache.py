@@ -10,6 +10,7 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 from ..errors import BatchingError, UnsupportedModelError
 from ..pages.layout import StoreLayout, without_autocast
 from ..reports.calls import CallLog
+from ..transformers_api.heads import shards_of_heads
 from ..triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
 from .allocator import allocators_of
 from .config import QuantizedBatchingConfig
@@ -30,13 +31,13 @@ class QuantizedBatchingCache(PagedAttentionCache):
         config: the decoder's config.
         continuous_batching_config: ours.
         device: where the pages live.
-        distributed_helper: transformers' helper, for models whose heads are spread over several devices.
+        distributed_helper: transformers' ``DistributedHelper``: over how many processes the model is spread, and how.
         dtype: the model's dtype, in which open pages are held.
         model_supports_logits_to_keep: whether the model computes logits of the last tokens only.
 
     Raises:
         UnsupportedModelError: a layer that is neither full attention nor a sliding window, or a head_dim that a codec
-            cannot store.
+            cannot store, or key/value heads that the processes cannot share.
         WrongModelError: a policy by layer, or parameters, of another model.
         QParamsError: parameters are missing, cannot be read, or not taken.
         OutOfPages: the memory has no room for a block beside the open pages.
@@ -55,11 +56,9 @@ class QuantizedBatchingCache(PagedAttentionCache):
         check_layers(config)
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.policy, self.impl, self.exact_prefill = cb.policy, cb.impl, cb.prefill == "exact"
-        heads, shards = find_num_key_value_heads(config), 1
-        if distributed_helper.tp_size > 1 and distributed_helper.are_kv_heads_tp_ed():
-            shards = distributed_helper.tp_size
-            heads //= shards
-        like = torch.empty(1, heads, 0, find_head_dim(config), dtype=dtype, device=self.device)
+        heads = find_num_key_value_heads(config)
+        shards = shards_of_heads(distributed_helper.tp_plan, heads, distributed_helper.tp_size)
+        like = torch.empty(1, heads // shards, 0, find_head_dim(config), dtype=dtype, device=self.device)
         layouts = layouts_of(config, cb, like)
         self.layouts = layouts
         self.places, windows = places_of(config, layouts)

@@ -9,9 +9,10 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..errors import BatchingError, UnsupportedModelError
+from ..transformers_api.heads import check_shards
 from .calls import ATTENTION, REFUSED
 from .config import QuantizedBatchingConfig
-from .model import check_layers
+from .model import check_layers, check_model
 from .report import BatchingReport, count_blocks, report_of
 from .sampling import RequestProcessors, RequestRunner, carried, check_range
 from .settings import Sampling, check_config, settings_of
@@ -30,7 +31,8 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
 
     Raises:
         BatchingError: ``generation_config`` asks for what requests of a batch cannot have.
-        UnsupportedModelError: the model's attention cannot be replaced, or its layers are of a kind without blocks.
+        UnsupportedModelError: the model has an encoder, its attention cannot be replaced, or its layers are of a kind
+            without blocks, or where blocks cannot be.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         continuous_batching_config: QuantizedBatchingConfig,
         workload_hints: Any = None,
     ) -> None:
+        check_model(model)
         check_layers(model.config.get_text_config())
+        check_shards(model)
         check_config(generation_config)
         self._last: BatchingReport | None = None
         self._most_used = 0

@@ -43,6 +43,33 @@ def check_layers(config: Any) -> None:
         )
 
 
+def check_model(model: Any) -> None:
+    """Refuse a model with an encoder, whose layers do not all compute on one device, or whose device cannot be seen.
+
+    Weights that accelerate brings from the CPU or the disk are no matter, unless they are the first of the model:
+    transformers takes the device of those for the requests.
+
+    Raises:
+        UnsupportedModelError: it is such a model.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"continuous batching is for decoders, and {type(model).__name__} has an encoder; use generate() for this "
+            "model."
+        )
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"a block has a page of each layer on one device, and the layers of this model are on {len(devices)}; use "
+            "generate(), or tensor parallel (tp_plan) instead of device_map."
+        )
+    if model.device.type == "meta":
+        raise UnsupportedModelError(
+            "the first weights of this model are offloaded, so that continuous batching finds no device for its "
+            "requests; keep the embedding in memory with device_map, or use generate()."
+        )
+
+
 def layouts_of(config: Any, cb: QuantizedBatchingConfig, like: torch.Tensor) -> dict[int, StoreLayout]:
     """What each layer stores; ``like`` is a key or value tensor ``[1, heads, 0, head_dim]``."""
     count, model = config.num_hidden_layers, fingerprint(config)

@@ -13,13 +13,18 @@ Batches of texts of different lengths need no mask: lm-eval pads what it scores 
 follows it, and padding reaches the scales of a page only when it is sealed, after the last real token has read it.
 Prompts are padded on the left, with a mask that ``generate`` hands to the cache.
 
+Several processes, launched with torchrun, share the documents of each task, on CPUs too; the first one has the table.
+
 Importing this module registers the model.  lm-eval 0.4 finds models in its own table and looks for no entry points, so
 plain ``lm_eval --model kvquant`` does not know it; ``kvquant lm-eval`` is that command with this module imported.
 """
 
+import os
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import GgufConfig
@@ -30,6 +35,15 @@ from ..policies.table import PolicyLike, parse_policy
 from ..reports.report import CacheReport
 from ..transformers_api.names import with_cache
 from .harness import check_was_read
+
+_WAIT = timedelta(weeks=52)  # for other processes, at the end of a task: as in ``hf``
+
+
+def _is_launched_on_cpus(pretrained: Any, options: dict[str, Any]) -> bool:
+    """Whether this is one of several processes that are each to load the whole model into the CPU's memory."""
+    on_cpu = options.get("device") == "cpu" or not torch.accelerator.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and on_cpu and isinstance(pretrained, str) and options.get("tp_plan") is None
 
 
 @register_model("kvquant")
@@ -60,7 +74,13 @@ class KVQuantLM(HFLM):
         **options: Any,
     ) -> None:
         parse_policy(policy)  # a wrong name is said before the model is loaded
+        if _is_launched_on_cpus(pretrained, options):
+            # Accelerate, which ``hf`` asks, takes processes on CPUs for single ones unless told so.
+            PartialState(cpu=True, timeout=_WAIT)
         super().__init__(pretrained, **options)
+        if (accelerator := getattr(self, "accelerator", None)) is not None:
+            # ``hf`` shares only where there are several GPUs, and counts processes machine by machine.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self.backend != "causal":
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has an encoder, so its text cannot be read in chunks; use --model hf."

@@ -33,6 +33,8 @@ CONTRACT = (
     Row(_CACHE, "DynamicCache", ("config",)),
     Row("transformers.configuration_utils", "PreTrainedConfig.get_text_config", ("decoder",)),
     Row(_MODELS, "PreTrainedModel"),
+    Row(_MODELS, "PreTrainedModel.tp_plan"),
+    Row(_MODELS, "PreTrainedModel.tp_size"),
     Row(_CACHE, "Cache.__init__", ("layers",)),
     Row(_CACHE, "Cache.update", ("key_states", "value_states", "layer_idx")),
     Row(_CACHE, "Cache.get_mask_sizes", ("query_length", "layer_idx")),
@@ -136,6 +138,7 @@ BATCHING = (
         (*_OF_A_REQUEST, "read_index", "write_index"),
     ),
     Row(_PAGED, "PagedAttentionCache.update", ("key_states", "value_states", "layer_idx", "kwargs")),
+    Row(f"{_BATCHING}.distributed", "DistributedHelper", ("tp_plan",)),
     Row(f"{_BATCHING}.utils", "find_head_dim"),
     Row(f"{_BATCHING}.utils", "find_num_key_value_heads"),
     # how much memory

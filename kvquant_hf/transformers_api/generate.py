@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from ..errors import UnsupportedModelError
 from ..layers.static import check_before_generating
 from .attention import NAME
+from .heads import check_shards
 from .layers import make_encoder_decoder
 from .names import CACHE_ARGUMENT
 from .run import CURRENT
@@ -24,7 +25,8 @@ def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any], 
     Raises:
         CacheFullError: a static cache has no room for them.
         InterruptedForwardError: a static cache holds half of a step.
-        UnsupportedModelError: the model would not use the cache.
+        UnsupportedModelError: the model would not use the cache, or has key/value heads that its processes cannot
+            share.
         WrongModelError: it is another model's.
     """
     halves = (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None))
@@ -36,6 +38,7 @@ def _tie(model: Any, cache: Any, cache_type: Any, model_kwargs: dict[str, Any], 
                     f"{type(model).__name__} does not use transformers' cache classes, so there is no KV cache to "
                     "quantize; generate without one."
                 )
+            check_shards(model)
             half.bind(model)
             half.set_padding(model_kwargs.get(mask))
             if half.max_length is not None:

@@ -50,14 +50,14 @@ def config_of(policy: Any, **changes: Any) -> Any:
     return kvquant_hf.QuantizedBatchingConfig(policy=policy, **{"max_batch_tokens": 2048, **room, **changes})
 
 
-def batched(
+def results_of(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     config: Any,
     generation_config: GenerationConfig = GREEDY,
     in_turn: bool = False,
-) -> tuple[list[list[int]], Any]:
-    """The new tokens of each prompt, and the report when all had ended.
+) -> tuple[list[Any], Any]:
+    """What became of each prompt, and the report when all had ended.
 
     Args:
         model: the model.
@@ -66,7 +66,7 @@ def batched(
         generation_config: greedy by default.
         in_turn: whether each prompt waits for the one before it.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, Any] = {}
     with model.continuous_batching_context_manager(generation_config, continuous_batching_config=config) as manager:
         each = generation_config.num_return_sequences or 1
         groups = [[prompt] for prompt in prompts] if in_turn else [list(prompts)]
@@ -77,10 +77,16 @@ def batched(
             while len(found) < before + len(wanted):
                 result = manager.get_result(timeout=1)
                 assert result is not None or manager.is_running(), "the run ended early"
-                if result is not None and result.is_finished():
-                    assert result.error is None, result.error
-                    found[result.request_id] = result.generated_tokens
+                if result is not None and (result.is_finished() or result.error is not None):
+                    found[result.request_id] = result
     order = sorted(found, key=lambda name: (int(name.removeprefix("req_").partition("__")[0]), name))
-    report = manager.report()
+    return [found[name] for name in order], manager.report()
+
+
+def batched(*arguments: Any, **options: Any) -> tuple[list[list[int]], Any]:
+    """The new tokens of each prompt, and the report; arguments as of ``results_of``."""
+    results, report = results_of(*arguments, **options)
+    errors = [result.error for result in results if result.error is not None]
+    assert not errors, errors
     assert (report.live_requests, report.used_blocks) == (0, 0), "a page is leaked"
-    return [found[name] for name in order], report
+    return [result.generated_tokens for result in results], report

@@ -9,9 +9,9 @@ what ``int8`` generated, and the mean over its steps of KL(exact || int8), the K
 next-token distributions, must stay below ``MAX_KL``.  Logits that are off by a noise of standard deviation s make a
 divergence of about s^2 / 2: the bound allows 0.07, where the logits of these models spread by 1.6, and int8 makes
 three quarters of it for gpt-oss, a tenth for most.  Losing one of the pages costs ten times the bound and more
-(``LossyCache``).  For beams, the
-mean log-probability per token of each returned sequence must be the exact model's within that same noise.  And what is
-held must be smaller than its tokens in float32, with pages sealed.
+(``LossyCache``).  For beams, and for requests in batches, the mean log-probability per token of each returned sequence
+must be the exact model's within that same noise.  And what is held must be smaller than its tokens in float32, with
+pages sealed.
 """
 
 import re
@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from stand_ins import NAMES
 from support.architectures import ARCHITECTURES
+from support.batches import at_once, is_a_tie, one_by_one
 from support.features import FEATURES, PAGE, Runner, Turn, greedy, model_of
 from transformers import Cache, DynamicCache
 
+from kvquant_hf.batching.hooks import OLDEST, unsupported
 from kvquant_hf.errors import KVQuantError
 from kvquant_hf.layers.paged import PagedLayer
 from kvquant_hf.reports.report import CacheReport
@@ -43,7 +45,8 @@ RELATIVE_ROUNDING = 1e-4
 MAX_KL = 2.5e-3  # the largest measured is 1.9e-3, gpt-oss with all four layers quantized; most rows stay below 0.2e-3
 MAX_SCORE = (2 * MAX_KL) ** 0.5
 LAYERS, ATTENTION = "layers", "attention"
-COLUMNS = [LAYERS, ATTENTION, *FEATURES]
+BATCHING = "continuous batching"
+COLUMNS = [LAYERS, ATTENTION, *FEATURES, BATCHING]
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,8 @@ def evaluate(name: str, column: str) -> Outcome:
         return judge(lambda: layers(name))
     if column == ATTENTION:
         return judge(lambda: attention(name))
+    if column == BATCHING:
+        return batching(name)
     if reason := row.missing(column):
         return Outcome(NONE, reason)
     named = column if column in NAMES else None
@@ -224,6 +229,33 @@ def attention(name: str) -> Outcome:
         return Outcome("pages")
     note = ARCHITECTURES[name].note
     return Outcome('pages with "kvquant"' if setting else "multiplied out", f"{note} ({reason})" if note else reason)
+
+
+def batching(name: str) -> Outcome:
+    """Requests in blocks: ``exact`` against each alone with ``DynamicCache``, ``int8`` against the exact model."""
+    row = ARCHITECTURES[name]
+    if (reason := unsupported()) and OLDEST in reason:
+        return Outcome(REFUSED, f"UnsupportedVersionError: {reason.partition(', found')[0]}")
+
+    def check() -> Outcome:
+        turns, report = at_once(Runner(row, "exact"))
+        expected = one_by_one(Runner(row, None))
+        for theirs, ours in zip(expected, turns, strict=True):
+            if not torch.equal(theirs.sequences, ours.sequences):
+                raise Mismatch("exact: other tokens than DynamicCache", f"{theirs.sequences}\n{ours.sequences}")
+            if is_a_tie(theirs):
+                raise Mismatch("exact: a tie decides")
+        turns, packed = at_once(Runner(row, "int8"))
+        share = distance(Runner(row, None), turns)
+        if not 0 < share <= 1:
+            raise Mismatch("int8: too far from DynamicCache", f"{share:.2f} times what is allowed")
+        if not packed.bytes_per_block < packed.dense_bytes_per_block:
+            raise Mismatch("int8: not smaller than DynamicCache")
+        if not report.paged_calls or not packed.paged_calls:
+            raise Mismatch("attention never read the blocks")
+        return Outcome(PAGES, detail=f"int8 takes {share:.3f} of what is allowed")
+
+    return judge(check)
 
 
 # -- what a lost page would do -----------------------------------------------------------------------------------------

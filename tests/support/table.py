@@ -1,4 +1,4 @@
-"""docs/support.md: written from the outcomes of two versions of transformers, and read back by the tests."""
+"""docs/support.md: written from the outcomes of several versions of transformers, and read back by the tests."""
 
 import re
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from pathlib import Path
 import transformers
 from stand_ins import NAMES
 from support.architectures import ARCHITECTURES
+from support.batches import SUMMARY
 from support.features import FEATURES
-from support.outcomes import COLUMNS, MAX_KL, MAX_SCORE, STATUSES
+from support.outcomes import BATCHING, COLUMNS, MAX_KL, MAX_SCORE, STATUSES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 HERE = ".".join(transformers.__version__.split(".")[:2])
@@ -35,11 +36,13 @@ def render(versions: dict[str, Cells], columns: Sequence[str] = COLUMNS, notes: 
     for architecture in first:
         row = [architecture]
         for column in columns:
-            cells = {version: table[architecture][column] for version, table in versions.items()}
-            if len(set(cells.values())) == 1:
-                row.append(show(next(iter(cells.values()))))
+            cells: dict[Cell, list[str]] = {}
+            for version, table in versions.items():
+                cells.setdefault(table[architecture][column], []).append(version)
+            if len(cells) == 1:
+                row.append(show(next(iter(cells))))
             else:
-                row.append(_BETWEEN.join(f"{version}: {show(cell)}" for version, cell in cells.items()))
+                row.append(_BETWEEN.join(f"{', '.join(these)}: {show(cell)}" for cell, these in cells.items()))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join([*lines, "", *(f"[^{number}]: {reason}" for reason, number in list(notes.items())[known:]), ""])
 
@@ -52,8 +55,9 @@ def parse(text: str, version: str) -> Cells:
 
     def read(cell: str) -> Cell:
         for part in cell.split(_BETWEEN):
-            if part.startswith(f"{version}: "):
-                cell = part.removeprefix(f"{version}: ")
+            these, _, own = part.partition(": ")
+            if version in these.split(", "):
+                cell = own
         found = re.fullmatch(r"(.*?)(?:\[\^(\d+)\])?", cell)
         assert found is not None
         return found[1], notes[found[2]] if found[2] else ""
@@ -72,11 +76,13 @@ def document(versions: dict[str, Cells]) -> str:
     """The whole of docs/support.md."""
     *older, newest = versions
     notes: dict[str, int] = {}
+    ways = len(FEATURES) + 1
     statuses = "\n".join(f"| {status} | {meaning} |" for status, meaning in STATUSES.items())
     features = "\n".join(f"| {feature.name} | {feature.summary} |" for feature in FEATURES.values())
+    batching = f"| {BATCHING} | {SUMMARY}, in blocks of quantized pages |"
     return f"""# What works
 
-{len(ARCHITECTURES)} architectures, {len(FEATURES)} ways of generating, transformers {", ".join(older)} and {newest}.
+{len(ARCHITECTURES)} architectures, {ways} ways of generating, transformers {", ".join(older)} and {newest}.
 Every cell is a test: `tests/support/` runs it with the installed version and fails where this page says something else.
 `make docs-support` writes it anew.
 
@@ -113,4 +119,8 @@ check that they are given plain tensors, and masks of their kind.
 | column | what is run |
 |---|---|
 {features}
+{batching}
+
+Continuous batching is compared with each prompt alone, `int8` by its scores per token, as beams are.
+[serving.md](serving.md#what-is-refused) says why some models are refused there.
 """
