@@ -126,7 +126,8 @@ def test_requests_that_fit_into_a_budget() -> None:
 
 
 def test_command_lines() -> None:
-    stock = stock_server("m", dtype="bfloat16", blocks=9, page_size=256, max_batch_tokens=128).command
+    _, stock, model = stock_server("m", dtype="bfloat16", blocks=9, page_size=256, max_batch_tokens=128)
+    assert model == "m"
     assert stock[0] == sys.executable and stock[-2:] == ("--port", "0")
     assert " ".join(stock).count("serve m --dtype bfloat16 --continuous-batching --cb-num-blocks 9 --cb-block-size 256")
     ours = our_server("m", "int4", dtype="float32", budget=123_457, max_batch_tokens=128, max_concurrent=7, queue=99)

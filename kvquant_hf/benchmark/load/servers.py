@@ -22,17 +22,18 @@ _SECONDS_TO_STOP = 10
 
 
 class Launch(NamedTuple):
-    """A server to start: what tables call it, and its command line."""
+    """A server to start: what tables call it, its command line, and its model's name ("": it is asked for)."""
 
     name: str
     command: tuple[str, ...]
+    model: str = ""
 
 
 def stock_server(place: str, *, dtype: str, blocks: int, page_size: int, max_batch_tokens: int) -> Launch:
     """transformers' own server with continuous batching, of a model at ``place``: a folder or a name on the hub."""
     module = ("-m", "transformers.cli.transformers", "serve", place, "--dtype", dtype, "--continuous-batching")
     sizes = ("--cb-num-blocks", blocks, "--cb-block-size", page_size, "--cb-max-batch-tokens", max_batch_tokens)
-    return Launch(STOCK, _command(*module, *sizes))
+    return Launch(STOCK, _command(*module, *sizes), place)  # before 5.24 it does not list a folder that it serves
 
 
 def our_server(
@@ -78,7 +79,7 @@ def started(launch: Launch, timeout: float) -> Iterator[Target]:
                 f"the server {launch.name!r} {waited} ({words.last()}); run it by itself to see why: "
                 f"{' '.join(launch.command)}"
             )
-        yield target_at(launch.name, words.url)
+        yield Target(launch.name, words.url, launch.model) if launch.model else target_at(launch.name, words.url)
     finally:
         process.terminate()
         try:
