@@ -189,13 +189,23 @@ def test_the_attention_function_outside_of_a_run() -> None:
 
 def test_the_documented_ways(made: list[QuantizedBatchingCache], capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    snippet = snippet.replace("2_000_000_000", "20_000_000").replace('{"policy": "int4"}', '{"max_bytes": 20_000_000}')
-    assert snippet.count("20_000_000") == 2
-    names = {"kvquant_hf": kvquant_hf, "GenerationConfig": GenerationConfig, "model": tiny_llama()}
-    exec(snippet, names | {"prompts": PROMPTS, "prompt": PROMPTS[0]})
+    ways, settings = (x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "pipeline" not in x)
+    ways = ways.replace("2_000_000_000", "20_000_000").replace('{"policy": "int4"}', '{"max_bytes": 20_000_000}')
+    assert ways.count("20_000_000") == 2
+    model = tiny_llama()
+    names = {"kvquant_hf": kvquant_hf, "GenerationConfig": GenerationConfig, "model": model}
+    names |= {"prompts": PROMPTS, "prompt": PROMPTS[0]}
+    exec(ways, names)
     assert [cache.policy.name for cache in made] == ["int4"] * 3
     assert "attention calls" in capsys.readouterr().out
+    with model.continuous_batching_context_manager(continuous_batching_config=config_of("int4")) as manager:
+        exec(settings, names | {"manager": manager})
+        lengths = set()
+        while len(lengths) < 2:
+            result = manager.get_result(timeout=30)
+            assert result is not None and result.error is None
+            lengths.add(len(result.generated_tokens))
+    assert 50 in lengths
 
 
 def test_disable_restores() -> None:
