@@ -16,7 +16,7 @@ from .allocator import allocators_of
 from .config import QuantizedBatchingConfig
 from .model import FULL, check_layers, layouts_of, places_of, rotary_limit
 from .prompt import attend_to_itself
-from .sizing import PageMemory
+from .sizing import TYPICAL_TOKENS, PageMemory
 from .slots import OpenPages, zeros
 from .step import Group, Row, group_rows
 
@@ -74,8 +74,10 @@ class QuantizedBatchingCache(PagedAttentionCache):
         self.bytes_per_sector = self.pages.bytes_per_block
         self.tokens_per_sector = cb.page_size
         dense_block = sum(x.dense_bytes_per_token() for x in layouts.values()) * cb.page_size
+        typical = sum(x.most_blocks(TYPICAL_TOKENS, TYPICAL_TOKENS) for x in self.cache_allocators.values())
         sizes = PageMemory(
             OpenPages.bytes_per_slot(layouts.values()),
+            typical,
             shards,
             config=config,
             cb_config=cb,

@@ -35,7 +35,7 @@ class QuantizedBatchingConfig(ContinuousBatchingConfig):
         qparams: as for ``QuantizedPagedCache``.
         max_bytes: bytes for all pages, sealed and open; instead of ``num_blocks`` and ``max_memory_percent``.
         max_requests: requests that may hold pages at a time; others wait.  Each has an open page in the model's dtype.
-            By default as many as find room in a quarter of the memory.
+            By default as many of 256 tokens as find room, and at most 64.
 
     Raises:
         UnknownPolicyError: an unknown policy or option.

@@ -9,7 +9,8 @@ from ..errors import BatchingError, OutOfPages
 from ..reports.report import format_size
 from .config import QuantizedBatchingConfig
 
-_SHARE_OF_OPEN_PAGES = 4  # a quarter of the memory: requests of some 600 tokens fill the rest with int4, 350 with int8
+TYPICAL_TOKENS = 256  # of a request, where nobody says how many there are at a time
+_MOST_BY_DEFAULT = 64  # requests at a time: more would take memory from long ones that may come
 _TRASH_SECTORS = 2  # which transformers puts in front of the blocks
 _SHARDED = "kv_tp_size" in inspect.signature(PagedAttentionMemoryHandler.__init__).parameters  # from 5.24 on
 
@@ -20,14 +21,15 @@ class PageMemory(PagedAttentionMemoryHandler):
 
     Args:
         open_bytes: bytes of one request's open pages in all layers.
+        typical_blocks: blocks of a request of ``TYPICAL_TOKENS``.
         shards: devices that the heads are spread over.
         arguments: those of transformers' class; ``cb_config`` must be ours.
     """
 
-    def __init__(self, open_bytes: int, shards: int = 1, **arguments: Any) -> None:
+    def __init__(self, open_bytes: int, typical_blocks: int, shards: int = 1, **arguments: Any) -> None:
         super().__init__(**arguments, **({"kv_tp_size": shards} if _SHARDED else {}))
         self.cb_config: QuantizedBatchingConfig
-        self.open_bytes = open_bytes
+        self.open_bytes, self.typical_blocks = open_bytes, typical_blocks
         self.num_attention_masks = self.kv_heads_at_peak = 0
 
     @property
@@ -52,8 +54,9 @@ class PageMemory(PagedAttentionMemoryHandler):
         budget = sectors * self.bytes_per_sector
         slots = self.cb_config.max_requests
         if slots is None:
-            fitting = max(1, budget // _SHARE_OF_OPEN_PAGES // self.open_bytes)
-            slots = min(fitting, self.cb_config.max_requests_per_batch or fitting, tokens)  # that a step can take
+            fitting = max(1, budget // (self.open_bytes + self.typical_blocks * self.bytes_per_sector))
+            most = self.cb_config.max_requests_per_batch or _MOST_BY_DEFAULT
+            slots = min(fitting, most, _MOST_BY_DEFAULT, tokens)  # that a step can take
         left = (budget - slots * self.open_bytes) // self.bytes_per_sector
         if left < 1:
             raise OutOfPages(

@@ -124,6 +124,7 @@ def _run(model: str | None, name: str, dtype: str, options: "ServeOptions", list
     from ..serving.run import run, url_of
 
     app = build(model, name, dtype, options)
+    print(app.room(), file=sys.stderr, flush=True)
     ready = f"serving {name} with {app.report()['policy']} at {url_of(listening)}"
     try:
         run(app, listening, lambda: print(ready, file=sys.stderr, flush=True), log_level)

@@ -10,6 +10,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
 from ..policies.table import parse_policy
+from ..reports.report import format_size
 from .batched import BatchedEngine
 from .gate import Gate, error_body
 from .handlers import Chats, Completions, Responses
@@ -65,6 +66,17 @@ class Application(Gate):
                 engine.release(request_id)
 
         super().__init__(app, ledger, release, options.api_key)
+
+    def room(self) -> str:
+        """What requests find room for, in one line."""
+        engine = self.engine
+        if not isinstance(engine, BatchedEngine):
+            return "one request at a time"
+        found = engine.report()
+        return (
+            f"room for {found.requests} requests at a time and {found.blocks} blocks of {found.page_size} tokens in "
+            f"{format_size(found.bytes)}; a request has at most {engine.longest:,} tokens"
+        )
 
     def report(self) -> dict[str, Any]:
         """What ``/kvquant/report`` says; see ``metrics.overview``."""

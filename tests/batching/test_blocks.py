@@ -47,7 +47,7 @@ def test_blocks_in_the_memory_of_dense_ones(policy: str, least: float) -> None:
 def test_all_bytes_are_in_the_budget(policy: str) -> None:
     report = started(tiny_llama(), config_of(policy, max_bytes=BUDGET)).report()
     assert BUDGET - 3 * report.bytes_per_block < report.bytes <= BUDGET
-    assert 0.2 * BUDGET < report.open_page_bytes <= 0.25 * BUDGET
+    assert report.blocks // report.requests in (3, 4), "as many requests of 256 tokens, three pages and an open one"
 
 
 def test_what_memory_there_is_decides(monkeypatch: pytest.MonkeyPatch) -> None:
