@@ -3,9 +3,10 @@
     import kvquant_hf
     model.generate(**inputs, cache_implementation="kvquant", cache_config={"policy": "int4"})
     model.generate(**inputs, cache=kvquant_hf.QuantizedPagedCache(model.config, policy="int4"))
+    kvquant_hf.pipeline("Qwen/Qwen2.5-7B-Instruct", policy="int4")(["Hi, please introduce yourself", "Shanghai is"])
 
-Before transformers 5.24 the last argument is ``past_key_values``.  Importing the package enables it; ``disable()`` puts
-transformers back exactly as it was.
+Before transformers 5.24 the second's ``cache`` is ``past_key_values``.  Importing the package enables it;
+``disable()`` puts transformers back exactly as it was.
 """
 
 from .versions import check_version_on_import
@@ -23,6 +24,7 @@ from .transformers_api.install import install, uninstall
 
 if TYPE_CHECKING:
     from .batching.config import QuantizedBatchingConfig
+    from .pipelines import pipeline
 
 __all__ = [
     "POLICIES",
@@ -35,6 +37,7 @@ __all__ = [
     "TurboQuantPagedCache",
     "disable",
     "enable",
+    "pipeline",
 ]
 if not hooks.unsupported():  # ``import *`` works with any version
     __all__ += ["QuantizedBatchingConfig"]
@@ -58,7 +61,12 @@ def disable() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """``QuantizedBatchingConfig``, whose base not every version of transformers has as we need it."""
+    """What is imported when it is first used: ``pipeline``, which needs more of transformers than a cache does, and
+    ``QuantizedBatchingConfig``, whose base not every version has as we need it."""
+    if name == "pipeline":
+        from .pipelines import pipeline
+
+        return pipeline
     if name != "QuantizedBatchingConfig":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     hooks.require_support()

@@ -109,6 +109,10 @@ class ServingError(KVQuantError, ValueError):
     """A server is asked for what it cannot do."""
 
 
+class NoServerError(KVQuantError, RuntimeError):
+    """No server of ``kvquant serve`` answers a client, or not to its key."""
+
+
 class KVQuantWarning(UserWarning):
     """Base of all warnings of kvquant_hf."""
 
@@ -127,3 +131,7 @@ class KVQuantRangeWarning(KVQuantWarning):
 
 class KVQuantFallbackWarning(KVQuantWarning):
     """Attention read the cache multiplied out instead of in pages."""
+
+
+class KVQuantBatchingWarning(KVQuantWarning):
+    """A list of prompts was answered one by one instead of being batched continuously."""

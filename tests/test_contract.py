@@ -14,11 +14,12 @@ import pytest
 from kvquant_hf import versions
 from kvquant_hf.batching.hooks import OLDEST, require_support, unsupported
 from kvquant_hf.errors import KVQuantVersionWarning, UnsupportedVersionError
-from kvquant_hf.transformers_api.contract import BATCHING, CONTRACT, Row, broken
+from kvquant_hf.transformers_api.contract import BATCHING, CONTRACT, PIPELINE, PIPELINE_BATCHING, Row, broken, require
 from kvquant_hf.versions import NEWEST_TESTED, check_version
 
 PACKAGE = Path(versions.__file__).parent
 # What runs whenever a model generates; commands and measurements import more, where they need it.
+ROWS = CONTRACT + BATCHING + PIPELINE + PIPELINE_BATCHING
 RUNTIME = sorted(path for room in ("", "transformers_api", "batching") for path in (PACKAGE / room).glob("*.py"))
 SOURCES = {path: path.read_text(encoding="utf-8") for path in RUNTIME if path.name != "contract.py"}
 
@@ -37,15 +38,15 @@ def owner(row: Row) -> tuple[object, str]:
 
 
 def test_all_of_it_is_there() -> None:
-    assert broken() == []
+    assert broken(CONTRACT + PIPELINE) == []
 
 
 @pytest.mark.skipif(BEFORE_BATCHING, reason="this transformers is too old for it")
 def test_all_of_batching_is_there() -> None:
-    assert broken(BATCHING) == []
+    assert broken(BATCHING + PIPELINE_BATCHING) == []
 
 
-@pytest.mark.parametrize("row", CONTRACT + BATCHING, ids=lambda row: row.path)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.path)
 def test_each_row_is_used(row: Row) -> None:
     last = row.name.rpartition(".")[2]
     assert any(re.search(rf"\b{last}\b", source) for source in SOURCES.values())
@@ -53,7 +54,7 @@ def test_each_row_is_used(row: Row) -> None:
 
 def test_each_import_has_a_row() -> None:
     """Everything that is imported from transformers, but for modules, which are only ways to names."""
-    rows = {row.name.partition(".")[0] for row in CONTRACT + BATCHING}
+    rows = {row.name.partition(".")[0] for row in ROWS}
     for path, source in SOURCES.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers":
@@ -83,6 +84,14 @@ def test_what_batching_lost_is_named_when_it_is_asked_for(row: Row, monkeypatch:
     check_version()  # the package works without
     with pytest.raises(UnsupportedVersionError, match=re.escape(row.path)):
         require_support()
+
+
+@pytest.mark.parametrize("row", PIPELINE, ids=lambda row: row.path)
+def test_what_pipelines_lost_is_named(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose(row, monkeypatch)
+    check_version()  # the package works without
+    with pytest.raises(UnsupportedVersionError, match=rf"{re.escape(row.path)}.*use generate\(\)"):
+        require(PIPELINE, "a pipeline")
 
 
 def test_a_parameter_that_is_lost_is_named() -> None:

@@ -1,13 +1,15 @@
 """The documentation against the code: the policy table, the snippets, the commands."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import byte_tokenizer, save_tiny_model
 from models import tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kvquant_hf.batching.hooks import unsupported
 from kvquant_hf.cli.policies import markdown_table
@@ -38,9 +40,13 @@ def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Tokenizer())
+    made = kvquant_hf.pipeline
+    model = LlamaForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    tiny = functools.partial(made, model, tokenizer=byte_tokenizer())
+    monkeypatch.setattr(kvquant_hf, "pipeline", lambda name, **options: tiny(**options), raising=False)
     monkeypatch.chdir(tmp_path)  # they save a file
     namespace: dict[str, Any] = {}
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
     try:
         for snippet in SNIPPETS:
             if "generate_batch" in snippet and unsupported():
@@ -50,6 +56,7 @@ def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         kvquant_hf.enable()  # the last line of the README's tour disables it
     assert namespace["cache"].get_seq_length() == 77 + len(" a kind of") + 99  # the one that was loaded
     assert unsupported() or all(len(result.generated_tokens) == 100 for result in namespace["results"].values())
+    assert [len(answers) for answers in namespace["answers"]] == [1, 1]
     assert re.search(r"policy +int4, pages of 64 tokens\ntokens +176 x batch 1", capsys.readouterr().out)
 
 

@@ -73,10 +73,12 @@ RULES = {
             "kvquant_hf.batching.*",  # parts of transformers' own machine, extended
             "kvquant_hf.serving.*",  # and of its server
             "kvquant_hf.cache",
+            "kvquant_hf.pipelines",
             "kvquant_hf.presets",
             "kvquant_hf.versions",
             "kvquant_hf.cli",
             "kvquant_hf.cli.*",
+            "kvquant_hf.clients.chat",  # it is transformers' own chat client
             "kvquant_hf.evaluation.baselines",  # transformers' own quantized caches are what it is about
             "kvquant_hf.evaluation.lm_eval_model",  # a GGUF file needs transformers' settings
             "kvquant_hf.benchmark.contenders",  # and here
@@ -95,11 +97,13 @@ RULES = {
 # modules; ``errors`` is the ground that all stand on.
 ORDER = (
     ("cli",),
+    ("clients",),
     ("benchmark",),
     ("serving",),
     ("calibration",),
     ("evaluation",),
     ("__init__",),
+    ("pipelines",),
     ("batching",),
     ("versions", "presets"),
     ("cache",),

@@ -6,7 +6,10 @@ used and that each use has a row.
 
 import importlib
 import inspect
+from importlib.metadata import version
 from typing import Any, NamedTuple
+
+from ..errors import UnsupportedVersionError
 
 
 class Row(NamedTuple):
@@ -180,6 +183,43 @@ BATCHING = (
     Row(_BLOCKS, f"{_FULL}.copy_blocks", ("source_block_ids", "dest_block_ids")),
     Row(_BLOCKS, f"{_FULL}.free_blocks", ("request_id", "no_cache")),
 )
+
+_TEXT, _PARAMS = "TextGenerationPipeline", ("preprocess_params", "forward_params", "postprocess_params")
+
+# What ``pipeline`` relies on, checked when it is first used.
+PIPELINE = (
+    Row("transformers.pipelines", "pipeline", ("task", "model", "tokenizer", "pipeline_class", "model_kwargs")),
+    Row("transformers.pipelines", f"{_TEXT}.preprocess"),
+    Row("transformers.pipelines", f"{_TEXT}.postprocess"),
+    Row("transformers.pipelines", f"{_TEXT}._forward", ("model_inputs",)),
+    Row("transformers.pipelines", f"{_TEXT}._sanitize_parameters"),
+    Row("transformers.pipelines", f"{_TEXT}.run_single"),
+    Row("transformers.pipelines", f"{_TEXT}.get_iterator", ("inputs", "num_workers", "batch_size", *_PARAMS)),
+    Row("transformers", "AutoTokenizer.from_pretrained"),
+)
+# And to batch its prompts continuously; where a row does not hold, it answers them one by one.
+PIPELINE_BATCHING = (
+    Row("transformers.pipelines", f"{_TEXT}._prepare_generate_kwargs", ("generate_kwargs",)),
+    Row(_UTILS, "GenerationMixin._prepare_generation_config", ("generation_config",)),
+    Row(
+        _API, "ContinuousMixin.continuous_batching_context_manager", ("generation_config", "continuous_batching_config")
+    ),
+    Row(_API, "ContinuousBatchingManager.get_result", ("timeout",)),
+    Row(_API, "ContinuousBatchingManager.is_running"),
+)
+
+
+def require(rows: tuple[Row, ...], what: str) -> None:
+    """Refuse a transformers in which one of ``rows`` does not hold.
+
+    Raises:
+        UnsupportedVersionError: there is one.
+    """
+    if lost := broken(rows):
+        raise UnsupportedVersionError(
+            f"transformers {version('transformers')} has no {'; no '.join(lost)}, which {what} relies on; use "
+            "generate(), or install an older transformers."
+        )
 
 
 def broken(rows: tuple[Row, ...] = CONTRACT) -> list[str]:
