@@ -21,7 +21,7 @@ from ..errors import (
     UnsupportedModelError,
     WrongModelError,
 )
-from . import bench, calibrate, demo, generate, lm_eval, needle, policies, qparams, serve, tune
+from . import bench, calibrate, chat, demo, generate, lm_eval, needle, policies, qparams, serve, tune, web
 from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
@@ -49,6 +49,7 @@ _app = typer.Typer(
 )
 _app.command()(bench.bench)
 _app.command()(calibrate.calibrate)
+_app.command()(chat.chat)
 _app.command()(demo.demo)
 _app.command("eval")(evaluate)  # not eval: that is Python's own
 _app.command()(generate.generate)
@@ -58,6 +59,7 @@ _app.command()(policies.policies)
 _app.command()(qparams.qparams)
 _app.command()(serve.serve)
 _app.command()(tune.tune)
+_app.command()(web.web)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

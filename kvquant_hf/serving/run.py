@@ -8,7 +8,7 @@ import uvicorn
 
 from ..errors import ServingError
 
-_GRACE = 5  # seconds that answers have to end when the server is told to
+_GRACE = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -61,7 +61,13 @@ class _Server(uvicorn.Server):
             self._listening()
 
 
-def run(app: Any, listening: socket.socket, ready: Callable[[], object], log_level: str = "warning") -> None:
+def run(
+    app: Any,
+    listening: socket.socket,
+    ready: Callable[[], object],
+    log_level: str = "warning",
+    grace: int = _GRACE,
+) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
@@ -69,6 +75,7 @@ def run(app: Any, listening: socket.socket, ready: Callable[[], object], log_lev
         listening: a bound socket.
         ready: called when requests are answered.
         log_level: of uvicorn: "info" has a line for each request.
+        grace: seconds that answers have to end when the server is told to.
     """
-    config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_GRACE)
+    config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=grace)
     _Server(config, ready).run(sockets=[listening])
