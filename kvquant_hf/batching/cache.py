@@ -71,8 +71,7 @@ class QuantizedBatchingCache(PagedAttentionCache):
         self.layer_to_allocator = {layer: self.cache_allocators[place.kind] for layer, place in self.places.items()}
         self.pages = self.cache_allocators[FULL]
 
-        self.bytes_per_sector = self.pages.bytes_per_block
-        self.tokens_per_sector = cb.page_size
+        self.bytes_per_sector, self.tokens_per_sector = self.pages.bytes_per_block, cb.page_size
         dense_block = sum(x.dense_bytes_per_token() for x in layouts.values()) * cb.page_size
         typical = sum(x.most_blocks(TYPICAL_TOKENS, TYPICAL_TOKENS) for x in self.cache_allocators.values())
         sizes = PageMemory(
