@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException  # fastapi's is one, and so is that of a path that nobody has
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 

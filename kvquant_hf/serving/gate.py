@@ -18,6 +18,8 @@ _Send = Callable[[_Message], Awaitable[None]]
 _App = Callable[[MutableMapping[str, Any], _Receive, _Send], Awaitable[None]]
 
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_ENDED = GENERATING[:2]  # whose streams end with a word, which transformers leaves out and some clients wait for
+_DONE = b"data: [DONE]\n\n"
 OPEN = ("/health",)  # what asks whether the server lives has no key
 MOST_BYTES = 16 * 2**20  # of a body
 _ID = b"x-request-id"
@@ -84,7 +86,7 @@ class Gate:
         if len(body) > MOST_BYTES:
             await _refuse(send, 413, f"the request has more than {MOST_BYTES >> 20} MiB.")
             return "refused"
-        status, sent = 0, False
+        status, sent, done = 0, False, b""
 
         async def replay() -> _Message:
             nonlocal body
@@ -94,12 +96,13 @@ class Gate:
             await asyncio.Event().wait()  # the application has nobody to wait for: this does
             raise AssertionError
 
-        async def note(message: _Message) -> None:
-            nonlocal status, sent
+        async def note(message: Any) -> None:
+            nonlocal status, sent, done
             if message["type"] == "http.response.start":
                 status = message["status"]
+                done = _DONE if _is_stream(message) and scope["path"] in _ENDED else b""
             sent = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
+            await send(message | {"body": message.get("body", b"") + done} if sent and done else message)
 
         answer = asyncio.ensure_future(self.app(scope, replay, note))
         gone = asyncio.ensure_future(_gone(receive))
@@ -116,6 +119,11 @@ class Gate:
             for task in (answer, gone):
                 task.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+def _is_stream(start: _Message) -> bool:
+    """Whether a response is a stream of events."""
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"])
 
 
 async def _read(receive: _Receive) -> bytes | None:

@@ -39,6 +39,9 @@ class _Handler(BaseHandler):
             HTTPException: 400: something about the request is wrong; 404: it names another model.
         """
         requests.check(body, self.form)
+        if self.model_manager.is_ours(body.get("model")):
+            requests.check_text(body)
+            requests.check_template(body, self.model_manager.processor)
         body.setdefault("stream", False)  # transformers' responses are streamed by default, OpenAI's are not
         try:
             return await super().handle_request(body, request_id)

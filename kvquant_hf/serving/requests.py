@@ -1,5 +1,6 @@
 """What a request may say.  transformers' handlers ignore what they do not know how to do; here it is refused."""
 
+import inspect
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
@@ -8,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 _Whole = Annotated[int, Strict(), Field(ge=1)]
 _Off = Literal[False, 0] | None
 _Stop = Annotated[str, Field(min_length=1)]
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 # Beyond OpenAI's fields: settings of transformers' generation that other servers take under these names too.
 OWN_FIELDS = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
@@ -74,6 +77,35 @@ class Response(_Settings):
     max_output_tokens: _Whole | None = None
     previous_response_id: None = None
     background: Literal[False] | None = None
+
+
+def check_text(body: dict[str, Any]) -> None:
+    """Refuse parts of messages that are no text, which transformers would drop for a model of text.
+
+    Raises:
+        HTTPException: 400.
+    """
+    messages = body.get("messages") or body.get("input")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in _TEXT_PARTS:
+                raise HTTPException(400, f"messages: this model reads text, and a part is of type {kind!r}.")
+
+
+def check_template(body: dict[str, Any], tokenizer: Any) -> None:
+    """Refuse arguments of a chat template that are the server's to give, another template among them.
+
+    Raises:
+        HTTPException: 400.
+    """
+    given = body.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        raise HTTPException(400, "chat_template_kwargs: input should be a dictionary.")
+    taken = given.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+    if taken:
+        raise HTTPException(400, f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be given by a request.")
 
 
 def check(body: dict[str, Any], form: type[BaseModel]) -> None:

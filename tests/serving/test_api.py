@@ -121,6 +121,7 @@ def test_the_length_that_is_not_given_is_what_fits(served: Served) -> None:
         ({"extra_body": {"no_such_field": 1}}, 400, "no_such_field"),
         ({"extra_body": {"generation_config": "{"}}, 400, "generation_config"),
         ({"extra_body": {"generation_config": '{"num_beams": 3}'}}, 400, "no beams"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, 400, "chat_template cannot be given"),
         ({"model": "gpt-5"}, 404, "there is no model 'gpt-5' here; this server has 'tiny'"),
         ({"model": "/etc/passwd"}, 404, "there is no model"),
     ],
@@ -141,6 +142,7 @@ def test_what_is_wrong_is_said(served: Served, settings: dict[str, Any], status:
         ("chat/completions", b'{"messages": []}'),
         ("chat/completions", b'{"messages": [{"content": "no role"}]}'),
         ("chat/completions", b'{"messages": [{"role": "user", "content": 3}]}'),
+        ("chat/completions", b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}'),
         ("completions", b'{"prompt": ["several", "texts"]}'),
         ("completions", b'{"prompt": ""}'),
         ("responses", b'{"input": ""}'),
@@ -151,6 +153,26 @@ def test_malformed(served: Served, path: str, body: bytes) -> None:
     answer = httpx.post(f"{served.url}/v1/{path}", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_path_that_nobody_has_is_said_like_any_error(served: Served) -> None:
+    answer = httpx.get(f"{served.url}/v1/embeddings")
+    assert answer.status_code == 404 and answer.json()["error"]["message"] == "Not Found"
+
+
+def test_parts_of_text_are_text(served: Served, expected: str) -> None:
+    parts = [{"type": "text", "text": TEXT}]
+    answer = served.client.chat.completions.create(
+        model=NAME, max_tokens=NEW, messages=[{"role": "user", "content": parts}]
+    )
+    assert text_of(answer) == expected
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_streams_end_with_a_word(served: Served, path: str) -> None:
+    body = {"prompt": "x"} if path == "completions" else {"messages": [{"role": "user", "content": "x"}]}
+    whole = httpx.post(f"{served.url}/v1/{path}", json=body | {"max_tokens": 2, "stream": True}).text
+    assert whole.endswith("\n\ndata: [DONE]\n\n") and whole.count("[DONE]") == 1
 
 
 def test_models(served: Served) -> None:
