@@ -135,9 +135,11 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         if seed is None:
             base = getattr(self.continuous_batching_config, "seed", None)
             seed = int(torch.randint(2**62, ())) if base is None else base + self._added
+        if eos_token_id is not None:
+            settings["eos_token_id"] = eos_token_id
         try:
             sampling = settings_of(self.generation_config, generation_config, seed, settings)
-            check_range(self.model, sampling, len(input_ids))
+            check_range(self.model, sampling, list(input_ids))
             new = sampling.config.max_new_tokens if max_new_tokens is None else max_new_tokens
             if self.batch_processor is not None:
                 self.batch_processor.cache.check_fits(len(input_ids), new or 0)
@@ -145,9 +147,9 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
             if (refused := REFUSED.get()) is not None:
                 refused.append(error)
             raise
-        eos_token_id = sampling.config.eos_token_id if eos_token_id is None else eos_token_id
+        ends = sampling.config.eos_token_id
         added: str | None = super().add_request(
-            input_ids, request_id, new, streaming, record_timestamps, eos_token_id, **carried(sampling)
+            input_ids, request_id, new, streaming, record_timestamps, ends, **carried(sampling)
         )
         return added
 
@@ -157,6 +159,18 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         if self.batch_processor.inputs_and_outputs.total_seqlen_q:
             super()._generation_step()
         self._most_used = max(self._most_used, count_blocks(self.batch_processor.cache)[0])
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        """As transformers'; a request whose settings failed in the step ends with the error, and no other does."""
+        goes_on: bool = super()._generation_loop_body(batch_processor, bootstrapping)
+        failed = batch_processor.model_runner.failed
+        while failed:
+            request_id, error = failed.popitem()
+            state = batch_processor.scheduler.active_requests.get(request_id)
+            if state is not None:  # else it was its last token
+                self.output_router.fail_and_deliver(state, error)
+                batch_processor.scheduler.set_request_cancellation(request_id)
+        return goes_on
 
     def start(self) -> None:
         """As transformers'; a manager that was stopped, which gave the model its own attention back, takes it again."""

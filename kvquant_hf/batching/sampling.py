@@ -65,6 +65,7 @@ class RequestRunner(ModelRunner):
     def __init__(self, model: Any, default: Sampling, **kwargs: Any) -> None:
         super().__init__(do_sample=False, **kwargs)
         self._default = default
+        self.failed: dict[str, Exception] = {}  # requests whose processors raised in a step, which others survive
         self._made = functools.lru_cache(maxsize=256)(functools.partial(make_processors, model))
 
     def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
@@ -103,7 +104,10 @@ class RequestRunner(ModelRunner):
                 state = states[which[0]]
                 processors, alike = self._processors(state)
                 history = torch.tensor([_tokens(state)], device=rows.device) if alike == state.request_id else None
-                rows[which] = processors(history, rows[which])
+                try:
+                    rows[which] = processors(history, rows[which])
+                except Exception as error:
+                    self.failed |= {states[i].request_id: error for i in which}
         tokens = rows.argmax(dim=-1)
         drawn = [i for i, state in enumerate(states) if self._settings(state).config.do_sample]
         if drawn:
@@ -142,15 +146,24 @@ def make_processors(model: Any, sampling: Sampling, prompt: int) -> LogitsProces
     return made
 
 
-def check_range(model: Any, sampling: Sampling, prompt: int) -> None:
-    """Refuse settings out of range before the request is among others.
+def _vocabulary(model: Any) -> int:
+    """Scores that a model gives."""
+    found: int = model.get_output_embeddings().weight.shape[0]
+    return found
+
+
+def check_range(model: Any, sampling: Sampling, prompt: list[int]) -> None:
+    """Refuse settings out of range before the request is among others: try them on scores.
 
     Raises:
         BatchingError: one is.
     """
     try:
-        make_processors(model, sampling, prompt)
-    except (ValueError, TypeError) as error:
+        processors = make_processors(model, sampling, len(prompt))
+        if processors:
+            scores = torch.zeros(1, _vocabulary(model), device=model.device)
+            processors(torch.tensor([prompt], device=model.device), scores)
+    except Exception as error:
         raise BatchingError(f"a request's settings are refused: {str(error).rstrip('.')}.") from error
 
 
@@ -168,13 +181,14 @@ def draw(rows: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
 
     Returns:
         ``[requests]``: the first token at which the sum of probabilities exceeds the number; never one whose
-        probability is 0.
+        probability is 0.  Where there are no probabilities (scores beyond all bounds), the token with the best score.
     """
     sums = torch.softmax(rows.double(), dim=-1).cumsum(dim=-1)
     most = sums[:, -1:]
     at = torch.tensor(numbers, dtype=torch.float64, device=rows.device)[:, None] * most
     at = torch.minimum(at, torch.nextafter(most, torch.zeros_like(most)))
-    return torch.searchsorted(sums, at, right=True)[:, 0]
+    found = torch.searchsorted(sums, at, right=True)[:, 0]
+    return torch.where(most[:, 0].isfinite(), found, rows.argmax(dim=-1))
 
 
 def _prompt(state: Any) -> int:

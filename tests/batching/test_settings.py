@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from batching.runs import GREEDY, NEW, batched, config_of, one_by_one, prompts_of
-from models import tiny_llama
+from models import VOCAB, tiny_llama
 from transformers import GenerationConfig, PreTrainedModel
 
 from kvquant_hf.batching.sampling import draw
@@ -118,12 +118,39 @@ def test_top_k_of_one_is_greedy(model: PreTrainedModel) -> None:
         ({"heat": 3}, "no setting 'heat'"),
         ({"do_sample": True, "temperature": -1.0}, "settings are refused: .*temperature"),
         ({"do_sample": True, "top_k": -3}, "settings are refused: .*top_k"),
+        ({"sequence_bias": {(VOCAB + 5,): 1.0}}, "settings are refused"),
+        ({"suppress_tokens": [10**6], "sequence_bias": {(10**6,): 1.0}}, "settings are refused"),
     ],
 )
 def test_what_a_request_cannot_have_is_refused(manager: Any, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(BatchingError, match=said):
         manager.add_request(PROMPTS[0], **settings)
     assert answers(manager, [manager.add_request(PROMPTS[0])])
+
+
+def test_settings_that_fail_in_a_step_end_their_request_alone(other: PreTrainedModel, manager: Any) -> None:
+    """A penalty that grows beyond all bounds after a few tokens."""
+    broken = manager.add_request(
+        PROMPTS[0], exponential_decay_length_penalty=(2, 1e300), eos_token_id=5, suppress_tokens=[5]
+    )
+    names = {broken, manager.add_request(PROMPTS[1])}
+    found = {}
+    while names - found.keys():
+        result = manager.get_result(timeout=1)
+        assert result is not None or manager.is_running(), "the run ended early"
+        if result is not None and result.is_finished():
+            found[result.request_id] = result
+    assert "out of range" in found[broken].error
+    (fine,) = names - {broken}
+    assert found[fine].generated_tokens == alone(other, PROMPTS[1])
+    assert answers(manager, [manager.add_request(PROMPTS[2])]) == [alone(other, PROMPTS[2])], "and the run goes on"
+    assert manager.report().live_requests == 0
+
+
+def test_scores_beyond_all_bounds_are_survived() -> None:
+    rows = torch.tensor([[1.0, 3.0, 2.0], [float("-inf")] * 3, [0.0, float("inf"), 1.0]])
+    assert draw(rows / 1e-45, [0.5, 0.5, 0.5])[0] in (0, 1, 2)
+    assert draw(rows, [1 - 2**-53] * 3).tolist()[1:] == [0, 1]
 
 
 def test_a_manager_refuses_what_its_requests_cannot_have(model: PreTrainedModel) -> None:

@@ -118,6 +118,7 @@ def test_the_length_that_is_not_given_is_what_fits(served: Served) -> None:
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 600}, 400, "the limit of this server is 512 tokens"),
         ({"stop": [""]}, 400, "stop"),
+        ({"logit_bias": {"999999": 5}}, 400, "settings are refused"),
         ({"extra_body": {"no_such_field": 1}}, 400, "no_such_field"),
         ({"extra_body": {"generation_config": "{"}}, 400, "generation_config"),
         ({"extra_body": {"generation_config": '{"num_beams": 3}'}}, 400, "no beams"),
