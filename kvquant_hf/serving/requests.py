@@ -47,6 +47,15 @@ class _Message(BaseModel):
     content: str | list[dict[str, Any]] | None = None
 
 
+class _Tool(BaseModel):
+    """A function, described in the tool itself (responses) or in a field of it (chats)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"]
+    function: dict[str, Any] | None = None
+
+
 class _TextFormat(BaseModel):
     type: Literal["text"]
 
@@ -58,6 +67,7 @@ class Chat(_Settings):
     max_tokens: _Whole | None = None
     max_completion_tokens: _Whole | None = None
     response_format: _TextFormat | None = None
+    tools: list[_Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
 
 
@@ -66,6 +76,7 @@ class Completion(_Settings):
 
     prompt: Annotated[str, Field(min_length=1)]
     max_tokens: _Whole | None = None
+    suffix: str | None = None
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
 
@@ -73,7 +84,9 @@ class Completion(_Settings):
 class Response(_Settings):
     """``/v1/responses``"""
 
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)] | dict[str, Any]
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[dict[str, Any]], Field(min_length=1)] | dict[str, Any]
+    instructions: str | None = None
+    tools: list[_Tool] | None = None
     max_output_tokens: _Whole | None = None
     previous_response_id: None = None
     background: Literal[False] | None = None

@@ -146,7 +146,12 @@ def test_what_is_wrong_is_said(served: Served, settings: dict[str, Any], status:
         ("chat/completions", b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}'),
         ("completions", b'{"prompt": ["several", "texts"]}'),
         ("completions", b'{"prompt": ""}'),
+        ("completions", b'{"prompt": "x", "suffix": 3}'),
+        ("chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "tools": "none"}'),
         ("responses", b'{"input": ""}'),
+        ("responses", b'{"input": [[1, 2]]}'),
+        ("responses", b'{"input": "x", "instructions": true}'),
+        ("responses", b'{"input": "x", "tools": [3]}'),
         ("responses", b'{"input": "x", "previous_response_id": "earlier"}'),
     ],
 )
