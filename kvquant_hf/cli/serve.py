@@ -182,6 +182,7 @@ def import_serving() -> None:
 
     try:
         import fastapi  # noqa: F401
+        import httpx  # noqa: F401
         import openai  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
