@@ -96,10 +96,11 @@ def started(arguments: Sequence[str], api_key: str | None = None) -> Iterator[Se
     Raises:
         NoServerError: it ended before it answered; what it had to say is on stderr.
     """
-    key = [] if api_key is None else ["--api-key", api_key]
+    key = {} if api_key is None else {"KVQUANT_API_KEY": api_key}  # no one else reads it there, as in a command line
     # A session of its own: Ctrl-C is for the client, which then ends the server.
     process = subprocess.Popen(
-        [*_COMMAND, *arguments, *key, "--port", "0"],
+        [*_COMMAND, *arguments, "--port", "0"],
+        env=os.environ | key,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -159,9 +159,11 @@ def test_a_server_that_does_not_start(run: Run, served: Any, monkeypatch: pytest
 
 
 def test_sigterm_ends_the_server_too(served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the server, which has the key where no one else reads it."""
     ready = f"serving it with int4 at {served.url}"
     pid = tmp_path / "pid"
     instead(
+        f"assert os.environ['KVQUANT_API_KEY'] == {KEY!r} and {KEY!r} not in sys.argv; "
         f"open({str(pid)!r}, 'w').write(str(os.getpid())); sys.exit(print({ready!r}, file=sys.stderr, flush=True) "
         "or time.sleep(600))",
         monkeypatch,
