@@ -74,6 +74,9 @@ class Gate:
         outcome = "failed"
         try:
             outcome = await self._run(scope, receive, send, entry)
+        except asyncio.CancelledError:  # which is how Ray says that the client has gone
+            outcome = "cancelled"
+            raise
         finally:
             self.release(name)
             self.ledger.close(entry, outcome)
