@@ -51,14 +51,16 @@ class Terminal:
 
     def __init__(self, process: subprocess.Popen[bytes], end: int) -> None:
         self.process, self._end, self.seen = process, end, ""
+        self.place = 0  # behind what was waited for
 
     def until(self, pattern: str, seconds: float = 60) -> None:
-        """Read until ``pattern`` was shown after what was read before."""
-        start, deadline = len(self.seen), time.monotonic() + seconds
-        while not re.search(pattern, self.seen[start:]):
+        """Read until ``pattern`` was shown after what was waited for before: several may come at once."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen[self.place :])):
             assert time.monotonic() < deadline, f"{pattern!r} was not shown:\n{self.seen}"
             if select.select([self._end], [], [], 0.2)[0]:
                 self.seen += os.read(self._end, 4096).decode(errors="replace")
+        self.place += match.end()
 
     def type(self, text: str) -> None:
         os.write(self._end, text.encode())
