@@ -100,14 +100,7 @@ def load_config(model: str | None) -> Any:
     Raises:
         InputError: there is none to read.
     """
-    from transformers import AutoConfig
-
-    source = locate(model)
-    with stage(f"reading the config of {source.description}", hidden=True), hushed():
-        try:
-            return AutoConfig.from_pretrained(source.place, **source.options())
-        except Exception as error:
-            raise _cannot_load(source, error) from error
+    return _read(model, "config", "AutoConfig")
 
 
 def load_tokenizer(model: str | None) -> Any:
@@ -116,12 +109,17 @@ def load_tokenizer(model: str | None) -> Any:
     Raises:
         InputError: there is none to read.
     """
-    from transformers import AutoTokenizer
+    return _read(model, "tokenizer", "AutoTokenizer")
+
+
+def _read(model: str | None, what: str, reader: str) -> Any:
+    """What a class of transformers reads of a model."""
+    import transformers
 
     source = locate(model)
-    with stage(f"reading the tokenizer of {source.description}", hidden=True), hushed():
+    with stage(f"reading the {what} of {source.description}", hidden=True), hushed():
         try:
-            return AutoTokenizer.from_pretrained(source.place, **source.options())
+            return getattr(transformers, reader).from_pretrained(source.place, **source.options())
         except Exception as error:
             raise _cannot_load(source, error) from error
 

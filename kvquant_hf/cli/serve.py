@@ -34,7 +34,8 @@ def serve(
         typer.Option(help="All pages together: 500MB, or a share of the free memory: 0.3; default: half of it."),
     ] = None,
     max_concurrent: Annotated[
-        int | None, typer.Option(min=1, help="Requests at a time; default: as many as the budget has open pages for.")
+        int | None,
+        typer.Option(min=1, help="Requests at a time; default: as many of 256 tokens as fit, at most 64."),
     ] = None,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told to come later (429).")] = 128,
     max_batch_tokens: Annotated[

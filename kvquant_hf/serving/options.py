@@ -18,7 +18,7 @@ class ServeOptions:
     Args:
         policy, page_size, prefill, qparams: as for ``QuantizedPagedCache``.
         kv_budget: bytes of all pages (int), or a share of the memory that is free (float); None: half of it.
-        max_concurrent: requests that are computed at a time; None: as many as the budget holds open pages for.
+        max_concurrent: requests that are computed at a time; None: as many of 256 tokens as find room, at most 64.
         queue: requests that may wait beside them.
         max_batch_tokens: tokens of a step.  Longer prompts are read in chunks, between which others get their tokens.
         max_tokens: new tokens of a request that does not say how many.
@@ -56,6 +56,12 @@ class ServeOptions:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ServingError(f"{name} must be at least {smallest}, got {value}.")
+        alone = [name for name in ("kv_budget", "max_concurrent") if getattr(self, name) is not None]
+        if alone and not self.continuous_batching:
+            raise ServingError(
+                f"{' and '.join(alone)} bound what is batched, and requests are answered in turn; leave it out, or "
+                "serve with continuous batching."
+            )
         if self.api_key is not None and not self.api_key.strip():
             raise ServingError("the API key is empty; leave it out, or give one.")
 

@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from fastapi import HTTPException
 from transformers.cli.serving.utils import DirectStreamer, GenerateManager, _GenerationCancelled, _StreamError
 
 from ..cache import QuantizedPagedCache
+from ..errors import KVQuantError
 from ..reports.report import CacheReport
 from ..transformers_api.names import with_cache
 from .ledger import Ledger
@@ -92,6 +94,10 @@ class SequentialEngine(GenerateManager):
         """Put a request behind those before it; the future has the new tokens, or None if it was cancelled."""
         prompt = inputs["input_ids"].shape[-1]
         fit(prompt, gen_config, _longest(model))
+        try:
+            cache = self._new_cache(model)
+        except KVQuantError as error:  # of another model than the server's, which was looked at before
+            raise HTTPException(400, str(error)) from error
         stops = gen_config.stop_strings or ()
         entry = self._ledger.live[request_id]
         entry.prompt_tokens = prompt
@@ -107,7 +113,6 @@ class SequentialEngine(GenerateManager):
         self._streamers[request_id] = streamer
 
         def run() -> Any:
-            cache = self._new_cache(model)
             options: dict[str, Any] = {**inputs, **with_cache(cache), "streamer": streamer, "tokenizer": processor}
             if hasattr(model, "has_talker"):
                 options["generation_mode"] = "text"

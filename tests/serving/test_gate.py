@@ -59,7 +59,8 @@ def test_one_too_many_comes_later() -> None:
 @pytest.mark.parametrize("batching", [True, False], ids=["batched", "in turn"])
 def test_who_goes_away_leaves_nothing(stream: bool, batching: bool) -> None:
     """The connection is cut while tokens come: the request ends, and its pages are free."""
-    with serving(policy="int4", kv_budget=2_000_000, continuous_batching=batching) as served:
+    budget = {"kv_budget": 2_000_000} if batching else {}
+    with serving(policy="int4", continuous_batching=batching, **budget) as served:
         with socket.create_connection(served.app_address()) as client:
             client.sendall(post(LONG | {"stream": stream}))
             wait_until(lambda: any(entry.tokens > 2 for entry in served.app.ledger.live.values()))

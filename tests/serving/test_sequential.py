@@ -9,6 +9,7 @@ from command import save_tiny_model
 from models import build, tiny_falcon
 from packaging.version import Version
 from serving.servers import NAME, alone, character_tokenizer, serving, tiny_model, wait_until
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvquant_hf.errors import ServingError, UnsupportedModelError
 from kvquant_hf.serving.options import ServeOptions
@@ -71,12 +72,27 @@ def test_other_models_only_where_they_are_allowed(tmp_path: Path) -> None:
         assert own.usage.completion_tokens == 4
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_another_model_without_such_a_cache_is_refused(tmp_path: Path, stream: bool) -> None:
+    """One whose head_dim a policy cannot store, where that of the server's can: said, and no one waits for ever."""
+    folder = tmp_path / "odd"
+    save_tiny_model(folder)
+    odd = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, head_dim=6))
+    odd.save_pretrained(folder)
+    with serving(policy="turboquant", kv_budget=1_000_000, allow_any_model=True) as served:
+        with pytest.raises(openai.APIError) as refused:
+            list(served.client.completions.create(model=str(folder), prompt="hello", max_tokens=4, stream=stream))
+        assert "head_dim" in f"{refused.value} {refused.value.body}"
+        assert served.client.completions.create(model=NAME, prompt="hello", max_tokens=2).usage.completion_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"kv_budget": 1.5}, "a share between 0 and 1"),
         ({"kv_budget": -3}, "must be positive"),
         ({"max_concurrent": 0}, "max_concurrent must be at least 1"),
+        ({"kv_budget": 10**6, "continuous_batching": False}, "kv_budget bound what is batched"),
         ({"queue": -1}, "queue must be at least 0"),
         ({"api_key": " "}, "the API key is empty"),
     ],

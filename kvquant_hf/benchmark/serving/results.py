@@ -1,46 +1,16 @@
-"""A whole run of ``serve``: its rows, the conditions they share, and the ways to show and keep them."""
+"""A whole run of ``serve``."""
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
-
-from ..csv_file import write_csv
-from ..statistics import PERCENTILES
+from ..results import Results
 from ..tables import Table
 from .rows import ServingRow
 from .table import serving_table
 
 
-@dataclass
-class Serving:
+class Serving(Results[ServingRow]):
     """A whole run; in a notebook it shows itself as a table."""
 
-    conditions: dict[str, Any]
-    rows: list[ServingRow] = field(default_factory=list)
-    interrupted: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """Conditions and rows, ready for JSON."""
-        return {
-            "conditions": self.conditions,
-            "interrupted": self.interrupted,
-            "rows": [asdict(row) for row in self.rows],
-        }
+    percentiles = ("ttft", "ttft_queued", "tpot", "itl")
 
     def table(self) -> Table:
         """Headings, lines and notes."""
         return serving_table(self.conditions, self.rows)
-
-    def write_csv(self, path: str | Path) -> None:
-        """A line per row; the conditions are repeated in each."""
-        empty = dict.fromkeys(f"p{p}" for p in PERCENTILES)
-        rows = [asdict(row) for row in self.rows]
-        for row in rows:  # the same columns whether or not there are times
-            row |= {name: row[name] or empty for name in ("ttft", "ttft_queued", "tpot", "itl")}
-        write_csv(path, self.conditions, rows)
-
-    def __str__(self) -> str:
-        return self.table().markdown()
-
-    def _repr_html_(self) -> str:
-        return self.table().html()
