@@ -11,7 +11,8 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from .errors import OutOfPages, WrongModelError
 from .files.cache import load_cache, save_cache
 from .files.calibration import QParams, hand_over
-from .layers.paged import PagedLayer, StepGuard
+from .layers.guard import StepGuard
+from .layers.paged import PagedLayer
 from .layers.steps import Rotation, StepPlan
 from .options import check_options, check_static
 from .pages.store import PagedStore

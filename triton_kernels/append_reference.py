@@ -1,5 +1,6 @@
 """Append in plain torch: the oracle of the append kernel, and what runs where there is none."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,13 +15,29 @@ Encode = Callable[[Codec, Sequence[torch.Tensor], torch.Tensor, torch.Tensor], N
 ENCODED_PAGES = 64
 
 
-def encode_pages(codec: Codec, planes: Sequence[torch.Tensor], x: torch.Tensor, ids: torch.Tensor) -> None:
-    """``Encode`` by the codec itself."""
+def encode_pages(
+    codec: Codec,
+    planes: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    metric: torch.Tensor | None = None,
+) -> None:
+    """``Encode`` by the codec itself; ``metric`` as of ``Codec.encode``."""
     in_pages = [plane.per != "layer" for plane in codec.planes(x.shape[4])]
     codec = codec.given(*(plane[0] for plane, paged in zip(planes, in_pages, strict=True) if not paged))
-    for stored, plane, paged in zip(planes, codec.encode(x), in_pages, strict=True):
+    for stored, plane, paged in zip(planes, codec.encode(x, metric), in_pages, strict=True):
         if paged:
             stored[ids.reshape(-1)] = plane.flatten(0, 1)
+
+
+def round_reference(side: PagedSide, x: torch.Tensor, pages: torch.Tensor, metric: torch.Tensor) -> None:
+    """``ops.round_keys``, which see."""
+    round_pages(side, x, pages, functools.partial(encode_pages, metric=metric))
+
+
+def round_pages(side: PagedSide, x: torch.Tensor, pages: torch.Tensor, encode: Encode) -> None:
+    """Encode whole pages ``x`` ``[batch, heads, count * page_size, head_dim]`` into ``pages`` ``[batch, count]``."""
+    _store_pages(side, 0, x, pages, encode)
 
 
 def append_reference(

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import library
 
-from .append_reference import append_reference
+from .append_reference import append_reference, round_reference
 from .choice import IMPLEMENTATIONS, Choice, Implementation, choose
 from .codecs import CODECS
-from .cpu.append import append_cpu
+from .cpu.append import append_cpu, round_cpu
 from .cpu.attention import paged_attention_cpu
 from .pages import PagedSide
 from .reference import gather_dense, paged_attention_reference
@@ -36,6 +36,7 @@ __all__ = [
     "dense_attention",
     "gather_dense",
     "paged_attention",
+    "round_keys",
 ]
 
 
@@ -43,6 +44,11 @@ _APPEND: dict[str, Callable[..., None]] = {
     "triton": append_triton,
     "cpu": append_cpu,
     "reference": append_reference,
+}
+_ROUND: dict[str, Callable[..., None]] = {
+    "triton": round_reference,
+    "cpu": round_cpu,
+    "reference": round_reference,
 }
 _ATTEND: dict[str, Callable[..., torch.Tensor]] = {
     "triton": paged_attention_triton,
@@ -137,6 +143,26 @@ def append_pages(
     pages = (k.codec.name, list(k.planes), k.tail, v.codec.name, list(v.planes), v.tail)
     _append_op(keys, values, *pages, page_table, lengths, new_lengths, impl)
     return None
+
+
+def round_keys(
+    side: PagedSide, x: torch.Tensor, pages: torch.Tensor, metric: torch.Tensor, *, impl: Implementation = "auto"
+) -> None:
+    """Encode whole pages of keys, sealed before, once more in the metric of queries (``codecs/feedback.py``).
+
+    Args:
+        side: keys, of a codec with ``uses_queries``; planes are written.
+        x: what the pages hold, ``[batch, heads, count * page_size, head_dim]`` in the model's dtype.
+        pages: int64 ``[batch, count]``, where it is to go.
+        metric: float32 ``[heads, head_dim, head_dim]``, second moments of the queries of each key/value head, up to a
+            factor.
+        impl: what is to run.
+
+    Raises:
+        ImplementationError: ``impl`` names kernels that cannot run here.
+    """
+    with _on(x):
+        _ROUND[choose(impl, x.dtype, side, side).name](side, x, pages, metric)
 
 
 def _run_attention(

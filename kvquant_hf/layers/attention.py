@@ -96,6 +96,7 @@ def attend(
         )
     if chosen is not None:
         keys._log.attended(*chosen)
+        store.saw(query)
     return output
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import GradientError, InterruptedForwardError
-from ..pages.budget import Budget, Claim, Pool
+from ..errors import GradientError
+from ..pages.budget import Budget, Pool
 from ..pages.layout import plain_tensors
 from ..pages.pool import LayerPool
+from ..pages.queries import mark
 from ..pages.store import PagedStore
 from ..policies.table import KVPolicy
 from ..reports.calls import CallLog
 from ..triton_kernels.codecs import CODECS
 from ..triton_kernels.ops import Implementation
 from .carrier import KVTensor, Side, check_assigned
+from .guard import StepGuard
 
 
 def refuse_gradient(keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -29,57 +30,6 @@ def refuse_gradient(keys: torch.Tensor, values: torch.Tensor) -> None:
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
         raise GradientError(
             "a quantized KV cache has no gradient: call the model under torch.no_grad(), or train with use_cache=False."
-        )
-
-
-class StepGuard:
-    """Notices that a forward pass stopped half way, by comparing the layers of one cache.
-
-    The first layer that is ever updated leads; layers that take as many tokens in the same step follow, and must hold
-    as many as the leader did.  Layers that go their own way (cross attention inside the same cache) are left alone.
-
-    Layers are referred to weakly: they hold the guard, and a cycle would keep the memory of a dropped cache until the
-    garbage collector runs.
-    """
-
-    def __init__(self) -> None:
-        self._leader: weakref.ref[PagedLayer] | None = None
-        self._followers: weakref.WeakSet[PagedLayer] = weakref.WeakSet()
-        self._before = 0  # tokens the leader held before this step
-        self._step = 0  # tokens of this step
-        self._known = object()  # by layers among the followers, which have it too
-        self.claim: Claim | None = None  # the pages of this step
-
-    def enter(self, layer: PagedLayer, held: int, count: int) -> None:
-        """``layer``, which holds ``held`` tokens, is about to take ``count``.
-
-        Raises:
-            InterruptedForwardError: the layers are not level.
-        """
-        leader = None if self._leader is None else self._leader()
-        if leader is None:
-            leader, self._leader = layer, weakref.ref(layer)
-        if layer is leader:
-            lengths = [held, *(follower.length for follower in self._followers)]
-            if min(lengths) != max(lengths):
-                raise InterruptedForwardError(self._message(lengths))
-            self._before, self._step = held, count
-        elif count == self._step:
-            if held != self._before:
-                raise InterruptedForwardError(self._message([self._before, held]))
-            if layer.known is not self._known:
-                self._followers.add(layer)
-                layer.known = self._known
-
-    def __reduce__(self) -> tuple[type[StepGuard], tuple[()]]:
-        return StepGuard, ()  # weak references cannot be copied or saved; the copied layers make themselves known
-
-    @staticmethod
-    def _message(lengths: list[int]) -> str:
-        held = ", ".join(map(str, sorted(set(lengths), reverse=True)))
-        return (
-            f"the last forward pass was interrupted and the layers hold {held} tokens; call cache.rollback() to drop "
-            "the unfinished tokens, or cache.reset() to start again."
         )
 
 
@@ -193,6 +143,7 @@ class PagedLayer:
             self.guard.enter(self, self.length, keys.shape[2])  # the usual case, without what it does not need
             if (opened := self.store.append_open(keys, values)) is not None:
                 self.log.open += 1
+                self._mark(opened[0], None)
                 return opened
         refuse_gradient(keys, values)
         held, count = self.length, keys.shape[2]
@@ -210,7 +161,9 @@ class PagedLayer:
         if simple and (opened := self.store.append_open(keys, values)) is not None:
             self.log.prefill += exact
             self.log.open += not exact
-            return (keys, values) if exact else opened
+            opened = (keys, values) if exact else opened
+            self._mark(opened[0], self._padding_of(keys) if exact else None)
+            return opened
         self.store.claim = self.guard.claim
         sealed = self.store.pages_for(count) // keys.shape[0]  # by each sequence
         try:
@@ -221,9 +174,17 @@ class PagedLayer:
             self.store.claim = None
         if exact:
             self.log.prefill += 1
+            self._mark(keys, self.padding)
             return keys, values
+        self.store.round_keys()
         dtypes = self.store.promoted(keys, values)
         return self._carrier("keys", dtypes[0]), self._carrier("values", dtypes[1])
+
+    def _mark(self, keys: torch.Tensor, padding: np.ndarray | None) -> None:
+        """Let who attends to the plain ``keys`` tell the store of the queries; ``padding`` of these, if any."""
+        if self.store is not None and self.store.seen is not None:
+            self.store.seen.padding = padding
+            mark(keys, self.store)
 
     def _padding_of(self, keys: torch.Tensor) -> np.ndarray | None:
         """``padding`` of the open page and the new ``keys``, which are not stored yet.
@@ -263,6 +224,8 @@ class PagedLayer:
             away = self.store.pool.away
             with plain_tensors():
                 self.store.crop(count)
+                if self.store.seen is not None:
+                    self.store.seen.drop(count)
             if away:
                 self.offload()  # a page that had to be decoded brought the others with it
 

@@ -12,6 +12,7 @@ from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide
 from .parameters import in_pages, on_every_page, placed
 from .pool import PlaneShape
+from .queries import SeenQueries
 
 
 class StoreLayout:
@@ -29,6 +30,8 @@ class StoreLayout:
         UnsupportedModelError: a head_dim that a codec cannot store.
         WrongModelError: a codec's planes per layer are of another shape.
     """
+
+    seen: SeenQueries | None = None  # where keys are rounded by queries
 
     def __init__(
         self,
@@ -79,6 +82,16 @@ class StoreLayout:
     def dtype(self) -> torch.dtype:
         """The model's dtype, as the first keys arrived."""
         return self._open[0].dtype
+
+    def saw(self, query: torch.Tensor) -> None:
+        """Queries ``[batch, query_heads, tokens, key_dim]`` have attended to what is held."""
+        if self.seen is not None:
+            with plain_tensors(), without_autocast(self.device.type):
+                self.seen.see(query)
+                self.round_keys()
+
+    def round_keys(self) -> None:
+        """Round the keys that were just sealed by the queries seen (``queries.py``); the pages stay the same ones."""
 
     def elements_per_token(self) -> int:
         """Key and value elements of one token of one sequence."""

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from ..triton_kernels.codecs import Codec
-from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
+from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose
 from .budget import Claim
 from .layout import StoreLayout, plain_tensors, without_autocast
 from .padding import padded_pages, replace_new
 from .parameters import in_pages
 from .pool import PagePool, PlaneShape
+from .queries import Fresh, SeenQueries
 from .table import PageTable, to_device
-from .views import Footprint, StoreView
+from .views import Footprint, StoreView, pages_held
 
 
 class PagedStore(StoreLayout):
@@ -63,6 +64,7 @@ class PagedStore(StoreLayout):
         self.table = PageTable(self.pool, like_keys.shape[0], like_keys.device)
         self._lengths: torch.Tensor | None = None
         self._tail_shared = False
+        self.seen = SeenQueries(like_keys.shape[1]) if keys.uses_queries else None
         self.tail_length = 0
         self.reopened_pages = 0
         self.version = 0
@@ -130,15 +132,8 @@ class PagedStore(StoreLayout):
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
-        pages = np.unique(self.table.ids)
-        holders = self.pool.references(pages)
-        packed, shared = (int(n) * self.pool.page_bytes for n in (pages.size, (holders > 1).sum()))
-        unused = self.pool.nbytes - self.pool.used * self.pool.page_bytes
-        copies = self.pool.host_bytes + self.pool.device_bytes - self.pool.nbytes
-        open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
-        tables = self.table.nbytes + self.lengths.nbytes
-        tables += sum(parameter.nbytes for codec in self.codecs for parameter in codec.parameters)
-        return Footprint(packed, open_page, unused, tables, shared, int(holders.max(initial=0)), copies)
+        own = self.lengths.nbytes + sum(parameter.nbytes for codec in self.codecs for parameter in codec.parameters)
+        return pages_held(self.pool, self.table, self._tail, own + (self.seen.nbytes if self.seen else 0))
 
     def devices(self) -> Counter[str]:
         """Bytes of the pool and the open page by the device on which they lie."""
@@ -217,11 +212,12 @@ class PagedStore(StoreLayout):
         count = max(0, (length - 1) // self.page_size)  # lazily: see the module's docstring
         # Another open page instead of the old one overwritten: what stops this half way leaves the store as it was.
         tails = tuple(tail.clone() for tail in self._tail)
-        blank = None
+        before, blank = self._tail[0], None
         if padding is not None and (padded := padding[:, : count * self.page_size]).any():
             blank = padded_pages(padded, self.page_size)
             content = zip((keys, values), tails, strict=True)
             keys, values = (replace_new(x, tail, self.tail_length, padded, self.page_size) for x, tail in content)
+            before = tails[0].clone()
         with self.pool.lock, without_autocast(self.device.type):
             pages = self.table.take(count, blank, self.claim)
             try:
@@ -236,22 +232,23 @@ class PagedStore(StoreLayout):
             self.pool.made_of_planes[self] = sides
         self._tail_shared = False
         self.version += 1
+        if self.seen is not None and count:
+            self.seen.fresh = Fresh(self.version, before, length - keys.shape[2], keys, on_device[:, -count:].long())
+
+    def round_keys(self) -> None:
+        if self.seen is not None and self.seen.fresh is not None:
+            self.seen.round(self.version, self._sides()[0], self.impl)
 
     # -- everything that only moves table entries ----------------------------------------------------------------------
 
     def crop(self, count: int) -> None:
         """Drop the last ``count`` tokens.  Within the open page this is exact; a sealed page that must be cut is
         decoded once into the open page (``reopened_pages`` counts them)."""
-        tails = self._tail
+        self._tail = self._tail  # what is held beside it goes in
         pages, rest = divmod(max(0, self.length - count), self.page_size)
         if count > self.tail_length:
             if rest:
-                view = self.view()
-                page = view.page_table[:, pages : pages + 1]
-                tails = tuple(tail.new_empty(tail.shape) for tail in tails)
-                for tail, side in zip(tails, view[:2], strict=True):
-                    tail[:, :, :rest] = gather_dense(side._replace(tail=side.tail[:, :, :0]), page)[:, :, :rest]
-                self._tail, self._tail_shared = tails, False
+                self._tail, self._tail_shared = self.view().opened(pages, rest), False
                 self.reopened_pages += self.batch_size
             self.tail_length = rest
             self.table.keep(0, pages)
@@ -274,13 +271,14 @@ class PagedStore(StoreLayout):
         twin = object.__new__(type(self))
         self._tail = self._tail  # what is held beside it goes in, once
         twin.__dict__.update(self.__dict__)
-        twin.table, twin.claim = self.table.fork(), None
+        twin.table, twin.claim, twin.seen = self.table.fork(), None, self.seen and self.seen.fork()
         self._tail_shared = twin._tail_shared = True
         return twin
 
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""
         self.tail_length, self._lengths, self.loose = 0, None, None
+        self.seen = self.seen and SeenQueries(self.seen.heads)
         self.table.keep(0, 0)
         self.version += 1
 
@@ -294,6 +292,8 @@ class PagedStore(StoreLayout):
             side.tail[:, :, :count] = tensors[f"{name}.open"]
         self.table.adopt(table, pages)
         self._lengths, self.tail_length = None, count
+        if self.seen is not None and "keys.moments" in tensors:
+            self.seen.restore(tensors["keys.moments"])
         vars(self).update(integers)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "PagedStore":

@@ -1,11 +1,15 @@
 """What a store shows of itself: its content for attention, and its bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..triton_kernels.ops import PagedSide, gather_dense
+from .pool import PagePool
+from .table import PageTable
 
 
 class StoreView(NamedTuple):
@@ -22,6 +26,14 @@ class StoreView(NamedTuple):
         paged = self.keys if side == "keys" else self.values
         with torch.autocast(paged.tail.device.type, enabled=False):
             return gather_dense(paged._replace(tail=paged.tail[:, :, : self.tail_length]), self.page_table)
+
+    def opened(self, page: int, tokens: int) -> tuple[torch.Tensor, ...]:
+        """Open pages of keys and values, new tensors, that hold the first ``tokens`` of the sealed page ``page``."""
+        table = self.page_table[:, page : page + 1]
+        tails = tuple(torch.empty_like(side.tail) for side in (self.keys, self.values))
+        for tail, side in zip(tails, (self.keys, self.values), strict=True):
+            tail[:, :, :tokens] = gather_dense(side._replace(tail=side.tail[:, :, :0]), table)[:, :, :tokens]
+        return tails
 
 
 @dataclass(frozen=True)
@@ -44,3 +56,22 @@ class Footprint:
     def total(self) -> int:
         """Everything."""
         return self.packed + self.open_page + self.unused + self.tables + self.copies
+
+
+def pages_held(pool: PagePool, table: PageTable, tails: Sequence[torch.Tensor], others: int) -> Footprint:
+    """Bytes of a store.
+
+    Args:
+        pool: where its pages are.
+        table: which these are.
+        tails: its open pages.
+        others: bytes beside the pages and their table.
+    """
+    pages = np.unique(table.ids)
+    holders = pool.references(pages)
+    packed, shared = (int(n) * pool.page_bytes for n in (pages.size, (holders > 1).sum()))
+    unused = pool.nbytes - pool.used * pool.page_bytes
+    copies = pool.host_bytes + pool.device_bytes - pool.nbytes
+    open_page = sum(tail.untyped_storage().nbytes() for tail in tails)
+    most = int(holders.max(initial=0))
+    return Footprint(packed, open_page, unused, table.nbytes + others, shared, most, copies)

@@ -22,6 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 from ..layers.attention import attend, is_packed
 from ..layers.readonly import dense
 from ..layers.static_carrier import exact_prompt
+from ..pages.queries import saw
 from .eager import disagreement, weights_are_recorded
 
 NAME = "kvquant"
@@ -98,7 +99,15 @@ def _attend_or(
             return ours(module, query, key, value, mask, **kwargs)
         reason = reason or "keys or values were changed after the cache"
         key, value = dense(key, reason), dense(value, reason)
-    return original(module, query, key, value, mask, **kwargs)
+    result = original(module, query, key, value, mask, **kwargs)
+    _tell(key, query)
+    return result
+
+
+def _tell(key: torch.Tensor, query: torch.Tensor) -> None:
+    """Queries that have attended to plain keys are seen by the store that holds these."""
+    if not torch.compiler.is_compiling():
+        saw(key, query)
 
 
 def _attend(
@@ -175,7 +184,9 @@ def _routed(
     A name stands for the same arithmetic either way: what transformers' "sdpa" leaves out, this does too.
     """
     if not (is_packed(key) or is_packed(value)):
-        return original(module, query, key, value, attention_mask, *args, **kwargs)
+        result = original(module, query, key, value, attention_mask, *args, **kwargs)
+        _tell(key, query)
+        return result
     kwargs = _by_name(original, args, kwargs)
     if original is sdpa_attention_forward:
         for name in _DROPPED_BY_SDPA:
@@ -195,7 +206,9 @@ def _routed_eager(
 ) -> Any:
     """The same for "eager", which stands for a function of each model's own file (see ``eager.py``)."""
     if not (is_packed(key) or is_packed(value)):
-        return original(module, query, key, value, attention_mask, *args, **kwargs)
+        result = original(module, query, key, value, attention_mask, *args, **kwargs)
+        _tell(key, query)
+        return result
     kwargs = _by_name(original, args, kwargs)
     reason = "attention weights are asked for" if weights_are_recorded(kwargs) else ""
     ours = functools.partial(_attend, is_causal=False)  # where it gets no mask, it hides nothing

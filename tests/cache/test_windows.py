@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import InterruptedForwardError, RollbackError, UnsupportedModelError
-from kvquant_hf.layers.paged import StepGuard
+from kvquant_hf.layers.guard import StepGuard
 from kvquant_hf.layers.sliding import SlidingStore
 from kvquant_hf.policies.table import POLICIES
 from kvquant_hf.reports.calls import CallLog

@@ -4,6 +4,7 @@ from .base import Codec, Plane, Tile
 from .exact import EXACT
 from .integer import INT4_CHANNEL, INT4_HADAMARD, INT8_AFFINE, INT8_CHANNEL
 from .lmdeploy_token import INT4_TOKEN, INT8_TOKEN
+from .ranked import INT2_RANKED, INT3_RANKED, INT4_RANKED
 from .static import INT8_STATIC
 from .three_bit import LLOYD3, LLOYD3_CHANNEL
 from .turboquant import LLOYD2, LLOYD4_CENTRED
@@ -19,6 +20,9 @@ CODECS: dict[str, Codec] = {
         INT8_AFFINE,
         INT4_CHANNEL,
         INT4_HADAMARD,
+        INT4_RANKED,
+        INT3_RANKED,
+        INT2_RANKED,
         LLOYD3_CHANNEL,
         LLOYD4_CENTRED,
         LLOYD3,

@@ -92,6 +92,7 @@ class Codec(ABC):
         rotated: whether codes describe Hadamard-rotated vectors.
         head_dim_multiple: head_dim must be a multiple of this (codes per byte).
         calibrated: whether it has planes per layer, which are measured beforehand and handed over by ``given``.
+        uses_queries: whether ``encode`` takes second moments of the queries, ``metric``.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Codec(ABC):
     rotated: bool = False
     head_dim_multiple: int = 1
     calibrated: bool = False
+    uses_queries: bool = False
 
     @property
     def parameters(self) -> tuple[torch.Tensor, ...]:
@@ -145,11 +147,13 @@ class Codec(ABC):
         ``x`` is in the model's dtype, as for ``encode``: planes stored in that dtype are rounded to it.
         """
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def encode(self, x: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Encode full pages.
 
         Args:
             x: ``[..., page_size, head_dim]``, any floating dtype, finite.  Pages are encoded independently.
+            metric: second moments of the queries, float32 ``[heads, head_dim, head_dim]`` where the last dimension
+                before a page is that of heads; for codecs with ``uses_queries``, others take no notice.
 
         Returns:
             One tensor per plane, ``[..., *Plane.shape(page_size)]``, in the plane's dtype; those per layer as given.
@@ -157,7 +161,8 @@ class Codec(ABC):
         # Rotated in float64, where the sums of a rotation are all but always exact: codes must not depend on the order
         # in which a matrix product adds, which changes with the shape of the call and with the machine.
         domain = self.to_domain(x.double()).float() if self.rotated else x.float()
-        return self._encode(domain, x.dtype)
+        options = {"metric": metric} if self.uses_queries else {}
+        return self._encode(domain, x.dtype, **options)
 
     def decode(self, planes: Sequence[torch.Tensor]) -> torch.Tensor:
         """Dense pages back in the model's domain, ``[..., page_size, head_dim]`` float32."""

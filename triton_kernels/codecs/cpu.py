@@ -21,6 +21,8 @@ class CpuCodec:
         zero_point: the plane ``token_offset`` holds a zero point z: the offset is ``-z * token_scale``.
         affine: pages are encoded by the rule of ``integer.py``: range rounded outwards to an fp16 step and offset.
         given: pages are encoded by the rule of ``static.py``, in a range that is there already.
+        order: plane of the channel of each rank, where channels are ranked.
+        covered: of ranked channels, how much of a range the grids of each quarter cover (``ranked.py``).
         bucketed: ``Codec._encode`` takes the keyword ``bucket``, a function like ``lloyd_max.bucket``.
     """
 
@@ -33,6 +35,8 @@ class CpuCodec:
     token_offset: int | None = None
     channel_scale: int | None = None
     channel_offset: int | None = None
+    order: int | None = None
+    covered: tuple[float, float, float, float] | None = None
     zero_point: bool = False
     affine: bool = False
     given: bool = False

@@ -65,7 +65,7 @@ class ExactCodec(Codec):
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         return (Plane("vectors", None, "token", head_dim),)
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def encode(self, x: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """The page itself; the base class would take it through float32 and back."""
         return self._encode(x, x.dtype)
 

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "threads.h"
+#include "ranked.h"
 #include "tile.h"
 
 namespace kv {
@@ -51,34 +52,12 @@ struct Encode {
     int64_t batch, pages, heads, page_size;
     const int64_t* ids;
     int64_t given;  // whether the channels' scales and offsets are there already
+    const float* covered;  // of ranked channels: how much of a range the grids of each quarter cover
+    const float* metric;   // [heads, dim, dim], second moments of the queries; or null
     int64_t threads;
     void* fork;
     Side side;
 };
-
-constexpr float HALF_MAX = 65504.0f;
-
-inline uint16_t half_saturating(float x) { return float_to_half(std::min(std::max(x, -HALF_MAX), HALF_MAX)); }
-
-// The fp16 number below (or above) a finite one.
-inline uint16_t half_neighbour(uint16_t h, bool upwards) {
-    if ((h & 0x7fff) == 0) return upwards ? 0x0001 : 0x8001;
-    const bool away_from_zero = upwards == !(h & 0x8000);
-    return uint16_t(away_from_zero ? h + 1 : h - 1);
-}
-
-// Largest fp16 number not above `x`, and smallest not below it; at the ends of its range they saturate.
-inline uint16_t half_at_most(float x) {
-    const uint16_t h = half_saturating(x);
-    const float rounded = half_to_float(h);
-    return rounded > x && rounded > -HALF_MAX ? half_neighbour(h, false) : h;
-}
-
-inline uint16_t half_at_least(float x) {
-    const uint16_t h = half_saturating(x);
-    const float rounded = half_to_float(h);
-    return rounded < x && rounded < HALF_MAX ? half_neighbour(h, true) : h;
-}
 
 // Rotates `tokens` rows of `x` [tokens, dim] in place, in float64, where these sums are all but always exact, so that
 // the order of additions does not show in the codes.
@@ -252,7 +231,10 @@ inline void encode(const Encode& call) {
             to_floats(from + t * call.from_token * item_size(call.dtype), call.dtype, dim, x + int64_t(t) * dim);
         if (call.side.rotated) hadamard_exact(x, page_size, dim);
         const int64_t index = call.ids[batch * call.pages + page] * call.heads + head;
-        if (call.given)
+        if (call.side.ranked())
+            encode_ranked(call.side, x, page_size, index, call.covered,
+                          call.metric ? call.metric + head * dim * dim : nullptr);
+        else if (call.given)
             encode_given(call, x, index, low, high);
         else if (call.side.format == CODES_8)
             encode_affine<8>(call, x, index, low, high);

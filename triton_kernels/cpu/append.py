@@ -4,11 +4,12 @@ Of other codecs the kernels do the rotation and the choice of the codes, where r
 remain torch's, so that the stored bytes are the same.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
-from ..append_reference import append_reference, encode_pages
+from ..append_reference import append_reference, encode_pages, round_pages
 from ..codecs.base import Codec
 from ..pages import PagedSide
 from .native import APPEND, BUCKET, DTYPES, ENCODE, ROTATE, library, side
@@ -41,6 +42,12 @@ def append_cpu(
     return None
 
 
+def round_cpu(side: PagedSide, x: torch.Tensor, pages: torch.Tensor, metric: torch.Tensor) -> None:
+    """``ops.round_keys``, which see; planes are contiguous."""
+    metric = metric.contiguous()
+    round_pages(side, x, pages, functools.partial(_encode, metric=metric))
+
+
 def _copy(x: torch.Tensor, tail: torch.Tensor) -> tuple[int, ...]:
     """Members of ``Copy``."""
     size = x.element_size()
@@ -55,27 +62,36 @@ def _copy(x: torch.Tensor, tail: torch.Tensor) -> tuple[int, ...]:
     )
 
 
-def _encode(codec: Codec, planes: Sequence[torch.Tensor], x: torch.Tensor, ids: torch.Tensor) -> None:
+def _encode(
+    codec: Codec,
+    planes: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    metric: torch.Tensor | None = None,
+) -> None:
     """``append_reference.encode_pages``, which see."""
     cpu = codec.cpu(x.shape[4])
-    if cpu is None or x.dtype not in DTYPES or not (cpu.affine or cpu.given or cpu.bucketed or codec.rotated):
-        return encode_pages(codec, planes, x, ids)
+    whole = cpu is not None and (cpu.affine or cpu.given or cpu.covered is not None)
+    if cpu is None or x.dtype not in DTYPES or not (whole or cpu.bucketed or codec.rotated):
+        return encode_pages(codec, planes, x, ids, metric)
     if x.stride(4) != 1:
         x = x.contiguous()
     ids = ids.contiguous()
     compiled = library()
     source = (x.data_ptr(), DTYPES[x.dtype], *x.stride()[:4], *x.shape[:4])
     threads = (torch.get_num_threads(), compiled.fork)
-    if cpu.affine or cpu.given:
-        compiled.encode(ENCODE.pack(*source, ids.data_ptr(), cpu.given, *threads) + side(codec, planes, x[0]))
+    if whole:
+        covered = None if cpu.covered is None else torch.tensor(cpu.covered)
+        options = (cpu.given, *(0 if extra is None else extra.data_ptr() for extra in (covered, metric)))
+        compiled.encode(ENCODE.pack(*source, ids.data_ptr(), *options, *threads) + side(codec, planes, x[0]))
         return None
     if codec.rotated:
         domain = torch.empty(x.shape, dtype=torch.float32)
         compiled.rotate(ROTATE.pack(*source, x.shape[4], domain.data_ptr(), *threads))
     else:
         domain = x.float()
-    options = {"bucket": _bucket} if cpu.bucketed else {}
-    for stored, plane in zip(planes, codec._encode(domain, x.dtype, **options), strict=True):
+    choice = {"bucket": _bucket} if cpu.bucketed else {}
+    for stored, plane in zip(planes, codec._encode(domain, x.dtype, **choice), strict=True):
         stored[ids.reshape(-1)] = plane.flatten(0, 1)
     return None
 

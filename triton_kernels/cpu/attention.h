@@ -139,6 +139,7 @@ class Rows {
     Partial partial_;
     int64_t ahead_ = 0;                       // bytes from the current page to the next
     int64_t total_ = 0, low_ = 0, high_ = 0;  // tokens of the sequence; range of those that some row sees
+    int32_t* order_;  // channel of each column, where channels are ranked
     float *query_, *scaled_, *query_sum_, *constant_, *scores_, *tile_, *channels_, *page_sum_;
     TokenFactors factors_;
 
@@ -150,7 +151,7 @@ class Rows {
         const size_t rows = ROWS, page = size_t(round_up(int(call.page_size), BLOCK));
         const size_t widest = size_t(std::max(std::max(call.keys.columns(), call.values.columns()),
                                               round_up(int(std::max(call.keys.dim, call.values.dim)), W)));
-        return rows * (3 * widest + page + 2) + BLOCK * widest + 2 * widest + 3 * page + 16 * 16;
+        return rows * (3 * widest + page + 2) + BLOCK * widest + 3 * widest + 3 * page + 16 * 16;
     }
 
     Rows(const Attention& call, int batch, int head, int first, int rows, Partial partial, Scratch& scratch)
@@ -167,6 +168,7 @@ class Rows {
         constant_ = scratch.take(rows);
         tile_ = scratch.take(size_t(BLOCK) * widest);
         channels_ = scratch.take(size_t(widest) * 2);
+        order_ = (int32_t*)scratch.take(size_t(widest));
         factors_ = {scratch.take(stride_), scratch.take(stride_), scratch.take(stride_)};
         const int32_t* lengths = call.lengths + 2 * batch;
         total_ = int64_t(lengths[0]) * call.page_size + lengths[1];
@@ -193,7 +195,10 @@ class Rows {
             to_floats(call_.query + offset * item_size(call_.query_dtype), call_.query_dtype, dim, row);
             for (int i = 0; i < dim; i++) row[i] *= float(call_.scale);
             if (packed && side.rotated) hadamard(row, dim);
-            to_columns(side, row, query_ + int64_t(r) * columns);
+            if (packed && side.ranked())  // each page has an order of its own
+                std::memcpy(query_ + int64_t(r) * columns, row, size_t(dim) * 4);
+            else
+                to_columns(side, row, query_ + int64_t(r) * columns);
             float total = 0;
             for (int i = 0; i < dim; i++) total += row[i];
             query_sum_[r] = total;
@@ -257,11 +262,17 @@ class Rows {
         const float* query = query_;
         if (packed) factors_.read(side, index, count);
         const bool scaled = packed && side.channel_scale.data, shifted = packed && side.channel_offset.data;
+        if (packed && side.ranked()) {
+            ranked_channels(side, index, order_);
+            for (int r = 0; r < rows_; r++)
+                permute(query_ + int64_t(r) * columns, int(side.dim), order_, columns, scaled_ + int64_t(r) * columns);
+            query = scaled_;
+        }
         if (shifted) {
             channel_factor(side, side.channel_offset, index, channels_);
             for (int r = 0; r < rows_; r++) {
                 Floats total = {};
-                for (int c = 0; c < columns; c += W) total += load(query_ + int64_t(r) * columns + c) * load(channels_ + c);
+                for (int c = 0; c < columns; c += W) total += load(query + int64_t(r) * columns + c) * load(channels_ + c);
                 constant_[r] = sum(total);
             }
         }
@@ -270,7 +281,7 @@ class Rows {
             for (int r = 0; r < rows_; r++)
                 for (int c = 0; c < columns; c += W) {
                     const int64_t i = int64_t(r) * columns + c;
-                    store(scaled_ + i, load(query_ + i) * load(channels_ + c));
+                    store(scaled_ + i, load(query + i) * load(channels_ + c));
                 }
             query = scaled_;
         }
@@ -358,7 +369,9 @@ class Rows {
              bool packed) {
         const int columns = side.columns();
         const bool scaled = packed && side.channel_scale.data, shifted = packed && side.channel_offset.data;
+        const bool ranked = packed && side.ranked();  // what rows have summed is in the order of the channels
         if (packed) factors_.read(side, index, count);
+        if (ranked) ranked_channels(side, index, order_);
         if (shifted) channel_factor(side, side.channel_offset, index, channels_);
         for (int r = 0; r < rows_; r++) {
             float *row = scores_ + int64_t(r) * stride_, *state = partial_.row(r);
@@ -366,7 +379,7 @@ class Rows {
                 Floats weight = {};
                 for (int t = 0; t < stride_; t += W) weight += load(row + t);
                 const float total = sum(weight);
-                for (int c = 0; c < columns; c++) state[3 + c] += total * channels_[c];
+                for (int c = 0; c < columns; c++) state[3 + (ranked ? order_[c] : c)] += total * channels_[c];
             }
             if (packed && side.token_offset.data) {
                 float total = 0;
@@ -388,7 +401,7 @@ class Rows {
         for (int r = 0; r < rows_; r++) {
             float *state = partial_.row(r) + 3, *sums = page_sum_ + int64_t(r) * columns;
             if (scaled)
-                for (int c = 0; c < columns; c++) state[c] += sums[c] * channels_[c];
+                for (int c = 0; c < columns; c++) state[ranked ? order_[c] : c] += sums[c] * channels_[c];
             else
                 std::memcpy(state, sums, size_t(columns) * 4);
         }

@@ -17,14 +17,17 @@ from ..pages import PagedSide
 from .build import BuildError, load
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+_STEP = 4  # uint8, where a factor has it: an fp16 number of 8 bits
 _FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 3: 3, 1: 4}  # 3 bits are 2 and a sign in another plane
+_RANKED = {4: 5, 3: 6, 2: 7}
 
-# format dim rotated codes dtype levels slopes signs middle; 5 x (data dtype heads); zero_point; tail and its strides
-_SIDE = struct.Struct("30q")
+# format dim rotated codes dtype levels slopes signs middle; 5 x (data dtype heads); order; zero_point; tail and its
+# strides
+_SIDE = struct.Struct("31q")
 ATTENTION = struct.Struct("14q 2d 12q")  # and two sides
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
-ENCODE = struct.Struct("14q")  # and a side
+ENCODE = struct.Struct("16q")  # and a side
 ROTATE = struct.Struct("14q")
 BUCKET = struct.Struct("7q")
 
@@ -96,12 +99,13 @@ def _described(codec: Codec, head_dim: int) -> tuple[CpuCodec, tuple[int, int, i
     assert cpu is not None, "choose() lets no other codec through"
     tables = [None if levels is None else _table(levels) for levels in (cpu.levels, cpu.slopes)]
     addresses = tuple(0 if table is None else ctypes.addressof(table) for table in tables)
-    return cpu, (_FORMATS[codec.bits], head_dim, int(codec.rotated)), (addresses[0], addresses[1]), tables
+    formats = _FORMATS if cpu.order is None else _RANKED
+    return cpu, (formats[codec.bits], head_dim, int(codec.rotated)), (addresses[0], addresses[1]), tables
 
 
 def _factor(plane: torch.Tensor) -> tuple[int, int, int]:
     """Members of ``Factor``."""
-    return plane.data_ptr(), DTYPES[plane.dtype], 0 if plane.stride(0) else plane.shape[1]
+    return plane.data_ptr(), DTYPES.get(plane.dtype, _STEP), 0 if plane.stride(0) else plane.shape[1]
 
 
 def held_side(pages: PagedSide) -> bytes:
@@ -120,5 +124,6 @@ def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> by
     for index in (cpu.token_scale, cpu.token_offset, cpu.residual, cpu.channel_scale, cpu.channel_offset):
         members += (0, 0, 0) if index is None else _factor(planes[index])
     batch, head_stride, token, _ = tail.stride()
+    members += (0 if cpu.order is None else planes[cpu.order].data_ptr(),)
     members += (cpu.zero_point, tail.data_ptr(), DTYPES[tail.dtype], batch, head_stride, token)
     return _SIDE.pack(*members)

@@ -10,7 +10,10 @@ constexpr int BLOCK = 16;  // tokens that are unpacked at a time: their floats s
 
 constexpr int MIDDLE = 128;  // of 8-bit codes that stand for -128 to 127
 
-enum Format : int64_t { VECTORS = 0, CODES_8 = 1, CODES_4 = 2, CODES_2 = 3, CODES_1 = 4 };
+enum Format : int64_t {
+    VECTORS = 0, CODES_8 = 1, CODES_4 = 2, CODES_2 = 3, CODES_1 = 4,
+    RANKED_4 = 5, RANKED_3 = 6, RANKED_2 = 7  // of ranked.py: four quarters of channels in the order of a page
+};
 
 // One of the vectors that stand outside of the levels; `data` is null where the codec has none.
 struct Factor {
@@ -30,14 +33,17 @@ struct Side {
     int64_t dtype;        // of VECTORS
     const float* levels;  // 16 floats; null for CODES_8, whose levels are the codes less `middle`
     const float* slopes;  // 16 floats: level = levels[code] + residual[token] * slopes[code]; or null
-    const char* signs;    // of CODES_2, half as many bytes, packed as in three_bit.py: a set bit negates a level; or null
+    const char* signs;    // of CODES_2, half as many bytes, packed as in three_bit.py: a set bit negates a level; or null;
+                          // of RANKED_4 and RANKED_3, the second plane
     int64_t middle;       // MIDDLE or 0
     Factor token_scale, token_offset, residual, channel_scale, channel_offset;
+    const char* order;   // of ranked channels, uint8: the channel of each rank in each page; or null
     int64_t zero_point;  // whether token_offset is a zero point: the offset is then -zero * scale
     const char* tail;    // the open page
     int64_t tail_dtype, tail_batch, tail_head, tail_token;  // strides in elements
 
-    int fields() const { return format == VECTORS ? 1 : 1 << (format - 1); }
+    bool ranked() const { return format >= RANKED_4; }
+    int fields() const { return format == VECTORS ? 1 : ranked() ? 4 : 1 << (format - 1); }
     int part() const { return int(dim) / fields(); }
     // Channels are in the order of fields, each padded to whole vectors.
     int width() const { return round_up(part(), W); }
@@ -90,6 +96,43 @@ void unpack_codes(const Side& side, const char* rows, int64_t row_bytes, const f
     }
 }
 
+// Codes of ranked.py: each byte has one channel of every quarter.
+template <int FORMAT>
+void unpack_ranked(const Side& side, const char* rows, int64_t row_bytes, const float*, int count, float* tile) {
+    const int part = side.part(), width = side.width();
+    constexpr int LESS = FORMAT == RANKED_3 ? 2 : 1;  // bytes of codes for one of the second plane
+    const char* second = side.signs + (rows - side.codes) / LESS;
+    const auto expand = [&](Ints a, Ints b, float* out) {
+        const auto put = [&](int quarter, Ints code) {
+            store(out + quarter * width, __builtin_convertvector(code, Floats));
+        };
+        if constexpr (FORMAT == RANKED_4) {
+            put(0, (a & 15) << 2 | (b & 3)), put(1, a >> 4), put(2, b >> 2 & 7), put(3, b >> 5);
+        } else if constexpr (FORMAT == RANKED_3) {
+            put(0, a & 15), put(1, a >> 4), put(2, b & 3), put(3, b >> 2);
+        } else {
+            put(0, a & 15), put(1, a >> 4 & 3), put(2, a >> 6), put(3, Ints{});
+        }
+    };
+    const auto load_second = [](const uint8_t* p) {
+        if constexpr (FORMAT == RANKED_4) return load_bytes(p);
+        if constexpr (FORMAT == RANKED_3) return load_nibbles(p);
+        return Ints{};
+    };
+    for (int t = 0; t < count; t++) {
+        const uint8_t *a = (const uint8_t*)rows + t * row_bytes, *b = (const uint8_t*)second + t * row_bytes / LESS;
+        float* out = tile + int64_t(t) * 4 * width;
+        int j = 0;
+        for (; j + W <= part; j += W) expand(load_bytes(a + j), load_second(b + j / LESS), out + j);
+        if (j < part) {
+            uint8_t last[W] = {}, rest[W] = {};
+            std::memcpy(last, a + j, size_t(part - j));
+            if (FORMAT != RANKED_2) std::memcpy(rest, b + j / LESS, size_t(part - j) / LESS);
+            expand(load_bytes(last), load_second(rest), out + j);
+        }
+    }
+}
+
 template <int64_t DTYPE>
 void unpack_vectors(const Side& side, const char* rows, int64_t row_bytes, const float*, int count, float* tile) {
     const int dim = int(side.dim), width = round_up(dim, W);
@@ -114,6 +157,9 @@ inline Unpack* unpacker(const Side& side) {
         case CODES_2:
             if (side.signs) return unpack_codes<2, SIGNED>;
             return side.slopes ? unpack_codes<2, SLOPED> : unpack_codes<2, PLAIN>;
+        case RANKED_4: return unpack_ranked<RANKED_4>;
+        case RANKED_3: return unpack_ranked<RANKED_3>;
+        case RANKED_2: return unpack_ranked<RANKED_2>;
         default: return side.slopes ? unpack_codes<1, SLOPED> : unpack_codes<1, PLAIN>;
     }
 }
@@ -126,19 +172,49 @@ inline void to_columns(const Side& side, const float* from, float* to) {
 }
 
 inline void from_columns(const Side& side, const float* from, float* to) {
+    if (side.ranked()) return (void)std::memcpy(to, from, size_t(side.dim) * 4);
     const int part = side.part(), width = side.width();
     for (int field = 0; field < side.fields(); field++)
         std::memcpy(to + field * part, from + field * width, size_t(part) * 4);
 }
 
-// A channel vector of page-and-head `index` in the columns' order.
+// A channel vector of page-and-head `index` in the columns' order; zero for channels that have none.
 inline void channel_factor(const Side& side, const Factor& factor, int64_t index, float* to) {
     const int part = side.part(), width = side.width(), size = item_size(factor.dtype);
-    const char* from = factor.at(index, side.dim);
-    for (int field = 0; field < side.fields(); field++) {
+    const int fields = side.format == RANKED_2 && factor.dtype == STEP ? 3 : side.fields();
+    const char* from = factor.at(index, int64_t(part) * fields);
+    for (int c = fields * width; c < side.columns(); c++) to[c] = 0;
+    for (int field = 0; field < fields; field++) {
         to_floats(from + int64_t(field) * part * size, factor.dtype, part, to + field * width);
         for (int j = part; j < width; j++) to[field * width + j] = 0;
     }
+}
+
+// The channel of each column of page-and-head `index`; of columns that are padding, channel 0.
+inline void ranked_channels(const Side& side, int64_t index, int32_t* to) {
+    const int part = side.part(), width = side.width();
+    const uint8_t* from = (const uint8_t*)side.order + index * side.dim;
+    for (int field = 0; field < 4; field++)
+        for (int j = 0; j < width; j++) to[field * width + j] = j < part ? from[field * part + j] : 0;
+}
+
+// `from` [dim, padded to whole vectors] in the order of `channels` [columns].
+inline void permute(const float* from, int dim, const int32_t* channels, int columns, float* to) {
+#if KV_WIDTH == 16
+    for (int c = 0; c < columns; c += W) {
+        const __m512i channel = _mm512_loadu_si512(channels + c), block = _mm512_srli_epi32(channel, 5);
+        __m512 some = _mm512_setzero_ps();
+        for (int first = 0; first < dim; first += 32) {
+            const __m512 low = _mm512_loadu_ps(from + first);
+            const __m512 high = first + 16 < dim ? _mm512_loadu_ps(from + first + 16) : low;
+            const __mmask16 here = _mm512_cmpeq_epi32_mask(block, _mm512_set1_epi32(first / 32));
+            some = _mm512_mask_mov_ps(some, here, _mm512_permutex2var_ps(low, channel, high));
+        }
+        _mm512_storeu_ps(to + c, some);
+    }
+#else
+    for (int c = 0; c < columns; c++) to[c] = from[channels[c]];
+#endif
 }
 
 // Token vectors of page-and-head `index`, [page_size] each.

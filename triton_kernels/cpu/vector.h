@@ -30,11 +30,12 @@ constexpr int W = KV_WIDTH;
 typedef float Floats __attribute__((vector_size(4 * KV_WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * KV_WIDTH)));
 
-enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3 };
+// STEP: bits 14 to 7 of a FLOAT16, whose others are 0.
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3, STEP = 4 };
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-inline int item_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOL ? 1 : 2; }
+inline int item_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOL || dtype == STEP ? 1 : 2; }
 
 inline Floats load(const float* p) {
     Floats v;
@@ -170,6 +171,10 @@ inline void to_floats(const void* from, int count, float* to) {
 inline void to_floats(const void* from, int64_t dtype, int count, float* to) {
     if (dtype == FLOAT32) return to_floats<FLOAT32>(from, count, to);
     if (dtype == BFLOAT16) return to_floats<BFLOAT16>(from, count, to);
+    if (dtype == STEP) {
+        for (int i = 0; i < count; i++) to[i] = half_to_float(uint16_t(((const uint8_t*)from)[i]) << 7);
+        return;
+    }
     to_floats<FLOAT16>(from, count, to);
 }
 
