@@ -18,6 +18,7 @@ import torch
 
 from ..triton_kernels.ops import Implementation, PagedSide, round_keys
 
+MOMENTS = "keys.moments"  # what they are called in a file
 _FOLDED = 256  # tokens of queries that are kept as they came, and summed at a time
 
 
@@ -37,12 +38,14 @@ class SeenQueries:
 
     Args:
         heads: key/value heads.
+        head_dim: elements of a key.
     """
 
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
-        self.fresh: Fresh | None = None
+    def __init__(self, heads: int, head_dim: int) -> None:
+        self.heads, self.head_dim = heads, head_dim
+        self.rounded = self.nearest = 0  # pages sealed: in the metric of queries, and without
         self.padding: np.ndarray | None = None  # bool [batch, tokens] of the step under way, True where padded
+        self._fresh: Fresh | None = None
         self._total: torch.Tensor | None = None
         self._recent: list[torch.Tensor] = []  # as they came, one tensor for each step
         self._tokens = 0  # of these
@@ -76,6 +79,11 @@ class SeenQueries:
             moments = rows.transpose(1, 2) @ rows
             self._total = moments if self._total is None else self._total + moments
 
+    def sealed(self, fresh: Fresh) -> None:
+        """Pages were sealed, every code the nearest one; :meth:`round` may do better."""
+        self._fresh = fresh
+        self.nearest += fresh.pages.numel()
+
     def metric(self) -> torch.Tensor | None:
         """float32 ``[heads, head_dim, head_dim]``, up to a factor; None before the first query."""
         self._fold()
@@ -89,9 +97,14 @@ class SeenQueries:
             side: keys.
             impl: what is to run.
         """
-        fresh, self.fresh, metric = self.fresh, None, self.metric()
-        if fresh is None or metric is None or fresh.version != version:
+        fresh = self._fresh
+        if fresh is None or (metric := self.metric()) is None:
             return
+        self._fresh = None
+        if fresh.version != version:
+            return
+        self.nearest -= fresh.pages.numel()
+        self.rounded += fresh.pages.numel()
         tokens = fresh.pages.shape[1] * side.page_size
         content = fresh.keys[:, :, : max(0, tokens - fresh.held)]
         if fresh.held:
@@ -101,7 +114,12 @@ class SeenQueries:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a saved store keeps."""
         metric = self.metric()
-        return {} if metric is None else {"keys.moments": metric}
+        return {} if metric is None else {MOMENTS: metric}
+
+    def fits(self, moments: torch.Tensor) -> bool:
+        """Whether what was saved can be moments of these heads."""
+        shape = (self.heads, self.head_dim, self.head_dim)
+        return moments.shape == shape and moments.dtype == torch.float32 and bool(moments.isfinite().all())
 
     def restore(self, moments: torch.Tensor) -> None:
         """Go on from what was saved."""
@@ -113,9 +131,14 @@ class SeenQueries:
         held = [*self._recent, *([] if self._total is None else [self._total])]
         return sum(tensor.nbytes for tensor in held)
 
+    def empty(self) -> SeenQueries:
+        """For the same heads, nothing seen."""
+        return SeenQueries(self.heads, self.head_dim)
+
     def fork(self) -> SeenQueries:
         """As many queries seen, by another store."""
-        twin = SeenQueries(self.heads)
+        twin = self.empty()
+        twin.rounded, twin.nearest = self.rounded, self.nearest
         twin._total, twin._recent, twin._tokens = self._total, list(self._recent), self._tokens
         return twin
 

@@ -64,7 +64,7 @@ class PagedStore(StoreLayout):
         self.table = PageTable(self.pool, like_keys.shape[0], like_keys.device)
         self._lengths: torch.Tensor | None = None
         self._tail_shared = False
-        self.seen = SeenQueries(like_keys.shape[1]) if keys.uses_queries else None
+        self.seen = SeenQueries(*self.vectors[0]) if keys.uses_queries else None
         self.tail_length = 0
         self.reopened_pages = 0
         self.version = 0
@@ -233,10 +233,10 @@ class PagedStore(StoreLayout):
         self._tail_shared = False
         self.version += 1
         if self.seen is not None and count:
-            self.seen.fresh = Fresh(self.version, before, length - keys.shape[2], keys, on_device[:, -count:].long())
+            self.seen.sealed(Fresh(self.version, before, length - keys.shape[2], keys, on_device[:, -count:].long()))
 
     def round_keys(self) -> None:
-        if self.seen is not None and self.seen.fresh is not None:
+        if self.seen is not None:
             self.seen.round(self.version, self._sides()[0], self.impl)
 
     # -- everything that only moves table entries ----------------------------------------------------------------------
@@ -278,7 +278,7 @@ class PagedStore(StoreLayout):
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""
         self.tail_length, self._lengths, self.loose = 0, None, None
-        self.seen = self.seen and SeenQueries(self.seen.heads)
+        self.seen = self.seen and self.seen.empty()
         self.table.keep(0, 0)
         self.version += 1
 
@@ -292,8 +292,6 @@ class PagedStore(StoreLayout):
             side.tail[:, :, :count] = tensors[f"{name}.open"]
         self.table.adopt(table, pages)
         self._lengths, self.tail_length = None, count
-        if self.seen is not None and "keys.moments" in tensors:
-            self.seen.restore(tensors["keys.moments"])
         vars(self).update(integers)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "PagedStore":

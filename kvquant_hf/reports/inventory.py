@@ -76,6 +76,8 @@ def take_inventory(
         sealed_elements=sum(n * store.sealed_pages * page_size for n, store in zip(per_page, stores, strict=True)),
         reopened_pages=sum(store.reopened_pages for store in stores),
         saturated_pages=saturated,
+        feedback_pages=sum(store.seen.rounded for store in stores if store.seen is not None),
+        nearest_pages=sum(_nearest_pages(store) for store in stores),
         implementation=" and ".join(sorted(log.paged)),
         implementation_reason=log.reason,
         paged_calls=log.paged.total(),
@@ -86,6 +88,13 @@ def take_inventory(
         restarts=dict(log.restarts),
         dropped=log.dropped,
     )
+
+
+def _nearest_pages(store: PagedStore) -> int:
+    """Pages whose keys might have been rounded by queries and were not."""
+    if store.seen is not None:
+        return store.seen.nearest
+    return store.sealed_pages * store.batch_size if store.codecs[0].uses_queries else 0
 
 
 def _vectors(store: PagedStore, latent_rank: int | None) -> str:

@@ -39,6 +39,8 @@ class CacheReport:
             found when the report is made, by the scales that are at the end of their range.  A ``KVQuantRangeWarning``
             says so once: on a CPU when such a page is sealed; of static caches and on a GPU, which is not waited for,
             with the report.  ``exact`` has no scales; those of ``int8-static`` are measured beforehand.
+        feedback_pages, nearest_pages: of codecs that round keys by queries, pages sealed in the metric of those seen,
+            and pages sealed without (no query had come by; static caches), every code the nearest one.
         implementation: what computed attention over pages: ``"triton"``, ``"cpu"``, ``"reference"`` (plain torch),
             several of them, or ``""`` before the first call.
         implementation_reason: why the kernels did not run, if they might have.
@@ -73,6 +75,8 @@ class CacheReport:
     sealed_elements: int
     reopened_pages: int
     saturated_pages: int
+    feedback_pages: int
+    nearest_pages: int
     implementation: str
     implementation_reason: str
     paged_calls: int
@@ -143,6 +147,11 @@ class CacheReport:
             *(
                 [("out of range", f"{self.saturated_pages} pages with keys or values beyond what their scales hold")]
                 if self.saturated_pages
+                else []
+            ),
+            *(
+                [("rounding", f"{self.feedback_pages} pages by queries, {self.nearest_pages} to the nearest code")]
+                if self.feedback_pages or self.nearest_pages
                 else []
             ),
             (
