@@ -32,7 +32,7 @@ def encode_pages(
 
 def round_reference(side: PagedSide, x: torch.Tensor, pages: torch.Tensor, metric: torch.Tensor) -> None:
     """``ops.round_keys``, which see."""
-    round_pages(side, x, pages, functools.partial(encode_pages, metric=metric))
+    round_pages(side, x, pages, functools.partial(encode_pages, metric=metric.unsqueeze(1)))
 
 
 def round_pages(side: PagedSide, x: torch.Tensor, pages: torch.Tensor, encode: Encode) -> None:

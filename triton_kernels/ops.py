@@ -154,8 +154,8 @@ def round_keys(
         side: keys, of a codec with ``uses_queries``; planes are written.
         x: what the pages hold, ``[batch, heads, count * page_size, head_dim]`` in the model's dtype.
         pages: int64 ``[batch, count]``, where it is to go.
-        metric: float32 ``[heads, head_dim, head_dim]``, second moments of the queries of each key/value head, up to a
-            factor.
+        metric: float32 ``[batch, heads, head_dim, head_dim]``, second moments of the queries of each key/value head,
+            up to a factor.
         impl: what is to run.
 
     Raises:

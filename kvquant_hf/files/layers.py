@@ -15,7 +15,7 @@ from ..layers.paged import PagedLayer
 from ..layers.sliding import SlidingPagedLayer
 from ..layers.static import StaticPagedLayer
 from ..pages.parameters import in_pages
-from ..pages.queries import MOMENTS
+from ..pages.queries import SAVED
 from ..pages.store import PagedStore
 from ..triton_kernels.codecs import Plane
 from .checked import Tensors
@@ -58,7 +58,8 @@ def snapshot(store: PagedStore) -> Tensors:
     Returns:
         ``table``: int32 ``[batch, sealed_pages]`` on the CPU, rows of the planes.  ``<side>.<plane>``: pages in use,
         ``[pages, *plane]``, each once however many sequences share it.  ``<side>.open``: the used part of the open
-        page, ``[batch, heads, tokens, head_dim]``.  ``keys.moments``: second moments of queries, where some were seen.
+        page, ``[batch, heads, tokens, head_dim]``.  ``keys.moments``,
+        ``keys.correlations``: second moments of queries, where some were seen.
     """
     view = store.view()
     pages, table = view.page_table.unique(return_inverse=True)
@@ -187,9 +188,9 @@ def _restore_paged(
             f"{_declarations(store)}; load it with the version of kvquant-hf that wrote it, or make the cache again."
         )
     empty, integers = snapshot(store), state["integers"]
-    if (moments := tensors.get(MOMENTS)) is not None:
-        expect(store.seen is not None and store.seen.fits(moments), where)
-        tensors = Tensors({name: tensor for name, tensor in tensors.items() if name != MOMENTS})
+    if moments := {name: tensor.to(device) for name, tensor in tensors.items() if name in SAVED}:
+        expect(store.seen is not None and store.seen.fits(moments, store.batch_size), where)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in moments}
     expect(tensors.keys() == empty.keys() and set(integers) <= set(store.SAVED), where)
     for name, tensor in tensors.items():
         # The dimensions that are 0 in an empty store are those that vary.
@@ -202,8 +203,8 @@ def _restore_paged(
     expect(torch.equal(tensors["table"].unique(), torch.arange(*pages, dtype=torch.int32)), where)
     expect(all(type(x) is int and x >= 0 for x in integers.values()), where)
     store.restore(tensors, integers)
-    if store.seen is not None and moments is not None:
-        store.seen.restore(moments.to(device))
+    if store.seen is not None and moments:
+        store.seen.restore(moments)
 
 
 def inconsistent(where: str) -> SavedCacheError:

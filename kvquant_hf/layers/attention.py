@@ -76,6 +76,8 @@ def attend(
             return compiled_dense_attention(query, keys, values, scale, causal, mask, softcap, sinks)
         return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
     view, store = keys.view_pages(), keys.store
+    if not compiling:
+        store.saw(query)  # first, so that what a prompt reads is what stays
     # In a graph the operator chooses when it runs.
     chosen = None if compiling else choose(store.impl, query.dtype, view.keys, view.values)
     with without_autocast(query.device.type):
@@ -96,7 +98,6 @@ def attend(
         )
     if chosen is not None:
         keys._log.attended(*chosen)
-        store.saw(query)
     return output
 
 

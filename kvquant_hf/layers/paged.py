@@ -178,13 +178,15 @@ class PagedLayer:
             return keys, values
         self.store.round_keys()
         dtypes = self.store.promoted(keys, values)
-        return self._carrier("keys", dtypes[0]), self._carrier("values", dtypes[1])
+        packed = self._carrier("keys", dtypes[0]), self._carrier("values", dtypes[1])
+        self._mark(packed[0], None)
+        return packed
 
     def _mark(self, keys: torch.Tensor, padding: np.ndarray | None) -> None:
-        """Let who attends to the plain ``keys`` tell the store of the queries; ``padding`` of these, if any."""
+        """Let who attends to ``keys`` tell the store of the queries; ``padding`` of these, if any."""
         if self.store is not None and self.store.seen is not None:
             self.store.seen.padding = padding
-            mark(keys, self.store)
+            mark(keys, self.store, self.store.seen)
 
     def _padding_of(self, keys: torch.Tensor) -> np.ndarray | None:
         """``padding`` of the open page and the new ``keys``, which are not stored yet.

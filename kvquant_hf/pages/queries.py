@@ -5,26 +5,31 @@ Queries come after their keys: a page that a step completes is rounded in the me
 the pages of a first prompt, which attends to its exact keys, once its own queries have been seen.  Where no queries
 come by (another attention function reads the keys), pages stay as they were sealed: every code the nearest one.
 
-Moments are summed over the sequences of a batch.  Pages say nothing of them: whoever reads a page needs no metric.
+Every sequence has moments of its own, so that who shares its batch changes nothing.  Pages say nothing of them: whoever
+reads a page needs no metric.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..triton_kernels.ops import Implementation, PagedSide, round_keys
 
-MOMENTS = "keys.moments"  # what they are called in a file
+SAVED = ("keys.moments", "keys.correlations")  # what they are called in a file
 _FOLDED = 256  # tokens of queries that are kept as they came, and summed at a time
 
 
-class Fresh(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Fresh:
     """Pages that were just sealed: the store's version, the open page before that and its tokens, the new keys, and
-    where they went."""
+    where they went.  It lives as long as what a model was handed to attend to, and keeps keys no longer."""
 
     version: int
     tail: torch.Tensor  # [batch, heads, page_size, head_dim]
@@ -33,8 +38,37 @@ class Fresh(NamedTuple):
     pages: torch.Tensor  # int64 [batch, count]
 
 
+class Moments(NamedTuple):
+    """A symmetric matrix in a quarter of its bytes; what fp16 rounds of it is far below what is added as damping."""
+
+    diagonal: torch.Tensor  # float32 [heads, head_dim]
+    correlations: torch.Tensor  # fp16 [heads, head_dim (head_dim - 1) / 2]: below the diagonal, over the roots of both
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> Moments:
+        """Of float32 ``[heads, head_dim, head_dim]``."""
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        size = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+        rows, columns = torch.tril_indices(*matrix.shape[1:], -1, device=matrix.device)
+        scaled = matrix * size.unsqueeze(1) * size.unsqueeze(2)
+        return cls(diagonal.clone(), scaled[:, rows, columns].half())
+
+    def matrix(self) -> torch.Tensor:
+        """The matrix again."""
+        size, (heads, dim) = self.diagonal.sqrt(), self.diagonal.shape
+        lower = self.diagonal.new_zeros(heads, dim, dim)
+        rows, columns = torch.tril_indices(dim, dim, -1, device=lower.device)
+        lower[:, rows, columns] = self.correlations.float()
+        full = (lower + lower.transpose(1, 2)) * size.unsqueeze(1) * size.unsqueeze(2)
+        return full + torch.diag_embed(self.diagonal)
+
+
+def _nobody() -> None:
+    """No pages wait for queries."""
+
+
 class SeenQueries:
-    """Second moments of the queries of one layer, for each key/value head.
+    """Second moments of the queries of one layer, for each sequence and key/value head.
 
     Args:
         heads: key/value heads.
@@ -45,8 +79,8 @@ class SeenQueries:
         self.heads, self.head_dim = heads, head_dim
         self.rounded = self.nearest = 0  # pages sealed: in the metric of queries, and without
         self.padding: np.ndarray | None = None  # bool [batch, tokens] of the step under way, True where padded
-        self._fresh: Fresh | None = None
-        self._total: torch.Tensor | None = None
+        self._fresh: Any = _nobody  # gives the pages just sealed, or None
+        self._moments: list[Moments] = []  # of each sequence; beams share them
         self._recent: list[torch.Tensor] = []  # as they came, one tensor for each step
         self._tokens = 0  # of these
 
@@ -69,25 +103,42 @@ class SeenQueries:
             count -= last.shape[2]
         self._tokens = sum(query.shape[2] for query in self._recent)
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Sequence ``rows[i]`` is sequence i now."""
+        if self._moments:
+            self._moments = [self._moments[row] for row in rows.tolist()]
+        if self._recent:
+            recent = torch.cat(self._recent, 2)
+            self._recent = [recent.index_select(0, rows.to(recent.device))]
+
     def _fold(self) -> None:
-        """Sum what came; new tensors, because forks share the old."""
+        """Sum what came; new tensors, because forks and beams share the old."""
         recent, self._recent, self._tokens = self._recent, [], 0
         if not recent:
             return
+        total = torch.stack([moments.matrix() for moments in self._moments]) if self._moments else None
         for query in torch.cat(recent, 2).split(_FOLDED, 2):
-            rows = query.unflatten(1, (self.heads, -1)).transpose(0, 1).flatten(1, 3).float()  # [heads, rows, head_dim]
-            moments = rows.transpose(1, 2) @ rows
-            self._total = moments if self._total is None else self._total + moments
+            rows = query.unflatten(1, (self.heads, -1)).flatten(2, 3).float()  # [batch, heads, queries, head_dim]
+            products = rows.transpose(2, 3) @ rows
+            total = products if total is None else total + products
+        assert total is not None
+        self._moments = [Moments.of(matrix) for matrix in total]
 
     def sealed(self, fresh: Fresh) -> None:
         """Pages were sealed, every code the nearest one; :meth:`round` may do better."""
-        self._fresh = fresh
+        self._fresh = lambda: fresh
         self.nearest += fresh.pages.numel()
 
+    def hand_over(self) -> Fresh | None:
+        """The pages just sealed, which go on being known as long as somebody has them."""
+        fresh: Fresh | None = self._fresh()
+        self._fresh = _nobody if fresh is None else weakref.ref(fresh)
+        return fresh
+
     def metric(self) -> torch.Tensor | None:
-        """float32 ``[heads, head_dim, head_dim]``, up to a factor; None before the first query."""
+        """float32 ``[batch, heads, head_dim, head_dim]``, up to a factor; None before the first query."""
         self._fold()
-        return self._total
+        return torch.stack([moments.matrix() for moments in self._moments]) if self._moments else None
 
     def round(self, version: int, side: PagedSide, impl: Implementation) -> None:
         """Encode the pages that were just sealed again, in the metric of the queries seen, if there are both.
@@ -97,11 +148,11 @@ class SeenQueries:
             side: keys.
             impl: what is to run.
         """
-        fresh = self._fresh
+        fresh = self._fresh()
         if fresh is None or (metric := self.metric()) is None:
             return
-        self._fresh = None
-        if fresh.version != version:
+        self._fresh = _nobody
+        if fresh.version != version or len(metric) != len(fresh.pages):
             return
         self.nearest -= fresh.pages.numel()
         self.rounded += fresh.pages.numel()
@@ -113,23 +164,33 @@ class SeenQueries:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a saved store keeps."""
-        metric = self.metric()
-        return {} if metric is None else {MOMENTS: metric}
+        self._fold()
+        parts = zip(*self._moments, strict=True)
+        return {name: torch.stack(part) for name, part in zip(SAVED, parts, strict=False)}
 
-    def fits(self, moments: torch.Tensor) -> bool:
-        """Whether what was saved can be moments of these heads."""
-        shape = (self.heads, self.head_dim, self.head_dim)
-        return moments.shape == shape and moments.dtype == torch.float32 and bool(moments.isfinite().all())
+    def fits(self, tensors: Mapping[str, torch.Tensor], batch: int) -> bool:
+        """Whether ``tensors`` can be what :meth:`tensors` gave of ``batch`` sequences of these heads."""
+        other = self.head_dim * (self.head_dim - 1) // 2
+        expected = zip(SAVED, (self.head_dim, other), (torch.float32, torch.float16), strict=True)
+        return tensors.keys() == set(SAVED) and all(
+            tensors[name].shape == (batch, self.heads, width) and tensors[name].dtype == dtype
+            for name, width, dtype in expected
+        )
 
-    def restore(self, moments: torch.Tensor) -> None:
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what was saved."""
-        self._total, self._recent, self._tokens = moments, [], 0
+        self._moments = [Moments(*row) for row in zip(*(tensors[name] for name in SAVED), strict=True)]
+        self._recent, self._tokens = [], 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        held = [*self._recent, *([] if self._total is None else [self._total])]
-        return sum(tensor.nbytes for tensor in held)
+        """Bytes held; what beams share counts once."""
+        held = [*self._recent, *itertools.chain(*self._moments)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        return sum(storages.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_fresh": _nobody}
 
     def empty(self) -> SeenQueries:
         """For the same heads, nothing seen."""
@@ -139,20 +200,20 @@ class SeenQueries:
         """As many queries seen, by another store."""
         twin = self.empty()
         twin.rounded, twin.nearest = self.rounded, self.nearest
-        twin._total, twin._recent, twin._tokens = self._total, list(self._recent), self._tokens
+        twin._moments, twin._recent, twin._tokens = list(self._moments), list(self._recent), self._tokens
         return twin
 
 
 _NAME = "_kvquant_store"
 
 
-def mark(keys: torch.Tensor, store: object) -> None:
-    """Say whose ``keys`` these plain tensors are, so that who attends to them can tell the store of its queries."""
-    setattr(keys, _NAME, weakref.ref(store))
+def mark(keys: torch.Tensor, store: object, seen: SeenQueries) -> None:
+    """Say whose ``keys`` a model is handed, so that who attends to them can tell the store of its queries."""
+    setattr(keys, _NAME, (weakref.ref(store), seen.hand_over()))
 
 
 def saw(keys: torch.Tensor, query: torch.Tensor) -> None:
     """``query`` has attended to ``keys``; tell the store that these were marked with."""
-    reference = getattr(keys, _NAME, None)
-    if reference is not None and (store := reference()) is not None:
+    marked = getattr(keys, _NAME, None)
+    if marked is not None and (store := marked[0]()) is not None:
         store.saw(query)

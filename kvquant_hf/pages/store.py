@@ -263,6 +263,8 @@ class PagedStore(StoreLayout):
         rows = torch.arange(self.batch_size)[indices.cpu()]
         tail = tuple(tail.index_select(0, rows.to(self.device)) for tail in self._tail)
         self.table.select(rows.numpy())
+        if self.seen is not None:
+            self.seen.select(rows)
         self._tail, self._tail_shared, self._lengths = tail, False, None
         self.version += 1
 

@@ -154,7 +154,7 @@ POLICIES: MappingProxyType[str, KVPolicy] = MappingProxyType(
     {
         "exact": KVPolicy("exact", "exact", "the baseline: same pages, same attention, nothing rounded"),
         "int8": KVPolicy("int8-channel", "int8-affine", "our best recipe at 8 bits"),
-        "int4": KVPolicy("int4-channel", "int4-hadamard", "our best recipe at 4 bits"),
+        "int4": KVPolicy("int4-ranked", "int4-hadamard", "our best recipe at 4 bits"),
         "turboquant": KVPolicy("int4-channel", "lloyd2", "TurboQuant's values in 2 bits, keys as in int4"),
         "int8-token": KVPolicy("int8-token", "int8-token", "LMDeploy quant_policy 8"),
         "int4-token": KVPolicy("int4-token", "int4-token", "LMDeploy quant_policy 4"),

@@ -98,6 +98,8 @@ def _attend_or(
         if not reason and all(packed):
             return ours(module, query, key, value, mask, **kwargs)
         reason = reason or "keys or values were changed after the cache"
+        if packed[0] and not torch.compiler.is_compiling():
+            saw(key, query)
         key, value = dense(key, reason), dense(value, reason)
     result = original(module, query, key, value, mask, **kwargs)
     _tell(key, query)

@@ -191,7 +191,9 @@ def test_the_file_holds_pages_in_use_and_little_else(llama: PreTrainedModel, pat
     cache.save(path)
     start, listing, header = parts(path)
     used = sum(side.tail[:, :, : v.tail_length].nbytes for v in (s.view() for s in cache.stores) for side in v[:2])
-    tables = sum(store.page_table.nbytes for store in cache.stores)
+    tables = sum(
+        store.page_table.nbytes + sum(t.nbytes for t in store.seen.tensors().values()) for store in cache.stores
+    )
     assert path.stat().st_size == start + report.packed_bytes + used + tables
     assert start < 8_000 and path.stat().st_size < report.bytes
     assert header["layers"][0]["kind"] == "QuantizedPagedLayer" and header["layers"][0]["version"] == 1
@@ -339,7 +341,7 @@ def _tensor(name: str, change: Any) -> Any:
 HAND_MADE: dict[str, tuple[Any, str]] = {
     "codec gone": (_set("policy", "keys", to="fp5"), "needs 'fp5'.* install kvquant-hf .*"),
     "option of the future": (_set("options", "magic", to=1), "needs 'magic'.*install kvquant-hf"),
-    "codec changed": (_set("layers", 0, "state", "codecs", 0, 1, to=5), "layer 0 of .*with the codecs.*'int4-channel'"),
+    "codec changed": (_set("layers", 0, "state", "codecs", 0, 1, to=5), "layer 0 of .*with the codecs.*'int4-ranked'"),
     "other kind": (_set("layers", 1, "kind", to="Rolling"), "layer 1 of .* is a Rolling .*QuantizedPagedLayer"),
     "kind of the future": (_set("layers", 1, "version", to=2), r"\(version 2\), here.*\(version 1\)"),
     "integer of the future": (_set("layers", 0, "state", "integers", "dropped", to=1), "layer 0 of .* inconsistent"),

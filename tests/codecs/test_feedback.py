@@ -32,6 +32,7 @@ def moments(q: torch.Tensor) -> torch.Tensor:
 
 def encoded(name: str, x: torch.Tensor, metric: torch.Tensor | None, encode=encode_pages) -> list[torch.Tensor]:
     planes = [torch.zeros(2, 2, *p.shape(64), dtype=p.dtype) for p in CODECS[name].planes(x.shape[-1])]
+    metric = None if metric is None else metric[None, None].contiguous()  # of one sequence, for both of its pages
     encode(CODECS[name], planes, x, torch.tensor([[1, 0]]), metric)
     return planes
 

@@ -130,10 +130,10 @@ def test_a_damaged_page_is_seen() -> None:
     make = lambda: Damaged(model.config, "exact", page_size=PAGE, prefill="quantized")  # noqa: E731
     damaged = Contender("damaged", make, weigh_paged)
     windows = prompt(batch=3, length=CONTEXT)
-    results = evaluate(model, windows, [*contenders(model, "exact", "int4"), damaged], step=PAGE, page_size=PAGE)
+    results = evaluate(model, windows, [*contenders(model, "exact", "int8"), damaged], step=PAGE, page_size=PAGE)
     kld = results["damaged"].scores.kld
     assert float(kld[:, :PAGE].abs().max()) < 1e-9  # nothing was damaged yet
-    assert results["damaged"].accuracy.kld_mean > max(0.2, 2 * results["int4"].accuracy.kld_mean)
+    assert results["damaged"].accuracy.kld_mean > max(0.2, 2 * results["int8"].accuracy.kld_mean)
 
 
 def test_a_cache_that_is_not_read_is_refused() -> None:
@@ -146,9 +146,9 @@ def test_a_cache_that_is_not_read_is_refused() -> None:
 def test_a_cache_that_multiplies_out_is_counted() -> None:
     """The numbers are the same, and the detour is told."""
     with pytest.warns(UserWarning, match="multiplied out"):
-        own = measure(tiny_llama(attention=OWN), "int4")["int4"]
+        own = measure(tiny_llama(attention=OWN), "int8")["int8"]
     assert own.storage.fallback_calls == 3 * 4  # layers, chunks
-    assert own.accuracy.kld_mean == pytest.approx(measure(tiny_llama(), "int4")["int4"].accuracy.kld_mean, rel=1e-2)
+    assert own.accuracy.kld_mean == pytest.approx(measure(tiny_llama(), "int8")["int8"].accuracy.kld_mean, rel=1e-2)
 
 
 @pytest.mark.parametrize("step", [0, 3, 2 * PAGE])

@@ -40,12 +40,14 @@ class Plane:
         per: ``"token"``: ``width`` elements for every token and head; ``"page"``: ``width`` for every page and head;
             ``"layer"``: ``width`` for every head, the same in all pages, so that no page stores them.
         width: number of elements.
+        largest: of scales that are stored as integers, the largest of these; what is beyond it is cut off.
     """
 
     name: str
     dtype: torch.dtype | None
     per: Literal["token", "page", "layer"]
     width: int
+    largest: int | None = None
 
     def shape(self, page_size: int) -> tuple[int, ...]:
         """Shape of this plane for one page of one head."""
@@ -152,8 +154,8 @@ class Codec(ABC):
 
         Args:
             x: ``[..., page_size, head_dim]``, any floating dtype, finite.  Pages are encoded independently.
-            metric: second moments of the queries, float32 ``[heads, head_dim, head_dim]`` where the last dimension
-                before a page is that of heads; for codecs with ``uses_queries``, others take no notice.
+            metric: second moments of the queries, float32, broadcasts to ``[..., head_dim, head_dim]``; for codecs with
+                ``uses_queries``, others take no notice.
 
         Returns:
             One tensor per plane, ``[..., *Plane.shape(page_size)]``, in the plane's dtype; those per layer as given.

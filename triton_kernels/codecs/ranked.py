@@ -82,7 +82,7 @@ class RankedCodec(Codec):
         return (
             Plane("codes", torch.uint8, "token", quarter),
             *([Plane("rest", torch.uint8, "token", rest)] if rest else []),
-            Plane("step", torch.uint8, "page", head_dim if self.widths[3] else 3 * quarter),
+            Plane("step", torch.uint8, "page", head_dim if self.widths[3] else 3 * quarter, _LARGEST_STEP),
             Plane("offset", torch.float16, "page", head_dim),
             Plane("order", torch.uint8, "page", head_dim),
         )

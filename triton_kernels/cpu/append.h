@@ -53,7 +53,7 @@ struct Encode {
     const int64_t* ids;
     int64_t given;  // whether the channels' scales and offsets are there already
     const float* covered;  // of ranked channels: how much of a range the grids of each quarter cover
-    const float* metric;   // [heads, dim, dim], second moments of the queries; or null
+    const float* metric;   // [batch, heads, dim, dim], second moments of the queries; or null
     int64_t threads;
     void* fork;
     Side side;
@@ -233,7 +233,7 @@ inline void encode(const Encode& call) {
         const int64_t index = call.ids[batch * call.pages + page] * call.heads + head;
         if (call.side.ranked())
             encode_ranked(call.side, x, page_size, index, call.covered,
-                          call.metric ? call.metric + head * dim * dim : nullptr);
+                          call.metric ? call.metric + (batch * call.heads + head) * dim * dim : nullptr);
         else if (call.given)
             encode_given(call, x, index, low, high);
         else if (call.side.format == CODES_8)
