@@ -17,7 +17,7 @@ from kvquant_hf.triton_kernels.codecs import CODECS
 
 PAGE = 64
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 1, 1000)
-PAIRS = (*POLICIES, "lloyd4-centred/lloyd3", "lloyd3-channel/lloyd2")
+PAIRS = (*POLICIES, "lloyd4-centred/lloyd3", "lloyd3-channel/lloyd2", "octet3/octet2")
 policies = pytest.mark.parametrize("policy", PAIRS)
 
 

@@ -19,14 +19,15 @@ from .build import BuildError, load
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 _FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 3: 3, 1: 4}  # 3 bits are 2 and a sign in another plane
 
-# format dim rotated codes dtype levels slopes signs middle; 5 x (data dtype heads); zero_point; tail and its strides
-_SIDE = struct.Struct("30q")
+# format dim rotated codes dtype levels slopes signs middle octets; 5 x (data dtype heads); zero_point; tail, strides
+_SIDE = struct.Struct("31q")
 ATTENTION = struct.Struct("14q 2d 12q")  # and two sides
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
 ENCODE = struct.Struct("14q")  # and a side
 ROTATE = struct.Struct("14q")
 BUCKET = struct.Struct("7q")
+SEARCH = struct.Struct("8q")
 
 
 class Library:
@@ -41,6 +42,7 @@ class Library:
     encode: Callable[[bytes], None]
     rotate: Callable[[bytes], None]
     bucket: Callable[[bytes], None]
+    search: Callable[[bytes], None]
 
     def __init__(self, flags: tuple[str, ...] | None = None) -> None:
         loaded = load() if flags is None else load(flags)
@@ -52,6 +54,7 @@ class Library:
             "encode": ENCODE.size + _SIDE.size,
             "rotate": ROTATE.size,
             "bucket": BUCKET.size,
+            "search": SEARCH.size,
         }
         sizes = (ctypes.c_int64 * len(size))()
         loaded.kvquant_sizes(sizes)
@@ -116,7 +119,7 @@ def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> by
     """``Side``, packed; its addresses are good as long as the tensors are."""
     cpu, head, addresses, _ = _described(codec, tail.shape[3])
     members = [*head, planes[0].data_ptr(), DTYPES.get(planes[0].dtype, 0), *addresses]
-    members += (0 if cpu.signs is None else planes[cpu.signs].data_ptr(), cpu.middle)
+    members += (0 if cpu.signs is None else planes[cpu.signs].data_ptr(), cpu.middle, cpu.octets)
     for index in (cpu.token_scale, cpu.token_offset, cpu.residual, cpu.channel_scale, cpu.channel_offset):
         members += (0, 0, 0) if index is None else _factor(planes[index])
     batch, head_stride, token, _ = tail.stride()
