@@ -33,6 +33,8 @@ PAIRS = {
     "turboquant": ("int4-channel", "lloyd2"),
     "lloyd4": ("lloyd4-centred", "lloyd2"),
     "lloyd3": ("lloyd3-channel", "lloyd3"),
+    "octet2": ("int4-channel", "octet2"),
+    "octet3": ("int4-channel", "octet3"),
     "int8-token": ("int8-token", "int8-token"),
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),

@@ -11,7 +11,7 @@ Table levels    ``prmt`` looks up four bytes at once: its selector is four nibbl
                 symmetric around zero: the table has the eight magnitudes, and the sign is the code's highest bit.
 
 Instructions per level: whole bytes 0.5, nibbles 0.875, pairs of bits by table 1.375, with a sign 1.84, nibbles by table
-2.375.
+2.375; the codes of ``codecs/octet.py`` 1.66 with 2 bits and 2.19 with 3.
 ``tests/kernels/test_ptx.py`` runs these very strings over all inputs.
 """
 
@@ -112,6 +112,80 @@ def signed_pair_lookup(magnitudes: tuple[float, ...]) -> str:
     return "\n".join([*lines, "}"])
 
 
+def octet_lookup(levels: tuple[float, ...]) -> str:
+    """PTX that looks up the codes of ``codecs/octet.py`` in four ``levels``: four words in ``$16`` and ``$17``.
+
+    With eight levels bit 2 f + p of a word's byte of ``$18`` is the third bit of the code in field f of byte p.
+    """
+    low, *low_end = _tables(levels)[: len(levels) // 4]
+    high, *high_end = _tables(levels)[len(levels) // 4 :]
+    lines = [
+        "{",
+        # The lowest bit of some table is 1 here and 0 there: "xor" holds both.
+        *_held(low, high, "xor"),
+        "    .reg .b32 b0, b1, v, t, u, g;",
+        # The even bytes of four words, and the odd ones: signs are the same for both.
+        "    prmt.b32 b0, $16, $17, 0x6420;",
+        "    prmt.b32 b1, $16, $17, 0x7531;",
+        "    xor.b32 v, b0, b1;",
+        "    shr.u32 t, v, 2;",
+    ]
+    if len(levels) == 4:
+        # Signs of fields f and f + 2 at bits 2 and 6, where a selector wants them: v turned by 0, 2 and 4 bits.
+        lines += [
+            "    .reg .b32 n0, n1;",
+            "    shl.b32 u, v, 6;",
+            "    lop3.b32 g, t, u, 0x3f3f3f3f, 0xe4;",
+            "    lop3.b32 n0, v, g, 0x44444444, 0x28;",
+            "    shr.u32 t, v, 4;",
+            "    shl.b32 u, v, 4;",
+            "    lop3.b32 v, t, u, 0x0f0f0f0f, 0xe4;",
+            "    lop3.b32 n1, v, g, 0x44444444, 0x28;",
+        ]
+    else:
+        # Signs of fields 0 to 3 at bit 7; the four are even in number.
+        lines += [
+            "    .reg .b32 n0, n1, n2, n3, m0, m1;",
+            "    xor.b32 g, v, t;",
+            "    shl.b32 n0, g, 5;",
+            "    shl.b32 n1, g, 3;",
+            "    shl.b32 n3, g, 7;",
+            "    lop3.b32 n2, n0, n1, n3, 0x96;",
+        ]
+    for field in (0, 1):
+        if len(levels) == 8:
+            lines += [
+                f"    prmt.b32 m0, n{field}, n{field + 2}, 0x5140;",
+                f"    prmt.b32 m1, n{field}, n{field + 2}, 0x7362;",
+            ]
+        for byte in (0, 1):
+            x = f"b{byte}"
+            lines += [f"    shr.u32 {x}, {x}, 2;"] if field else []
+            if len(levels) == 4:
+                lines += [f"    lop3.b32 s, {x}, 0x33333333, n{field}, 0xea;"]
+            else:
+                move = {(0, 0): "shl.b32 t, $18, 2", (0, 1): "shl.b32 t, $18, 1", (1, 1): "shr.u32 t, $18, 1"}
+                lines += [f"    {move.get((field, byte), 'mov.b32 t, $18')};"]
+                lines += [f"    and.b32 s, {x}, 0x33333333;", "    lop3.b32 s, t, 0x44444444, s, 0xea;"]
+            for pair in (0, 1):
+                even, odd = (2 * (2 * f + byte) + pair for f in (field, field + 2))
+                lines += ["    shr.u32 s, s, 16;"] if pair else []
+                if len(levels) == 4:
+                    minus = f"0x{int(high, 16) ^ 0x80808080:08x}"
+                    lines += [
+                        "    prmt.b32 lo, table_lo, table_lo, s;",
+                        f"    prmt.b32 hi, table_hi, {minus}, s;",
+                    ]
+                else:
+                    lines += [
+                        f"    prmt.b32 lo, table_lo, {low_end[0]}, s;",
+                        f"    prmt.b32 hi, table_hi, {high_end[0]}, s;",
+                        f"    lop3.b32 hi, hi, m{pair}, 0x80808080, 0x78;",
+                    ]
+                lines += [f"    prmt.b32 ${even}, lo, hi, 0x6240;", f"    prmt.b32 ${odd}, lo, hi, 0x7351;"]
+    return "\n".join([*lines, "}"])
+
+
 def nibble_lookup(levels: tuple[float, ...]) -> str:
     """PTX that looks up nibbles in sixteen ``levels`` with ``levels[15 - i] == -levels[i]``."""
     if any(a != -b for a, b in zip(levels, reversed(levels), strict=True)):
@@ -180,11 +254,18 @@ def run_on_words(words, ASM: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def run_on_words_and_signs(words, signs, ASM: tl.constexpr):
-    """Run ``ASM`` on int16 ``words`` and uint8 ``signs`` of their shape; eight fp16 tensors of it."""
-    # Four at a time, which fill a register with signs.
+def run_on_four_words(words, ASM: tl.constexpr):
+    """Run ``ASM`` on int16 ``words``, four at a time; eight fp16 tensors of their shape."""
+    CONSTRAINTS: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r"
+    return tl.inline_asm_elementwise(ASM, CONSTRAINTS, [words], (tl.float16,) * 8, True, 4)
+
+
+@triton.jit
+def run_on_words_and_bytes(words, others, ASM: tl.constexpr):
+    """Run ``ASM`` on int16 ``words`` and uint8 ``others`` of their shape; eight fp16 tensors of it."""
+    # Four at a time, which fill a register with bytes.
     CONSTRAINTS: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r"
-    return tl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, signs], (tl.float16,) * 8, True, 4)
+    return tl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, others], (tl.float16,) * 8, True, 4)
 
 
 @triton.jit

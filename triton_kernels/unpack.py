@@ -18,7 +18,14 @@ Levels leave here in the dtype of the product.  On NVIDIA GPUs integer codes lea
 code, which is the code times 2^-24 exactly; ``KernelCodec.constants`` has the unit that undoes it, in float32.
 """
 
-from .ptx import nibbles, run_on_words, run_on_words_and_numbers, run_on_words_and_signs, whole_bytes
+from .ptx import (
+    nibbles,
+    run_on_four_words,
+    run_on_words,
+    run_on_words_and_bytes,
+    run_on_words_and_numbers,
+    whole_bytes,
+)
 from .target import tl, triton
 
 
@@ -72,6 +79,30 @@ def load_words(
         return tl.load(pointers)  # [N, WORDS] or [WORDS, N]
     else:
         return tl.load(pointers, mask=mask_w, other=0)  # [N, WORDS] or [WORDS, N]
+
+
+@triton.jit
+def load_word_bytes(
+    plane_ptr,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """One byte for each word of eight codes of one page of one head, ``[N, WORDS]`` or ``[WORDS, N]``; zero past the
+    head."""
+    WIDTH: tl.constexpr = HEAD_DIM // 8
+    offs_w = tl.arange(0, WORDS)
+    bytes_ptr = plane_ptr + page_head * (PAGE * WIDTH)
+    if TRANSPOSED:
+        pointers = bytes_ptr + offs_n[None, :] * WIDTH + offs_w[:, None]
+        mask_w = (offs_w < WIDTH)[:, None]
+    else:
+        pointers = bytes_ptr + offs_n[:, None] * WIDTH + offs_w[None, :]
+        mask_w = (offs_w < WIDTH)[None, :]
+    return tl.load(pointers, mask=mask_w, other=0)  # [N, WORDS] or [WORDS, N]
 
 
 @triton.jit
@@ -135,7 +166,7 @@ def unpack_magnitudes(words, signs, TABLE: tl.constexpr, ASM: tl.constexpr, DTYP
     """Codes of 2 bits: ``TABLE[code]``, or minus that where bit 4 (p % 2) + p // 2 of ``signs`` (uint8, of the shape of
     ``words``) is set for part p, as a tuple of 8 parts."""
     if PTX:
-        return run_on_words_and_signs(words, signs, ASM)
+        return run_on_words_and_bytes(words, signs, ASM)
     else:
         signs = signs.to(tl.int16)
         parts = ()
@@ -143,6 +174,42 @@ def unpack_magnitudes(words, signs, TABLE: tl.constexpr, ASM: tl.constexpr, DTYP
             codes = (words >> (part // 2 * 2 + part % 2 * 8)) & 3
             level = select_levels(codes, TABLE, 4, DTYPE)
             parts = parts + (tl.where(((signs >> (part % 2 * 4 + part // 2)) & 1) != 0, -level, level),)
+        return parts
+
+
+@triton.jit
+def octet_signs(words):
+    """Of int16 ``words`` of codes of ``codecs/octet.py``: bit 2 f is set where field f of both bytes is negative."""
+    differ = (words ^ (words >> 8)) & 0x55
+    again = differ | (differ << 8)
+    return (again >> 2) ^ (again >> 4)
+
+
+@triton.jit
+def unpack_octets(
+    words,
+    high,
+    TABLE: tl.constexpr,
+    COUNT: tl.constexpr,
+    ASM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """The levels of ``codecs/octet.py`` as a tuple of 8 parts; ``TABLE`` has ``COUNT`` = 4 of them, or 8,
+    and then bit p of ``high`` (uint8, of the shape of ``words``) is the third bit of part p's code."""
+    if PTX and COUNT == 4:
+        return run_on_four_words(words, ASM)
+    elif PTX:
+        return run_on_words_and_bytes(words, high, ASM)
+    else:
+        signs = octet_signs(words)
+        parts = ()
+        for part in tl.static_range(8):
+            codes = (words >> (part // 2 * 2 + part % 2 * 8)) & 3
+            if COUNT == 8:
+                codes |= ((high.to(tl.int16) >> part) & 1) << 2
+            level = select_levels(codes, TABLE, COUNT, DTYPE)
+            parts = parts + (tl.where(((signs >> (part // 2 * 2)) & 1) != 0, -level, level),)
         return parts
 
 

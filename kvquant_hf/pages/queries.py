@@ -23,6 +23,7 @@ import torch
 from ..triton_kernels.ops import Implementation, PagedSide, round_keys
 
 SAVED = ("keys.moments", "keys.correlations")  # what they are called in a file
+_SAMPLE = 64  # tokens with whose queries correlations count half
 _FOLDED = 256  # tokens of queries that are kept as they came, and summed at a time
 
 
@@ -49,7 +50,7 @@ class Moments(NamedTuple):
         """Of float32 ``[heads, head_dim, head_dim]``."""
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         size = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-        rows, columns = torch.tril_indices(*matrix.shape[1:], -1, device=matrix.device)
+        rows, columns = torch.tril_indices(matrix.shape[1], matrix.shape[2], -1, device=matrix.device)
         scaled = matrix * size.unsqueeze(1) * size.unsqueeze(2)
         return cls(diagonal.clone(), scaled[:, rows, columns].half())
 
@@ -81,6 +82,7 @@ class SeenQueries:
         self.padding: np.ndarray | None = None  # bool [batch, tokens] of the step under way, True where padded
         self._fresh: Any = _nobody  # gives the pages just sealed, or None
         self._moments: list[Moments] = []  # of each sequence; beams share them
+        self.count = 0  # tokens whose queries these are of
         self._recent: list[torch.Tensor] = []  # as they came, one tensor for each step
         self._tokens = 0  # of these
 
@@ -117,6 +119,7 @@ class SeenQueries:
         if not recent:
             return
         total = torch.stack([moments.matrix() for moments in self._moments]) if self._moments else None
+        self.count += sum(query.shape[2] for query in recent)
         for query in torch.cat(recent, 2).split(_FOLDED, 2):
             rows = query.unflatten(1, (self.heads, -1)).flatten(2, 3).float()  # [batch, heads, queries, head_dim]
             products = rows.transpose(2, 3) @ rows
@@ -136,9 +139,17 @@ class SeenQueries:
         return fresh
 
     def metric(self) -> torch.Tensor | None:
-        """float32 ``[batch, heads, head_dim, head_dim]``, up to a factor; None before the first query."""
+        """float32 ``[batch, heads, head_dim, head_dim]``, up to a factor; None before the first query.
+
+        Of few tokens it says little but on its diagonal, and as little is made of the rest.
+        """
         self._fold()
-        return torch.stack([moments.matrix() for moments in self._moments]) if self._moments else None
+        if not self._moments:
+            return None
+        metric = torch.stack([moments.matrix() for moments in self._moments])
+        diagonal = metric.diagonal(dim1=2, dim2=3)
+        diagonal *= 1 + _SAMPLE / max(1, self.count)
+        return metric
 
     def round(self, version: int, side: PagedSide, impl: Implementation) -> None:
         """Encode the pages that were just sealed again, in the metric of the queries seen, if there are both.
@@ -199,7 +210,7 @@ class SeenQueries:
     def fork(self) -> SeenQueries:
         """As many queries seen, by another store."""
         twin = self.empty()
-        twin.rounded, twin.nearest = self.rounded, self.nearest
+        twin.rounded, twin.nearest, twin.count = self.rounded, self.nearest, self.count
         twin._moments, twin._recent, twin._tokens = list(self._moments), list(self._recent), self._tokens
         return twin
 

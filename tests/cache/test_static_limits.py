@@ -146,7 +146,7 @@ def test_a_model_that_looks_for_transformers_own_class(llama: PreTrainedModel, m
         llama.generate(prompt(1, 9), **with_cache(cache), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("policy", ["int4-channel/int4-hadamard", "turboquant"])
+@pytest.mark.parametrize("policy", ["int4-channel/int4-hadamard", "int4-channel/octet2"])
 @pytest.mark.parametrize("longest", [21, 49])
 def test_padding_is_in_no_scale(llama: PreTrainedModel, policy: str, longest: int) -> None:
     """Sealed pages have the bytes of a cache that grows, those of padding alone apart; also pages that were open when

@@ -10,7 +10,7 @@ from stores import CPU_POLICIES, fill, make_store, raw, same_bytes, vectors
 
 from kvquant_hf.pages.store import PagedStore
 from kvquant_hf.triton_kernels.append_reference import encode_pages
-from kvquant_hf.triton_kernels.codecs import CODECS, lloyd_max
+from kvquant_hf.triton_kernels.codecs import CODECS, lloyd_max, octet
 from kvquant_hf.triton_kernels.cpu import append
 
 PAGE = 64
@@ -56,7 +56,10 @@ def encoded(codec_name: str, x: torch.Tensor, encode: Any) -> list[torch.Tensor]
 def test_codecs_that_are_encoded_here() -> None:
     ranked = {"int4-ranked", "int3-ranked", "int2-ranked"}
     assert set(ENCODED) == {"int8-channel", "int8-affine", "int4-channel", "int4-hadamard", "int8-static"} | ranked
-    assert set(SHARED) == {"lloyd4-centred", "lloyd3-channel", "lloyd3", "lloyd2", "lloyd3-sign", "lloyd2-plain"}
+    assert set(SHARED) == {
+        *("lloyd4-centred", "lloyd3-channel", "lloyd3", "lloyd2", "octet3", "octet2"),
+        *("lloyd3-sign", "lloyd2-plain"),
+    }
 
 
 # fp16 cannot hold the numbers of "huge" and "wide".
@@ -133,6 +136,16 @@ def test_bytes_of_codecs_that_torch_sums(codec: str, dtype: torch.dtype, dim: in
         x = hard(name, dtype, dim)
         for plane, wanted in zip(encoded(codec, x, append._encode), encoded(codec, x, encode_pages), strict=True):
             assert torch.equal(raw(plane), raw(wanted))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 700])
+@pytest.mark.parametrize("dim", [8, 40, 96])
+def test_search(rows: int, dim: int) -> None:
+    """Every vector's worth of blocks and what is left over, ties among them: multiples of a half."""
+    u = torch.randn(rows, dim)
+    u[1::2] = (2 * u[1::2]).round() / 2
+    for levels in octet.LEVELS.values():
+        assert torch.equal(append._search(u, levels), octet.search(u, levels))
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 4096, 10001])

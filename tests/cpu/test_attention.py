@@ -9,8 +9,8 @@ from problems import PAGE, Case, Problem, check, make_problem
 from stores import CPU_CODECS, CPU_POLICIES, fill, make_store, vectors
 
 from kvquant_hf.policies.table import POLICIES
-from kvquant_hf.triton_kernels.codecs import CODECS
-from kvquant_hf.triton_kernels.cpu import attention, native
+from kvquant_hf.triton_kernels.codecs import CODECS, octet
+from kvquant_hf.triton_kernels.cpu import append, attention, native
 from kvquant_hf.triton_kernels.cpu.attention import paged_attention_cpu, split_count
 from kvquant_hf.triton_kernels.cpu.native import library
 from kvquant_hf.triton_kernels.reference import paged_attention_reference
@@ -211,8 +211,12 @@ def test_narrower_vectors(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this processor has no AVX2")
     flags = (*FLAGS, "-mavx2", "-mfma", "-mf16c") if width == 8 else (*FLAGS, "-DKV_PORTABLE")
     narrow = native.Library(flags)
-    monkeypatch.setattr(attention, "library", lambda: narrow)
-    for policy in CPU_POLICIES:
+    for module in (attention, append):
+        monkeypatch.setattr(module, "library", lambda: narrow)
+    x = torch.randn(41, 96)
+    for levels in octet.LEVELS.values():
+        assert torch.equal(append._search(x, levels), octet.search(x, levels))
+    for policy in (*CPU_POLICIES, "octet3/octet2"):
         checked(make_problem(policy, Case(200, 80, 96, group=3, queries=2)))
         checked(make_problem(policy, Case(100, group=1), torch.float16))
         checked(make_problem(policy, Case(100, group=5), torch.bfloat16), softcap=5.0, other_scores=5.0)

@@ -23,6 +23,8 @@ PAIRS = {
     "int8-token": ("int8-token", "int8-token"),
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),
+    "octet2": ("int4-channel", "octet2"),
+    "octet3": ("int4-channel", "octet3"),
 }
 # Masks of several rows, float32 models and GPUs whose products run without tensor cores may use stack.
 UNTUNED = ("sm_7",)
@@ -41,7 +43,8 @@ def allowed(case: Case, registers: int | None) -> int:
 
     * Below 255 registers the assembler gives up a few for one more program on a multiprocessor.
     * LMDeploy's keys with a sign, ``lloyd3-sign``: on sm_86 and sm_89, and where head_dim is padded.
-    * 3-bit codes.  Signs of values come from shared memory byte by byte, and a thread has twice as many in a long page.
+    * 3-bit codes.  Signs of values come from shared memory byte by byte, and a thread has twice as many in a long page;
+      so do the third bits of ``octet3``, whose registers are all taken.
     """
     if registers is not None and registers <= 168:
         return 16
@@ -49,6 +52,8 @@ def allowed(case: Case, registers: int | None) -> int:
         return 24
     if case.values == "lloyd3" and case.page_size > 64:
         return 128
+    if case.values == "octet3":
+        return 256 if case.page_size > 64 else 32 if case.target.startswith("sm_1") or case.head_dim > 128 else 0
     sides = (case.keys == "lloyd3-channel") + (case.values == "lloyd3")
     newest = case.target.startswith("sm_1") and (bool(case.mask) or case.head_dim > 128)
     return 32 if sides == 2 or (sides and newest) else 0
@@ -74,11 +79,11 @@ def trimmed(target: str) -> list[Case]:
     names = {
         "sm_70": ("int4",),
         "sm_75": ("turboquant",),
-        "sm_80": ("int8", "int4", "turboquant", "turboquant-qjl"),
+        "sm_80": ("int8", "int4", "turboquant", "turboquant-qjl", "octet2"),
         "sm_86": ("int4",),
         "sm_89": ("turboquant",),
-        "sm_90": ("int8-token", "int4-token", "lloyd3"),
-        "sm_120": ("int4",),
+        "sm_90": ("int8-token", "int4-token", "lloyd3", "octet3"),
+        "sm_120": ("int4", "octet2"),
     }
     cases = [Case(target, *PAIRS[name], dtype=half) for name in names.get(target, ("int4", "turboquant"))]
     mixed = {"sm_80": MIXED[3:4], "sm_90": MIXED[:1], "sm_120": MIXED[:1]}

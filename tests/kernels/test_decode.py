@@ -29,6 +29,7 @@ PAIRS = (
     ("int4-channel", "int4-hadamard"),
     ("lloyd4-centred", "lloyd2"),
     ("lloyd3-channel", "lloyd3"),
+    ("octet2", "octet3"),
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
@@ -156,11 +157,11 @@ def attention(
 # In the usual run: all cases with these, two with and without padded dimensions with the others.
 WHOLE = (("int8-channel", "int8-affine"), ("int4-channel", "int4-hadamard"))
 BRIEF = (COMMON[2], COMMON[4])
-THREE_BITS = ("lloyd3-channel", "lloyd3")
+RARER = (("lloyd3-channel", "lloyd3"), ("octet2", "octet3"))
 
 
 def marks(pair: tuple[str, str], repeats: bool = False) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.full] * (pair == THREE_BITS or (repeats and pair not in WHOLE))
+    return [pytest.mark.full] * (pair in RARER or (repeats and pair not in WHOLE))
 
 
 pairs = pytest.mark.parametrize("pair", [pytest.param(pair, id="/".join(pair), marks=marks(pair)) for pair in PAIRS])
@@ -179,9 +180,10 @@ def test_every_pair(pair: tuple[str, str], case: Case, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("case", (COMMON[2], Case((130, 66), 80, 96, 2, 2, FLOAT32)), ids=str)
-def test_three_bits(case: Case, device: torch.device) -> None:
-    """Magnitudes and signs in two planes, also where head_dim is padded; every case is in the full run."""
-    check(("lloyd3-channel", "lloyd3"), case, device)
+@pytest.mark.parametrize("pair", RARER, ids="/".join)
+def test_codes_in_two_planes(pair: tuple[str, str], case: Case, device: torch.device) -> None:
+    """Of 3 bits, also where head_dim is padded; every case is in the full run."""
+    check(pair, case, device)
 
 
 @pytest.mark.parametrize("case", FEATURES, ids=str)

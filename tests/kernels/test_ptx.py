@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from kernels.ptx_text import evaluate
 
 from kvquant_hf.triton_kernels import ptx
-from kvquant_hf.triton_kernels.codecs import lloyd_max, turboquant_qjl
+from kvquant_hf.triton_kernels.codecs import lloyd_max, octet, turboquant_qjl
 
 WORDS = np.arange(1 << 16, dtype=np.uint32)
 # The word in the upper half: all of them too, in another order.
@@ -62,6 +62,26 @@ def test_signed_pair_lookup() -> None:
             for place, (words, byte) in enumerate(zip(places, bytes.fromhex(signs)[::-1], strict=True)):
                 level = magnitudes[(words >> (part // 2 * 2 + part % 2 * 8)) & 3]
                 expected = -level if byte >> bit & 1 else level
+                half = results[2 * part + place // 2] >> (place % 2 * 16) & 0xFFFF
+                np.testing.assert_array_equal(half.astype(np.uint16), expected.view(np.uint16), err_msg=f"part {part}")
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_octet_lookup(bits: int) -> None:
+    """All words in each of the four places, with several bytes of third bits; signs by the definition."""
+    table, fields = np.array(octet.LEVELS[bits], np.float16), range(4)
+    places = [WORDS, OTHERS, WORDS[::-1], OTHERS[::-1]]
+    pairs = tuple(low | high << 16 for low, high in (places[:2], places[2:]))
+    for high in ("00ff5ac3", "a53cff00", "81422418", "18e70180")[: 4 if bits == 3 else 1]:
+        third = (np.array([int(high, 16)], np.uint32),) if bits == 3 else ()
+        results = run(ptx.octet_lookup(octet.LEVELS[bits]), 16, (*pairs, *third))
+        for place, (words, byte) in enumerate(zip(places, bytes.fromhex(high)[::-1], strict=True)):
+            v = [(words >> 2 * i ^ words >> (2 * i + 8)) & 1 for i in fields]
+            for part in range(8):
+                field = part // 2
+                codes = words >> (2 * field + part % 2 * 8) & 3
+                level = table[codes | (byte >> part & 1) << 2 if bits == 3 else codes]
+                expected = np.where(v[(field + 1) % 4] ^ v[(field + 2) % 4], -level, level)
                 half = results[2 * part + place // 2] >> (place % 2 * 16) & 0xFFFF
                 np.testing.assert_array_equal(half.astype(np.uint16), expected.view(np.uint16), err_msg=f"part {part}")
 

@@ -4,6 +4,7 @@ from .base import Codec, Plane, Tile
 from .exact import EXACT
 from .integer import INT4_CHANNEL, INT4_HADAMARD, INT8_AFFINE, INT8_CHANNEL
 from .lmdeploy_token import INT4_TOKEN, INT8_TOKEN
+from .octet import OCTET2, OCTET3
 from .ranked import INT2_RANKED, INT3_RANKED, INT4_RANKED
 from .static import INT8_STATIC
 from .three_bit import LLOYD3, LLOYD3_CHANNEL
@@ -27,6 +28,8 @@ CODECS: dict[str, Codec] = {
         LLOYD4_CENTRED,
         LLOYD3,
         LLOYD2,
+        OCTET3,
+        OCTET2,
         # LMDeploy's formulae, for comparison.
         INT8_TOKEN,
         INT4_TOKEN,

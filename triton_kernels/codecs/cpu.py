@@ -15,6 +15,7 @@ class CpuCodec:
         levels: what each code stands for, ``2 ** bits`` numbers; None for 8 bits, where a code stands for itself.
         middle: what is subtracted from an 8-bit code to get what it stands for: 0 or 128.
         signs: plane of signs, packed as in ``three_bit.py``.
+        octets: codes are those of ``octet.py``: ``levels`` ends with its negatives, ``signs`` is a plane of third bits.
         slopes: as many numbers; the level of a code is ``levels[code] + residual * slopes[code]``.
         residual: plane of one number per token, see ``slopes``.
         token_scale, token_offset, channel_scale, channel_offset: planes of these parts of ``Tile``.
@@ -23,13 +24,15 @@ class CpuCodec:
         given: pages are encoded by the rule of ``static.py``, in a range that is there already.
         order: plane of the channel of each rank, where channels are ranked.
         covered: of ranked channels, how much of a range the grids of each quarter cover (``ranked.py``).
-        bucketed: ``Codec._encode`` takes the keyword ``bucket``, a function like ``lloyd_max.bucket``.
+        bucketed: ``Codec._encode`` takes the keyword ``bucket``, a function like ``lloyd_max.bucket``, or,
+            with ``octets``, like ``octet.search``.
     """
 
     levels: tuple[float, ...] | None = None
     slopes: tuple[float, ...] | None = None
     middle: int = 0
     signs: int | None = None
+    octets: bool = False
     residual: int | None = None
     token_scale: int | None = None
     token_offset: int | None = None

@@ -16,7 +16,7 @@ arXiv:2307.13304), who round weights in the metric of activations; here keys are
 import torch
 
 # Added to the diagonal, of itself: queries seen so far are a sample.  Of its mean it would be what outliers decide.
-DAMPING = 0.1
+DAMPING = 0.05
 
 
 def importance(ranges: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:

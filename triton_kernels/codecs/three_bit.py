@@ -37,13 +37,13 @@ from ..target import tl, triton
 from ..tile_math import bucket_levels
 from ..tile_math import fp16_at_least as tile_at_least
 from ..tile_math import round_saturating as tile_saturating
-from ..unpack import load_channels, load_words, unpack_magnitudes
+from ..unpack import load_channels, load_word_bytes, load_words, unpack_magnitudes
 from .base import Codec, Plane, Tile
 from .cpu import CpuCodec
 from .jit import KernelCodec, no_channels
 from .lloyd_max import BOUNDARIES, LEVELS, bucket, cell_radius
 from .packing import expand_levels, fp16_at_least, pack_fields, round_saturating
-from .turboquant import Bucket, LloydMaxCodec
+from .turboquant import Bucket, LloydMaxCodec, unbiased_scale, unit_rows
 
 _LEVELS = tl.constexpr(LEVELS[3])
 _BOUNDARIES = tl.constexpr(BOUNDARIES[3])
@@ -93,16 +93,7 @@ def _signed_parts(
 ):
     """Levels of one page as a tuple of parts (``unpack.py``)."""
     words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
-    WIDTH: tl.constexpr = HEAD_DIM // 8
-    offs_w = tl.arange(0, WORDS)
-    signs_ptr = planes[1] + page_head * (PAGE * WIDTH)
-    if TRANSPOSED:
-        pointers = signs_ptr + offs_n[None, :] * WIDTH + offs_w[:, None]
-        mask_w = (offs_w < WIDTH)[:, None]
-    else:
-        pointers = signs_ptr + offs_n[:, None] * WIDTH + offs_w[None, :]
-        mask_w = (offs_w < WIDTH)[None, :]
-    signs = tl.load(pointers, mask=mask_w, other=0)  # [N, WORDS] or [WORDS, N]
+    signs = load_word_bytes(planes[1], page_head, offs_n, HEAD_DIM, PAGE, WORDS, TRANSPOSED)
     return unpack_magnitudes(words, signs, _MAGNITUDES, _LOOKUP, DTYPE, PTX)
 
 
@@ -208,12 +199,9 @@ def _token_encode(
     FIELDS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    squares = tl.sum(x * x, 1)  # [N]
-    norm = tl.sqrt(squares)
-    unit = x * (HEAD_DIM**0.5 / tl.where(norm > 0.0, norm, 1.0))[:, None]
+    squares, _, unit = unit_rows(x, HEAD_DIM)
     codes, levels = bucket_levels(unit, _BOUNDARIES, _LEVELS, 8, 1.0)
-    product = tl.sum(x * levels, 1)  # columns past the head are zero in x
-    scale = squares / tl.where(product > 0.0, product, 1.0)
+    scale = unbiased_scale(squares, tl.sum(x * levels, 1))  # columns past the head are zero in x
     _store_signed(planes, page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
     tl.store(planes[2] + page_head * PAGE + offs_n, tile_saturating(scale, tl.float16))
 

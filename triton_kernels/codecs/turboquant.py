@@ -104,6 +104,20 @@ def _centre(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WOR
 
 
 @triton.jit
+def unit_rows(x, HEAD_DIM: tl.constexpr):
+    """Squared lengths and lengths ``[N]`` of the rows of ``x`` ``[N, C]``, and the rows at length sqrt(HEAD_DIM)."""
+    squares = tl.sum(x * x, 1)
+    norm = tl.sqrt(squares)
+    return squares, norm, x * (HEAD_DIM**0.5 / tl.where(norm > 0.0, norm, 1.0))[:, None]
+
+
+@triton.jit
+def unbiased_scale(squares, product):
+    """The scale of each row ``[N]``, from its squared length and its product with its levels."""
+    return squares / tl.where(product > 0.0, product, 1.0)
+
+
+@triton.jit
 def _lloyd_max_encode(
     planes,
     page_head,
@@ -121,9 +135,7 @@ def _lloyd_max_encode(
         centre = tile_saturating(tl.sum(x, 0) * (1.0 / PAGE), tl.float16)  # [COLUMNS]
         tl.store(planes[2] + page_head * HEAD_DIM + channel, centre, mask=exists)
         x = x - centre.to(tl.float32)[None, :]
-    squares = tl.sum(x * x, 1)  # [N]
-    norm = tl.sqrt(squares)
-    unit = x * (HEAD_DIM**0.5 / tl.where(norm > 0.0, norm, 1.0))[:, None]
+    squares, norm, unit = unit_rows(x, HEAD_DIM)
     if FIELDS == 2:
         codes, levels = bucket_levels(unit, _BOUNDARIES_4, _LEVELS_4, 16, 1.0)
     else:
@@ -134,8 +146,7 @@ def _lloyd_max_encode(
     elif RULE == "least-squares":
         scale = tl.sum(x * levels, 1) / tl.sum(levels * levels, 1)
     else:
-        product = tl.sum(x * levels, 1)
-        scale = squares / tl.where(product > 0.0, product, 1.0)
+        scale = unbiased_scale(squares, tl.sum(x * levels, 1))  # columns past the head are zero in x
     store_codes(planes[0], page_head, offs_n, codes, HEAD_DIM, PAGE, FIELDS, BYTES)
     tl.store(planes[1] + page_head * PAGE + offs_n, tile_saturating(scale, tl.float16))
 
@@ -212,14 +223,18 @@ class LloydMaxCodec(Codec):
             return product / level.square().sum(-1, keepdim=True)
         return residual.square().sum(-1, keepdim=True) / torch.where(product > 0, product, 1.0)
 
+    def _nearest(self, unit: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of unit-variance numbers, and the levels that they stand for."""
+        codes = bucket(unit, BOUNDARIES[self.bits])
+        return codes, levels(codes, self.bits)
+
     def _fit(self, y: torch.Tensor, bucket: Bucket = bucket) -> _Fit:
         centre = round_saturating(y.mean(-2), torch.float16) if self.centred else None
         # Codes describe the distance to the centre as stored, so rounding the centre costs nothing.
         residual = y if centre is None else y - centre.float().unsqueeze(-2)
         norm = residual.norm(dim=-1, keepdim=True)
         unit = residual * (y.shape[-1] ** 0.5 / torch.where(norm > 0, norm, 1.0))
-        codes = bucket(unit, BOUNDARIES[self.bits])
-        level = levels(codes, self.bits)
+        codes, level = self._nearest(unit, bucket)
         return _Fit(codes, level, self._scale(residual, level), centre, residual, unit)
 
     def _encode(self, x: torch.Tensor, model_dtype: torch.dtype, bucket: Bucket = bucket) -> tuple[torch.Tensor, ...]:

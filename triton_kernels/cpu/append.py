@@ -12,7 +12,7 @@ import torch
 from ..append_reference import append_reference, encode_pages, round_pages
 from ..codecs.base import Codec
 from ..pages import PagedSide
-from .native import APPEND, BUCKET, DTYPES, ENCODE, ROTATE, library, side
+from .native import APPEND, BUCKET, DTYPES, ENCODE, ROTATE, SEARCH, library, side
 
 
 def append_cpu(
@@ -90,7 +90,7 @@ def _encode(
         compiled.rotate(ROTATE.pack(*source, x.shape[4], domain.data_ptr(), *threads))
     else:
         domain = x.float()
-    choice = {"bucket": _bucket} if cpu.bucketed else {}
+    choice = {"bucket": _search if cpu.octets else _bucket} if cpu.bucketed else {}
     for stored, plane in zip(planes, codec._encode(domain, x.dtype, **choice), strict=True):
         stored[ids.reshape(-1)] = plane.flatten(0, 1)
     return None
@@ -112,4 +112,15 @@ def _bucket(u: torch.Tensor, boundaries: tuple[float, ...]) -> torch.Tensor:
             compiled.fork,
         )
     )
+    return codes
+
+
+def _search(u: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
+    """``octet.search``, which see."""
+    u, compiled = u.contiguous(), library()
+    codes = torch.empty(u.shape, dtype=torch.uint8)
+    levels = torch.tensor(table, dtype=torch.float32)
+    dim = u.shape[-1]
+    pointers = (levels.data_ptr(), len(table), codes.data_ptr())
+    compiled.search(SEARCH.pack(u.data_ptr(), u.numel() // dim, dim, *pointers, torch.get_num_threads(), compiled.fork))
     return codes

@@ -19,7 +19,10 @@ from pathlib import Path
 from ...errors import ImplementationError
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("kernels.cpp", "append.h", "attention.h", "half.h", "ranked.h", "threads.h", "tile.h", "vector.h")
+_SOURCES = (
+    "kernels.cpp",
+    *("append.h", "attention.h", "half.h", "octet.h", "ranked.h", "threads.h", "tile.h", "vector.h"),
+)
 _COMPILERS = ("c++", "g++", "clang++")
 # Without -ffast-math: stored bytes must be those of the codec in torch.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")

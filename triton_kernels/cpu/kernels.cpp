@@ -13,6 +13,7 @@ void kvquant_sizes(int64_t* sizes) {
     sizes[2] = sizeof(kv::Encode);
     sizes[3] = sizeof(kv::Rotate);
     sizes[4] = sizeof(kv::Bucket);
+    sizes[5] = sizeof(kv::Search);
 }
 
 void kvquant_attend(const kv::Attention* call) { kv::attend(*call); }
@@ -20,4 +21,5 @@ void kvquant_append(const kv::Append* call) { kv::append(*call); }
 void kvquant_encode(const kv::Encode* call) { kv::encode(*call); }
 void kvquant_rotate(const kv::Rotate* call) { kv::rotate(*call); }
 void kvquant_bucket(const kv::Bucket* call) { kv::bucket(*call); }
+void kvquant_search(const kv::Search* call) { kv::search(*call); }
 }

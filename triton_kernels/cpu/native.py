@@ -21,15 +21,16 @@ _STEP = 4  # uint8, where a factor has it: an fp16 number of 8 bits
 _FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 3: 3, 1: 4}  # 3 bits are 2 and a sign in another plane
 _RANKED = {4: 5, 3: 6, 2: 7}
 
-# format dim rotated codes dtype levels slopes signs middle; 5 x (data dtype heads); order; zero_point; tail and its
-# strides
-_SIDE = struct.Struct("31q")
+# format dim rotated codes dtype levels slopes signs middle octets; 5 x (data dtype heads); order; zero_point; tail and
+# its strides
+_SIDE = struct.Struct("32q")
 ATTENTION = struct.Struct("14q 2d 12q")  # and two sides
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
 ENCODE = struct.Struct("16q")  # and a side
 ROTATE = struct.Struct("14q")
 BUCKET = struct.Struct("7q")
+SEARCH = struct.Struct("8q")
 
 
 class Library:
@@ -44,6 +45,7 @@ class Library:
     encode: Callable[[bytes], None]
     rotate: Callable[[bytes], None]
     bucket: Callable[[bytes], None]
+    search: Callable[[bytes], None]
 
     def __init__(self, flags: tuple[str, ...] | None = None) -> None:
         loaded = load() if flags is None else load(flags)
@@ -55,6 +57,7 @@ class Library:
             "encode": ENCODE.size + _SIDE.size,
             "rotate": ROTATE.size,
             "bucket": BUCKET.size,
+            "search": SEARCH.size,
         }
         sizes = (ctypes.c_int64 * len(size))()
         loaded.kvquant_sizes(sizes)
@@ -120,7 +123,7 @@ def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> by
     """``Side``, packed; its addresses are good as long as the tensors are."""
     cpu, head, addresses, _ = _described(codec, tail.shape[3])
     members = [*head, planes[0].data_ptr(), DTYPES.get(planes[0].dtype, 0), *addresses]
-    members += (0 if cpu.signs is None else planes[cpu.signs].data_ptr(), cpu.middle)
+    members += (0 if cpu.signs is None else planes[cpu.signs].data_ptr(), cpu.middle, cpu.octets)
     for index in (cpu.token_scale, cpu.token_offset, cpu.residual, cpu.channel_scale, cpu.channel_offset):
         members += (0, 0, 0) if index is None else _factor(planes[index])
     batch, head_stride, token, _ = tail.stride()

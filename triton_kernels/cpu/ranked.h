@@ -12,7 +12,7 @@
 
 namespace kv {
 
-constexpr double DAMPING = 0.1;
+constexpr double DAMPING = 0.05;
 constexpr int LARGEST_STEP = 247;
 
 // A product that no addition is fused with.

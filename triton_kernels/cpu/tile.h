@@ -2,6 +2,7 @@
 // Members are 64 bits wide, in the order of `_SIDE` in native.py.
 #pragma once
 
+#include "octet.h"
 #include "vector.h"
 
 namespace kv {
@@ -36,6 +37,7 @@ struct Side {
     const char* signs;    // of CODES_2, half as many bytes, packed as in three_bit.py: a set bit negates a level; or null;
                           // of RANKED_4 and RANKED_3, the second plane
     int64_t middle;       // MIDDLE or 0
+    int64_t octets;       // whether codes are those of octet.py; `signs` are then their third bits, or null
     Factor token_scale, token_offset, residual, channel_scale, channel_offset;
     const char* order;   // of ranked channels, uint8: the channel of each rank in each page; or null
     int64_t zero_point;  // whether token_offset is a zero point: the offset is then -zero * scale
@@ -133,6 +135,34 @@ void unpack_ranked(const Side& side, const char* rows, int64_t row_bytes, const 
     }
 }
 
+// Codes of octet.py, whose signs follow from the codes of a block.
+template <bool THREE>
+void unpack_octets(const Side& side, const char* rows, int64_t row_bytes, const float*, int count, float* tile) {
+    const Table levels(side.levels);
+    const int part = side.part(), width = side.width();
+    const auto expand = [&](Ints codes, Ints high, float* out) {
+        const OctetIndices index(codes, high, THREE);
+        store(out, levels.at(index.even));
+        store(out + width, levels.at(index.odd));
+        store(out + 2 * width, levels.at(index.even >> 4));
+        store(out + 3 * width, levels.at(index.odd >> 4));
+    };
+    for (int t = 0; t < count; t++) {
+        const uint8_t* codes = (const uint8_t*)rows + t * row_bytes;
+        const uint8_t* high = THREE ? (const uint8_t*)side.signs + ((const char*)codes - side.codes) / 2 : codes;
+        float* out = tile + int64_t(t) * 4 * width;
+        int j = 0;
+        for (; j + W <= part; j += W)
+            expand(load_bytes(codes + j), THREE ? load_pairs(high + j / 2) : Ints{}, out + j);
+        if (j < part) {
+            uint8_t last[W] = {}, some[W] = {};
+            std::memcpy(last, codes + j, size_t(part - j));
+            if (THREE) std::memcpy(some, high + j / 2, size_t(part - j) / 2);
+            expand(load_bytes(last), THREE ? load_pairs(some) : Ints{}, out + j);
+        }
+    }
+}
+
 template <int64_t DTYPE>
 void unpack_vectors(const Side& side, const char* rows, int64_t row_bytes, const float*, int count, float* tile) {
     const int dim = int(side.dim), width = round_up(dim, W);
@@ -155,6 +185,7 @@ inline Unpack* unpacker(const Side& side) {
         case CODES_8: return side.middle ? unpack_codes<8, CENTRED> : unpack_codes<8, PLAIN>;
         case CODES_4: return side.slopes ? unpack_codes<4, SLOPED> : unpack_codes<4, PLAIN>;
         case CODES_2:
+            if (side.octets) return side.signs ? unpack_octets<true> : unpack_octets<false>;
             if (side.signs) return unpack_codes<2, SIGNED>;
             return side.slopes ? unpack_codes<2, SLOPED> : unpack_codes<2, PLAIN>;
         case RANKED_4: return unpack_ranked<RANKED_4>;
