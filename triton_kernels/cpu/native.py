@@ -19,9 +19,9 @@ from .build import BuildError, load
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 _FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 3: 3, 1: 4}  # 3 bits are 2 and a sign in another plane
 
-# format dim rotated codes dtype levels slopes signs middle; 5 x (data dtype heads); zero_point; tail and its strides
-_SIDE = struct.Struct("30q")
-ATTENTION = struct.Struct("14q 2d 12q")  # and two sides
+# format dim rotated codes dtype levels slopes signs middle; 5 x (data dtype heads); zero_point; tail, strides; first
+_SIDE = struct.Struct("31q")
+ATTENTION = struct.Struct("14q 2d 14q")  # and two sides
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
 ENCODE = struct.Struct("14q")  # and a side
@@ -108,11 +108,11 @@ def held_side(pages: PagedSide) -> bytes:
     """``Side`` of ``pages``, packed once in their life: a cache hands out the same ones in every step of a page."""
     packed: bytes | None = getattr(pages, "packed", None)
     if packed is None:
-        packed = pages.packed = side(pages.codec, pages.planes, pages.tail)
+        packed = pages.packed = side(pages.codec, pages.planes, pages.tail, pages.first)
     return packed
 
 
-def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> bytes:
+def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor, first: torch.Tensor | None = None) -> bytes:
     """``Side``, packed; its addresses are good as long as the tensors are."""
     cpu, head, addresses, _ = _described(codec, tail.shape[3])
     members = [*head, planes[0].data_ptr(), DTYPES.get(planes[0].dtype, 0), *addresses]
@@ -121,4 +121,5 @@ def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> by
         members += (0, 0, 0) if index is None else _factor(planes[index])
     batch, head_stride, token, _ = tail.stride()
     members += (cpu.zero_point, tail.data_ptr(), DTYPES[tail.dtype], batch, head_stride, token)
+    members.append(0 if first is None else first.data_ptr())
     return _SIDE.pack(*members)
