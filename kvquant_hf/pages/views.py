@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..triton_kernels.ops import PagedSide, gather_dense
+from .pool import PagePool
 
 
 class StoreView(NamedTuple):
@@ -27,10 +29,10 @@ class StoreView(NamedTuple):
 @dataclass(frozen=True)
 class Footprint:
     """Bytes held by one store.  ``packed``: its sealed pages, each once however many sequences share it, without those
-    of forks in the same pool.  ``unused``: pages of the pool that nobody holds.  ``shared``: of ``packed``, the pages
-    that several sequences refer to, of this store or of others; ``holders``: the most that refer to one.  ``copies``:
-    pages of the pool that are both on the CPU and on the device.  ``tables``: page tables, lengths, and what codecs
-    keep once per layer."""
+    of forks in the same pool.  ``open_page``: open pages, and first tokens beside sealed ones.  ``unused``: pages of
+    the pool that nobody holds.  ``shared``: of ``packed``, the pages that several sequences refer to, of this store or
+    of others; ``holders``: the most that refer to one.  ``copies``: pages of the pool that are both on the CPU and on
+    the device.  ``tables``: page tables, lengths, and what codecs keep once per layer."""
 
     packed: int
     open_page: int
@@ -39,6 +41,16 @@ class Footprint:
     shared: int = 0
     holders: int = 0
     copies: int = 0
+
+    @classmethod
+    def of(cls, pool: PagePool, ids: np.ndarray, exact: int, tables: int) -> "Footprint":
+        """Of a store with the pages ``ids`` of ``pool``, and bytes of what is exact and of tables."""
+        pages = np.unique(ids)
+        holders = pool.references(pages)
+        packed, shared = (int(n) * pool.page_bytes for n in (pages.size, (holders > 1).sum()))
+        unused = pool.nbytes - pool.used * pool.page_bytes
+        copies = pool.host_bytes + pool.device_bytes - pool.nbytes
+        return cls(packed, exact, unused, tables, shared, int(holders.max(initial=0)), copies)
 
     @property
     def total(self) -> int:
