@@ -14,7 +14,7 @@ from .files.calibration import QParams, hand_over
 from .layers.guard import StepGuard
 from .layers.paged import PagedLayer
 from .layers.steps import Rotation, StepPlan
-from .options import check_options, check_static
+from .options import check_options, check_sinks, check_static
 from .pages.store import PagedStore
 from .policies.fingerprint import fingerprint
 from .policies.table import AnyPolicy, PolicyLike
@@ -47,6 +47,9 @@ class QuantizedPagedCache(DynamicCache):
         impl: what works on the pages: ``"triton"`` (GPU kernels), ``"cpu"`` (compiled at first use), ``"reference"``
             (plain torch), or ``"auto"``: the device's kernels where they run, else plain torch; the report says what
             ran.  A forward pass raises ``ImplementationError`` where the kernels asked for cannot run.
+        sinks: first tokens of each sequence that are kept in the model's dtype beside their page, which quantization
+            would cost most; fewer than a page.  By default 1 with our own codecs, 0 with ``exact`` and with formulae of
+            LMDeploy.
         sliding: layers with a sliding window or in chunks: ``"quantized"``: pages of the last window of tokens;
             ``"exact"``: transformers' own layer.
         max_pages: pages that each layer may have; ``max_bytes``: bytes of the packed pages of all layers, reserved
@@ -79,6 +82,7 @@ class QuantizedPagedCache(DynamicCache):
         prefill: Literal["exact", "quantized"] = "exact",
         impl: Implementation = "auto",
         sliding: Literal["quantized", "exact"] = "quantized",
+        sinks: int | None = None,
         max_pages: int | None = None,
         max_bytes: int | None = None,
         pool: PagePools | None = None,
@@ -98,10 +102,11 @@ class QuantizedPagedCache(DynamicCache):
         self._pools_shared = pool is not None
         self.policy, self.page_size = self.pools.policy, self.pools.page_size
         self.prefill, self.impl, self.sliding = prefill, impl, sliding
+        self.sinks = check_sinks(sinks, self.page_size)
         self._log = CallLog()
         self._plan, self._rotation = StepPlan(self.pools.budget), Rotation()
         self._planned = not static and (self.pools.budget.bounded or self.pools.offload)
-        arguments = (self.page_size, prefill == "exact", StepGuard(), self._log, impl)
+        arguments = (self.page_size, prefill == "exact", StepGuard(), self._log, impl, self.sinks)
         policies, pools = self.policy.by_layer(), self.pools.layer_pools()
         layers = build_layers(config, policies, arguments, pools, sliding == "quantized", self.max_length)
         self._fingerprint = fingerprint(config)

@@ -23,11 +23,29 @@ def check_options(unknown: Mapping[str, Any], **given: Any) -> None:
     if unknown:
         raise UnknownPolicyError(
             f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl, sliding, "
-            "max_pages, max_bytes, pool, offload, static, max_length or qparams."
+            "sinks, max_pages, max_bytes, pool, offload, static, max_length or qparams."
         )
     for name, value in given.items():
         if value not in _CHOICES[name]:
             raise UnknownPolicyError(f"unknown {name} {value!r}; use {', '.join(map(repr, _CHOICES[name]))}.")
+
+
+def check_sinks(sinks: Any, page_size: int) -> int | None:
+    """How many first tokens are kept exact; None: as many as the policy of each layer says.
+
+    Args:
+        sinks: what was asked for.
+        page_size: tokens per page.
+
+    Raises:
+        UnknownPolicyError: no such number.
+    """
+    if sinks is not None and (not isinstance(sinks, int) or isinstance(sinks, bool) or not 0 <= sinks < page_size):
+        raise UnknownPolicyError(
+            f"sinks is how many first tokens of a sequence are kept exact, fewer than a page of {page_size}, got "
+            f"{sinks!r}; use 0 to {page_size - 1}, or None for what the policy does by itself."
+        )
+    return sinks
 
 
 def check_static(static: bool, max_length: int | None, dynamic: Mapping[str, Any]) -> int | None:

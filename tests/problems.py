@@ -136,3 +136,21 @@ def check(
         f"error {error.max():.1e} is {(error / budget).nan_to_num().max():.2f} of the budget"
     )
     return output
+
+
+def with_first(problem: Problem, count: int, at: tuple[int, ...]) -> Problem:
+    """``count`` tokens of each sequence from ``at`` on read as they came (negative: none): other vectors than those in
+    the pages.  The rest of their memory is NaN."""
+    page, dense, sides = problem.keys.page_size, [], []
+    positions = torch.tensor(at, dtype=torch.int32)
+    for i, (side, whole) in enumerate(((problem.keys, problem.dense_keys), (problem.values, problem.dense_values))):
+        batch, heads, _, dim = whole.shape
+        rows = torch.full((batch, heads, count, dim), float("nan"), dtype=side.tail.dtype)
+        whole = whole.clone()
+        for b, begin in enumerate(at):
+            some = min(count, page - begin % page) if begin >= 0 else 0
+            rows[b, :, :some] = 3 * vectors(1, heads, some, dim, dtype=side.tail.dtype, seed=40 + 2 * b + i)[0]
+            whole[b, :, begin : begin + some] = rows[b, :, :some].double() if some else whole[b, :, begin:begin]
+        sides.append(side._replace(first=rows, first_at=positions))
+        dense.append(whole)
+    return problem._replace(keys=sides[0], values=sides[1], dense_keys=dense[0], dense_values=dense[1])

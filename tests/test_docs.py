@@ -57,7 +57,9 @@ def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert namespace["cache"].get_seq_length() == 77 + len(" a kind of") + 99  # the one that was loaded
     assert unsupported() or all(len(result.generated_tokens) == 100 for result in namespace["results"].values())
     assert [len(answers) for answers in namespace["answers"]] == [1, 1]
-    assert re.search(r"policy +int4, pages of 64 tokens\ntokens +176 x batch 1", capsys.readouterr().out)
+    assert re.search(
+        r"policy +int4, pages of 64 tokens, the first one exact\ntokens +176 x batch 1", capsys.readouterr().out
+    )
 
 
 def test_make_targets_and_files_exist() -> None:

@@ -4,7 +4,8 @@ One program serves one key/value head of one sequence, one block of rows, and on
 the group and the queries are the rows of ``tl.dot``, so every packed byte is loaded once per row block.  Scales stay
 outside of the product (``codecs/base.py``): per-channel ones multiply the query once per page, per-token ones multiply
 scores and probabilities.  The program of the last split, which has fewer pages, takes the open page after them, as a
-result of its own: packed values may be in another domain.  Each split, and the open page, leaves
+result of its own, and the first tokens that are read as they came: packed values may be in another domain.  Each split,
+and the open page, leaves
 
     accumulator [rows, columns] float32, maximum and sum [rows] float32 (base 2), these from ``state_at`` on
 
@@ -20,7 +21,7 @@ from .codecs.jit import KernelCodec
 from .launch import OPEN_COST, LaunchConfig
 from .ptx import program_again
 from .target import tl, triton
-from .tile_math import online_softmax, scores_to_base2
+from .tile_math import first_tokens, hide_tokens, online_softmax, scores_to_base2
 from .unpack import part_channels
 
 
@@ -61,6 +62,78 @@ def _store_state(state_ptr, first_row, row, maximum, total, row_exists):
     tl.store(pointers + 1, total, mask=row_exists)
 
 
+@triton.jit
+def _exact_tokens(
+    gathered,
+    running_max,
+    running_sum,
+    query,
+    k_ptr,
+    v_ptr,
+    stride_k_n,
+    stride_v_n,
+    start,
+    first_token,
+    count,
+    hidden,
+    hidden_end,
+    query_position,
+    mask_rows,
+    stride_mask_n,
+    row_exists,
+    scale,
+    softcap,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend to TOKENS tokens from ``start`` on of ``count`` that begin at the position ``first_token``, with keys and
+    values at ``k_ptr`` and ``v_ptr``; with HIDDEN not to those from ``hidden`` to ``hidden_end``.
+
+    Returns values gathered ``[VALUE_COLUMNS, ROWS]``, maxima and sums ``[ROWS]``.
+    """
+    offs_k = tl.arange(0, KEY_COLUMNS)
+    offs_v = tl.arange(0, VALUE_COLUMNS)
+    offs_t = tl.arange(0, TOKENS)
+    held = start + offs_t < count
+    # With ``start`` in each offset: offsets that are the same in a loop would fill the registers of all of it.
+    k_pointers = k_ptr + (start + offs_t)[:, None] * stride_k_n + offs_k[None, :]
+    k = tl.load(k_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)
+    logits = scores_to_base2(
+        tl.dot(k, query.to(k.dtype), input_precision=PRECISION),  # [TOKENS, ROWS]
+        offs_t,
+        first_token + start,
+        count - start,
+        query_position,
+        mask_rows,
+        stride_mask_n,
+        row_exists,
+        scale,
+        softcap,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        MASK,
+        SHARED_MASK,
+    )
+    if HIDDEN:
+        logits = hide_tokens(logits, first_token + start + offs_t, hidden, hidden_end)
+    weights, decay, running_max, running_sum = online_softmax(logits, running_max, running_sum)
+    v_pointers = v_ptr + (start + offs_t)[:, None] * stride_v_n + offs_v[None, :]
+    v = tl.load(v_pointers, mask=held[:, None] & (offs_v < VALUE_DIM)[None, :], other=0.0)
+    product = tl.dot(tl.trans(v), weights.to(v.dtype), input_precision=PRECISION)
+    return gathered * decay[None, :] + product, running_max, running_sum  # [VALUE_COLUMNS, ROWS]
+
+
 # Numbers that change while a cache grows must not make new kernels.
 _NOT_SPECIALIZED = (
     "state_at",
@@ -83,6 +156,9 @@ def _decode_kernel(
     v_planes,
     k_tail_ptr,
     v_tail_ptr,
+    k_first_ptr,
+    v_first_ptr,
+    first_at_ptr,
     table_ptr,
     lengths_ptr,
     mask_ptr,
@@ -130,6 +206,7 @@ def _decode_kernel(
     VALUE_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
+    FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -144,8 +221,9 @@ def _decode_kernel(
     """Grid: (batch * heads * row blocks, splits).
 
     ``*_HAS`` = (token_scale, token_offset, channel_scale, channel_offset), each a flag; ``*_UNIT`` is what levels are
-    to be multiplied by; KEY_COLUMNS and VALUE_COLUMNS are padded widths of the open page.  Tiles have tokens or
-    channels first and the rows of the queries second: with few rows, that wastes least of a tensor core.
+    to be multiplied by; KEY_COLUMNS and VALUE_COLUMNS are padded widths of the open page; FIRST tokens of each
+    sequence are read as they came, or 0.  Tiles have tokens or channels first and the rows of the queries second: with
+    few rows, that wastes least of a tensor core.
     """
     # The way of a scaled query into the layout of an operand may meet barriers, and where there are many, levels that
     # wait for them do not fit in the registers.
@@ -167,6 +245,7 @@ def _decode_kernel(
     sealed = tl.load(lengths_ptr + batch * 2)
     tail = tl.load(lengths_ptr + batch * 2 + 1)
     query_position = sealed * PAGE + tail - queries + query_index
+    hidden, hidden_end = first_tokens(first_at_ptr, batch, PAGE, FIRST)
 
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     running_sum = tl.zeros([ROWS], tl.float32)
@@ -269,6 +348,8 @@ def _decode_kernel(
             MASK,
             SHARED_MASK,
         )
+        if FIRST > 0:
+            logits = hide_tokens(logits, page_index * PAGE + offs_n, hidden, hidden_end)
         weights, decay, running_max, running_sum = online_softmax(logits, running_max, running_sum)
 
         levels, token_scale, token_offset = V_TILE(
@@ -329,9 +410,9 @@ def _decode_kernel(
             mask_rows = mask_rows + query_index.to(tl.int64) * stride_mask_q  # [ROWS]
         running_max = tl.full([ROWS], float("-inf"), tl.float32)
         running_sum = tl.zeros([ROWS], tl.float32)
+        hidden, hidden_end = first_tokens(first_at_ptr, batch, PAGE, FIRST)
         offs_k = tl.arange(0, KEY_COLUMNS)
         offs_v = tl.arange(0, VALUE_COLUMNS)
-        offs_t = tl.arange(0, TAIL)
         query_pointers = query_ptr + batch.to(tl.int64) * stride_query_b
         query_pointers = query_pointers + query_head.to(tl.int64)[None, :] * stride_query_h
         query_pointers = query_pointers + query_index.to(tl.int64)[None, :] * stride_query_q + offs_k[:, None]
@@ -341,31 +422,75 @@ def _decode_kernel(
         v_tail_ptr += batch.to(tl.int64) * stride_v_tail_b + head * stride_v_tail_h
         gathered = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
         for start in tl.range(0, tail, TAIL, num_stages=1):
-            held = start + offs_t < tail
-            k_pointers = k_tail_ptr + (start + offs_t)[:, None] * stride_k_tail_n + offs_k[None, :]
-            k = tl.load(k_pointers, mask=held[:, None] & (offs_k < KEY_DIM)[None, :], other=0.0)
-            tail_logits = scores_to_base2(
-                tl.dot(k, query.to(k.dtype), input_precision=PRECISION),  # [TAIL, ROWS]
-                offs_t,
-                sealed * PAGE + start,
-                tail - start,
+            gathered, running_max, running_sum = _exact_tokens(
+                gathered,
+                running_max,
+                running_sum,
+                query,
+                k_tail_ptr,
+                v_tail_ptr,
+                stride_k_tail_n,
+                stride_v_tail_n,
+                start,
+                sealed * PAGE,
+                tail,
+                hidden,
+                hidden_end,
                 query_position,
                 mask_rows,
                 stride_mask_n,
                 row_exists,
                 scale,
                 softcap,
+                KEY_DIM,
+                VALUE_DIM,
+                KEY_COLUMNS,
+                VALUE_COLUMNS,
+                TAIL,
+                FIRST,
                 CAUSAL,
                 WINDOW,
                 SOFTCAP,
                 MASK,
                 SHARED_MASK,
+                PRECISION,
             )
-            tail_weights, tail_decay, running_max, running_sum = online_softmax(tail_logits, running_max, running_sum)
-            v_pointers = v_tail_ptr + (start + offs_t)[:, None] * stride_v_tail_n + offs_v[None, :]
-            v = tl.load(v_pointers, mask=held[:, None] & (offs_v < VALUE_DIM)[None, :], other=0.0)
-            product = tl.dot(tl.trans(v), tail_weights.to(v.dtype), input_precision=PRECISION)
-            gathered = gathered * tail_decay[None, :] + product  # [VALUE_COLUMNS, ROWS]
+        if FIRST > 0:
+            first_head = (batch.to(tl.int64) * heads + head) * FIRST
+            for start in tl.static_range(0, FIRST, TAIL):
+                gathered, running_max, running_sum = _exact_tokens(
+                    gathered,
+                    running_max,
+                    running_sum,
+                    query,
+                    k_first_ptr + first_head * KEY_DIM,
+                    v_first_ptr + first_head * VALUE_DIM,
+                    KEY_DIM,
+                    VALUE_DIM,
+                    start,
+                    hidden,
+                    hidden_end - hidden,
+                    0,
+                    0,
+                    query_position,
+                    mask_rows,
+                    stride_mask_n,
+                    row_exists,
+                    scale,
+                    softcap,
+                    KEY_DIM,
+                    VALUE_DIM,
+                    KEY_COLUMNS,
+                    VALUE_COLUMNS,
+                    TAIL,
+                    0,
+                    CAUSAL,
+                    WINDOW,
+                    SOFTCAP,
+                    MASK,
+                    SHARED_MASK,
+                    PRECISION,
+                )
         first_row = ((batch.to(tl.int64) * heads + head) * (splits + 1) + splits) * (GROUP * queries)
         tail_pointers = partial_ptr + first_row * VALUE_COLUMNS + row[:, None] * VALUE_COLUMNS + offs_v[None, :]
         tl.store(tail_pointers, tl.trans(gathered), mask=row_exists[:, None])  # [ROWS, VALUE_COLUMNS]
@@ -383,6 +508,7 @@ def decode_constants(
     columns: int,
     config: LaunchConfig,
     *,
+    first: int,
     causal: bool,
     window: int,
     softcap: bool,
@@ -400,6 +526,7 @@ def decode_constants(
         group: query heads per key/value head.
         columns: width of ``partial``: ``dims[1]`` padded to a power of two, 16 at least.
         config: how to launch.
+        first: tokens of each sequence that are read as they came.
         causal: whether the causal rule hides anything.
         window: tokens that a query sees; 0 for all.
         softcap: whether there is one.
@@ -418,6 +545,7 @@ def decode_constants(
         "VALUE_COLUMNS": columns,
         "GROUP": group,
         "PAGE": page_size,
+        "FIRST": first,
         "ROWS": config.rows,
         "CAUSAL": causal,
         "WINDOW": window,

@@ -2,8 +2,9 @@
 
     dense[b, h, t] = x_hat of token first_page * PAGE + t,     t in [0, block pages x PAGE)
 
-in the model's dtype and in the codec's own domain; the open page is copied to its place, rotated where packed pages
-are.  One program serves one page of one head of one sequence, of keys or of values.
+in the model's dtype and in the codec's own domain; the open page is copied to its place, and so are the first tokens
+that are read as they came, rotated where packed pages are.  One program serves one page of one head of one sequence, of
+keys or of values.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from . import launching
 from .codecs.jit import KernelCodec
 from .hadamard import hadamard_block
 from .target import has_ptx, tl, triton
-from .tile_math import hadamard_signs, round_saturating
+from .tile_math import first_tokens, hadamard_signs, round_saturating
 from .unpack import part_channels
 
 
@@ -35,8 +36,11 @@ def _store_page(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     PTX: tl.constexpr,
+    FIRST: tl.constexpr,
+    begin,
+    end,
 ):
-    """Multiply one packed page out to ``[PAGE, HEAD_DIM]``."""
+    """Multiply one packed page out to ``[PAGE, HEAD_DIM]``; with FIRST not the rows from ``begin`` to ``end``."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     levels, token_scale, token_offset = TILE(
         planes, page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, LEVELS, False, PTX
@@ -59,7 +63,10 @@ def _store_page(
         dense = dense + (x,)  # type: ignore[assignment]  # a tuple of another length is another type for Triton too
     if FIELDS == 0:
         offs_d, exists = part_channels(0, HEAD_DIM, FIELDS, WORDS)
-        tl.store(out_ptr + offs_n[:, None] * HEAD_DIM + offs_d[None, :], x, mask=exists[None, :])
+        mask = exists[None, :]
+        if FIRST > 0:
+            mask = mask & _outside(offs_n, begin, end)
+        tl.store(out_ptr + offs_n[:, None] * HEAD_DIM + offs_d[None, :], x, mask=mask)
     else:
         WIDTH: tl.constexpr = HEAD_DIM // FIELDS
         within = tl.arange(0, 2 * WORDS)
@@ -67,7 +74,16 @@ def _store_page(
             # Two parts are every other channel of a field: side by side, they are stored as one run.
             x = tl.join(dense[2 * field], dense[2 * field + 1]).reshape(PAGE, 2 * WORDS)
             pointers = out_ptr + offs_n[:, None] * HEAD_DIM + (field * WIDTH + within)[None, :]
-            tl.store(pointers, x, mask=(within < WIDTH)[None, :])
+            mask = (within < WIDTH)[None, :]
+            if FIRST > 0:
+                mask = mask & _outside(offs_n, begin, end)
+            tl.store(pointers, x, mask=mask)
+
+
+@triton.jit
+def _outside(offs_n, begin, end):
+    """Rows that are not among those from ``begin`` to ``end``, ``[N, 1]``."""
+    return ((offs_n < begin) | (offs_n >= end))[:, None]
 
 
 @triton.jit
@@ -80,10 +96,19 @@ def _store_tail(
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     ORDER: tl.constexpr,
+    FIRST: tl.constexpr,
+    begin,
+    end,
 ):
-    """Copy ``tail`` tokens of the open page, rotated in blocks of ORDER if that is not 0; zeros after them."""
+    """Copy ``tail`` tokens of the open page, rotated in blocks of ORDER if that is not 0; zeros after them.  With FIRST
+    not to the rows from ``begin`` to ``end``; with FIRST < 0 to these alone."""
     offs_d = tl.arange(0, COLUMNS)
     held, exists = (offs_n < tail)[:, None], (offs_d < HEAD_DIM)[None, :]
+    if FIRST < 0:
+        held = held & (offs_n >= begin)[:, None]
+        exists = exists & held
+    elif FIRST > 0:
+        exists = exists & _outside(offs_n, begin, end)
     if ORDER > 0:
         SLICE: tl.constexpr = 16 if HEAD_DIM <= 16 else 32
         x = tl.zeros([offs_n.shape[0], COLUMNS], tl.float32)
@@ -107,6 +132,9 @@ def _dense_pages_kernel(
     v_planes,
     k_tail_ptr,
     v_tail_ptr,
+    k_first_ptr,
+    v_first_ptr,
+    first_at_ptr,
     table_ptr,
     lengths_ptr,
     heads,
@@ -144,6 +172,7 @@ def _dense_pages_kernel(
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PAGE: tl.constexpr,
+    FIRST: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PTX: tl.constexpr,
@@ -162,7 +191,23 @@ def _dense_pages_kernel(
         wanted = wanted & ((page + 1) * PAGE > sealed * PAGE + tail - first_query - WINDOW)
     offs_n = tl.arange(0, PAGE)
     place = (tl.program_id(0).to(tl.int64) * block_pages + tl.program_id(1)) * PAGE
+    begin, end = first_tokens(first_at_ptr, batch, PAGE, FIRST)
+    begin -= page * PAGE  # in this page
+    end -= page * PAGE
     if wanted:
+        if FIRST > 0:
+            if (begin >= 0) & (begin < end) & (begin < PAGE):
+                first_head = (batch.to(tl.int64) * heads + head) * FIRST - begin
+                if tl.program_id(2) == 0:
+                    k_first_ptr += first_head * KEY_DIM
+                    k_out = keys_ptr + place * KEY_DIM
+                    _store_tail(k_out, k_first_ptr, offs_n, end, KEY_DIM, KEY_DIM, K_COLUMNS, K_ORDER, -1, begin, end)
+                else:
+                    v_first_ptr += first_head * VALUE_DIM
+                    v_out = values_ptr + place * VALUE_DIM
+                    _store_tail(
+                        v_out, v_first_ptr, offs_n, end, VALUE_DIM, VALUE_DIM, V_COLUMNS, V_ORDER, -1, begin, end
+                    )
         if page < sealed:
             page_id = tl.load(table_ptr + batch.to(tl.int64) * stride_table_b + page)
             page_head = page_id.to(tl.int64) * heads + head
@@ -183,6 +228,9 @@ def _dense_pages_kernel(
                     KEY_DIM,
                     PAGE,
                     PTX,
+                    FIRST,
+                    begin,
+                    end,
                 )
             else:
                 _store_page(
@@ -201,16 +249,23 @@ def _dense_pages_kernel(
                     VALUE_DIM,
                     PAGE,
                     PTX,
+                    FIRST,
+                    begin,
+                    end,
                 )
         else:
             if tl.program_id(2) == 0:
                 k_tail_ptr += batch.to(tl.int64) * stride_k_tail_b + head * stride_k_tail_h
                 k_out = keys_ptr + place * KEY_DIM
-                _store_tail(k_out, k_tail_ptr, offs_n, tail, stride_k_tail_n, KEY_DIM, K_COLUMNS, K_ORDER)
+                _store_tail(
+                    k_out, k_tail_ptr, offs_n, tail, stride_k_tail_n, KEY_DIM, K_COLUMNS, K_ORDER, FIRST, begin, end
+                )
             else:
                 v_tail_ptr += batch.to(tl.int64) * stride_v_tail_b + head * stride_v_tail_h
                 v_out = values_ptr + place * VALUE_DIM
-                _store_tail(v_out, v_tail_ptr, offs_n, tail, stride_v_tail_n, VALUE_DIM, V_COLUMNS, V_ORDER)
+                _store_tail(
+                    v_out, v_tail_ptr, offs_n, tail, stride_v_tail_n, VALUE_DIM, V_COLUMNS, V_ORDER, FIRST, begin, end
+                )
 
 
 class PackedPages(NamedTuple):
@@ -223,6 +278,7 @@ class PackedPages(NamedTuple):
         key_rotated, value_rotated: whether the packed pages are.
         page_table: int32 ``[batch, pages]``.
         lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence, on the device.
+        key_first, value_first, first_at: the tokens that are read as they came, see ``PagedSide``; None for none.
     """
 
     keys: KernelCodec
@@ -235,6 +291,9 @@ class PackedPages(NamedTuple):
     value_rotated: bool
     page_table: torch.Tensor
     lengths: torch.Tensor
+    key_first: torch.Tensor | None = None
+    value_first: torch.Tensor | None = None
+    first_at: torch.Tensor | None = None
 
 
 def dense_pages(
@@ -267,6 +326,7 @@ def dense_pages(
         v.arguments(pages.value_planes, heads),
         pages.key_tail,
         pages.value_tail,
+        *(pages.page_table if x is None else x for x in (pages.key_first, pages.value_first, pages.first_at)),
         pages.page_table,
         pages.lengths,
         heads,
@@ -285,6 +345,7 @@ def dense_pages(
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         PAGE=page_size,
+        FIRST=0 if pages.key_first is None else pages.key_first.shape[2],
         CAUSAL=causal,
         WINDOW=window,
         PTX=ptx,

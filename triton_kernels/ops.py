@@ -22,6 +22,7 @@ from .choice import IMPLEMENTATIONS, Choice, Implementation, choose
 from .codecs import CODECS
 from .cpu.append import append_cpu, round_cpu
 from .cpu.attention import paged_attention_cpu
+from .first import put_first
 from .pages import PagedSide
 from .reference import gather_dense, paged_attention_reference
 from .triton_attention import append_triton, paged_attention_triton
@@ -36,6 +37,7 @@ __all__ = [
     "dense_attention",
     "gather_dense",
     "paged_attention",
+    "put_first",
     "round_keys",
 ]
 
@@ -45,11 +47,7 @@ _APPEND: dict[str, Callable[..., None]] = {
     "cpu": append_cpu,
     "reference": append_reference,
 }
-_ROUND: dict[str, Callable[..., None]] = {
-    "triton": round_reference,
-    "cpu": round_cpu,
-    "reference": round_reference,
-}
+_ROUND: dict[str, Callable[..., None]] = {"triton": round_reference, "cpu": round_cpu, "reference": round_reference}
 _ATTEND: dict[str, Callable[..., torch.Tensor]] = {
     "triton": paged_attention_triton,
     "cpu": paged_attention_cpu,
@@ -204,6 +202,9 @@ def _attend(
     value_codec: str,
     value_planes: list[torch.Tensor],
     value_tail: torch.Tensor,
+    key_first: torch.Tensor | None,
+    value_first: torch.Tensor | None,
+    first_at: torch.Tensor | None,
     page_table: torch.Tensor,
     lengths: torch.Tensor,
     scale: float,
@@ -214,8 +215,8 @@ def _attend(
     window: int,
     impl: str,
 ) -> torch.Tensor:
-    keys = PagedSide(CODECS[key_codec], key_planes, key_tail, key_tail.shape[2])
-    values = PagedSide(CODECS[value_codec], value_planes, value_tail, value_tail.shape[2])
+    keys = PagedSide(CODECS[key_codec], key_planes, key_tail, key_tail.shape[2], key_first, first_at)
+    values = PagedSide(CODECS[value_codec], value_planes, value_tail, value_tail.shape[2], value_first, first_at)
     return _run_attention(query, keys, values, page_table, lengths, scale, causal, mask, softcap, sinks, window, impl)
 
 
@@ -274,7 +275,8 @@ def paged_attention(
         impl = impl.name
     k, v = keys, values
     pages = (k.codec.name, list(k.planes), k.tail, v.codec.name, list(v.planes), v.tail)
-    return _attention_op(query, *pages, page_table, lengths, *options, impl)
+    first = (k.first, v.first, k.first_at)
+    return _attention_op(query, *pages, *first, page_table, lengths, *options, impl)
 
 
 def dense_attention(

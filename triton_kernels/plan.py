@@ -29,6 +29,7 @@ class AttentionKernels:
         codecs: of keys and of values.
         dtype: of the queries; ``device``: where they are.
         page_size: tokens of a page; ``dims``: head_dim of keys and of values.
+        first: tokens of each sequence that are read as they came.
         group: query heads per key/value head.
         many: whether there are many rows to combine.
         config: how the first is launched.
@@ -43,6 +44,7 @@ class AttentionKernels:
         dtype: torch.dtype,
         device: torch.device,
         page_size: int,
+        first: int,
         dims: tuple[int, int],
         group: int,
         many: bool,
@@ -72,6 +74,7 @@ class AttentionKernels:
                 group,
                 self.columns,
                 config,
+                first=first,
                 causal=causal,
                 window=window,
                 softcap=softcap,
@@ -165,6 +168,7 @@ def attention_plan(
         keys.tail.dtype,
         tail.shape,
         tail.dtype,
+        0 if keys.first is None else keys.first.shape[2],
         page_table.shape[1],
         query.device,
         compiled_for(query),
@@ -185,6 +189,7 @@ def _attention_plan(
     key_dtype: torch.dtype,
     tail: torch.Size,
     value_dtype: torch.dtype,
+    first: int,
     pages: int,
     device: torch.device,
     where: Hashable,
@@ -211,6 +216,7 @@ def _attention_plan(
         dtype,
         device,
         page_size,
+        first,
         dims,
         group,
         many,

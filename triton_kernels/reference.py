@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .codecs.base import Tile
+from .first import FirstTokens, put_first
 from .pages import PagedSide
 
 # Work memory of one block of pages or of scores.  Small enough to stay in a CPU's second-level cache for usual heads.
@@ -37,12 +38,13 @@ class _View(NamedTuple):
         first = max(0, self.first - self.window + 1) // page_size if self.window else 0
         return min(first, last), last
 
-    def seen(self, first: int, count: int, device: torch.device) -> torch.Tensor | None:
-        """bool ``[queries, count]`` for the tokens from ``first`` on, or None where all are seen."""
+    def seen(self, token: torch.Tensor) -> torch.Tensor | None:
+        """bool ``[..., queries, count]`` for tokens at the positions ``token`` ``[..., count]``, or None where all are
+        seen."""
         if not (self.causal or self.window):
             return None
-        position = torch.arange(self.first, self.first + self.queries, device=device).unsqueeze(-1)
-        token = torch.arange(first, first + count, device=device)
+        position = torch.arange(self.first, self.first + self.queries, device=token.device).unsqueeze(-1)
+        token = token.unsqueeze(-2)
         seen = token <= position if self.causal else torch.ones_like(token <= position)
         return seen & (token > position - self.window) if self.window else seen
 
@@ -109,8 +111,8 @@ def paged_attention_reference(
         parts.append(
             _attend_uniform(
                 query[one],
-                keys._replace(tail=keys.tail[one]),
-                values._replace(tail=values.tail[one]),
+                keys.of(one),
+                values.of(one),
                 page_table[one],
                 sealed,
                 held,
@@ -174,23 +176,30 @@ def _attend(
     q_packed = keys.codec.to_domain(q) if page_table.shape[1] else q
     softmax = _Softmax(q, values.head_dim)
 
-    def finish(scores: torch.Tensor, first: int) -> torch.Tensor:
-        """Softcap and masks on scores ``[batch, heads, group * queries, tokens]`` of the tokens from ``first`` on."""
+    first_tokens = None if keys.first is None else FirstTokens(keys)
+
+    def finish(scores: torch.Tensor, start: int, own: FirstTokens | None = None) -> torch.Tensor:
+        """Softcap and masks on scores ``[batch, heads, group * queries, tokens]`` of what pages hold from ``start`` on;
+        or of the ``own`` first tokens of each sequence."""
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        count = scores.shape[-1]
-        seen = view.seen(first, count, q.device)
-        if mask is None and seen is None:
+        token = torch.arange(start, start + scores.shape[-1], device=q.device) if own is None else own.position
+        seen, block = view.seen(token), mask if mask is None or own else mask[..., start : start + len(token)]
+        if own is not None:
+            scores = scores.masked_fill(~own.there[:, None, None], float("-inf"))
+            seen, block = own.by_head(seen), None if block is None else own.of_each(block)
+        elif first_tokens is not None:
+            scores = scores.masked_fill(first_tokens.replaces(token), float("-inf"))
+        if block is None and seen is None:
             return scores
-        scores = scores.reshape(batch, heads, group, queries, count)
+        scores = scores.reshape(batch, heads, group, queries, -1)
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
-        if mask is not None:
-            block = mask[..., first : first + count]
+        if block is not None:
             # [batch or 1, query_heads or 1, queries or 1, tokens] -> the same with heads and group apart
             block = block.unflatten(1, (heads, group) if block.shape[1] == query_heads > 1 else (1, block.shape[1]))
             scores = scores.masked_fill(~block, float("-inf")) if block.dtype == torch.bool else scores + block
-        return scores.reshape(batch, heads, group * queries, count)
+        return scores.flatten(2, 3)
 
     for first, last in _blocks(keys, values, page_table, group * queries, view):
         scores = _score_pages(q_packed, keys, page_table[:, first:last], dtype)
@@ -200,6 +209,9 @@ def _attend(
         scores = q @ keys.tail.to(dtype).transpose(-1, -2)
         weights = softmax.weigh(finish(scores, page_table.shape[1] * keys.page_size))
         softmax.exact += weights @ values.tail.to(dtype)
+    if first_tokens is not None:
+        k, v = (first_tokens.rows(side, dtype) for side in (keys, values))
+        softmax.exact += softmax.weigh(finish(q @ k.transpose(-1, -2), 0, first_tokens)) @ v
     if sinks is not None:
         softmax.add_sinks(sinks.to(dtype).reshape(heads, group, 1).expand(-1, -1, queries).reshape(heads, -1))
 
@@ -264,7 +276,8 @@ def gather_dense(side: PagedSide, page_table: torch.Tensor) -> torch.Tensor:
     """The whole side multiplied out, ``[batch, heads, tokens, head_dim]`` contiguous, in the open page's dtype.
 
     For readers that cannot attend to pages; its cost is what the paged path avoids.  All of ``page_table`` and all of
-    the open page are taken: give it a table without reserved pages and an open page without unused rows.
+    the open page are taken: give it a table without reserved pages and an open page without unused rows.  The first
+    tokens that are held as they came are in their places.
     """
     batch, pages = page_table.shape
     heads, tail_length, head_dim = side.tail.shape[1:]
@@ -277,4 +290,5 @@ def gather_dense(side: PagedSide, page_table: torch.Tensor) -> torch.Tensor:
         start = first * side.page_size
         dense[:, :, start : start + block.shape[2]] = block
     dense[:, :, packed_tokens:] = side.tail
+    put_first(dense, side)
     return dense

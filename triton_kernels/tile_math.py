@@ -115,6 +115,24 @@ def scores_to_base2(
 
 
 @triton.jit
+def first_tokens(first_at_ptr, batch, PAGE: tl.constexpr, FIRST: tl.constexpr):
+    """Where the tokens of a sequence begin and end that are read as they came; both are 0 where there are none."""
+    begin, end = 0, 0
+    if FIRST > 0:
+        at = tl.load(first_at_ptr + batch)
+        begin = tl.maximum(at, 0)
+        end = tl.where(at < 0, 0, tl.minimum(begin + FIRST, (begin // PAGE + 1) * PAGE))
+    return begin, end
+
+
+@triton.jit
+def hide_tokens(logits, token, begin, end):
+    """``logits`` ``[N, ROWS]`` of tokens ``token`` ``[N]``, minus infinity for those from ``begin`` to ``end``."""
+    limit = tl.where((token >= begin) & (token < end), float("-inf"), float("inf"))
+    return tl.minimum(logits, limit[:, None])
+
+
+@triton.jit
 def hadamard_signs(rows, columns, ORDER: tl.constexpr):
     """+1 or -1 of the block-diagonal Hadamard matrix, float32 ``[R, C]``; 0 outside of the diagonal blocks.
 

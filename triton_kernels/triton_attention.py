@@ -43,7 +43,9 @@ class AttentionCall:
         heads = plan.counts[0]
         key_planes = plan.kernels.keys.arguments(keys.planes, heads)
         value_planes = plan.kernels.values.arguments(values.planes, heads)
-        self._pages = (key_planes, value_planes, keys.tail, values.tail, page_table)
+        firsts = (keys.first, values.first, keys.first_at)
+        beside = tuple(page_table if x is None else x for x in firsts)  # a pointer that is not read
+        self._pages = (key_planes, value_planes, keys.tail, values.tail, *beside, page_table)
         self._strides = (
             *query.stride()[:3],
             *(plan.rotated_strides if plan.kernels.rotated else query.stride()[:3]),
@@ -184,7 +186,8 @@ def _many(
     assert k is not None and v is not None, "choose() lets no other codec through"
     planes = list(keys.planes), list(values.planes)
     rotated = keys.codec.rotated, values.codec.rotated
-    pages = PackedPages(k, v, *planes, keys.tail, values.tail, *rotated, page_table, lengths)
+    first = keys.first, values.first, keys.first_at
+    pages = PackedPages(k, v, *planes, keys.tail, values.tail, *rotated, page_table, lengths, *first)
     out = query.new_empty(*query.shape[:3], values.head_dim)
     chunk_attention(out, query, pages, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
     return out

@@ -110,6 +110,12 @@ class QuantizedBatchingConfig(ContinuousBatchingConfig):
         Raises:
             UnknownPolicyError, BatchingError: see the class.
         """
+        options = dict(options)
+        if options.pop("sinks", None):
+            raise BatchingError(
+                "continuous batching keeps no first tokens exact, because a prefix that requests share is pages alone; "
+                "leave sinks out, or use generate()."
+            )
         unknown = [name for name in options if name not in CACHE_OPTIONS]
         if unknown:
             raise UnknownPolicyError(

@@ -40,6 +40,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens per forward pass, at most a page; 1 is as in generation.")
     ] = None,
     page_size: Annotated[int, typer.Option(help="Tokens per page, a multiple of 8.")] = 64,
+    sinks: Annotated[
+        int | None, typer.Option(help="First tokens of a sequence that are kept exact; default: what the policy does.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows side by side.")] = 4,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "float32",
     outliers: Annotated[
@@ -70,7 +73,7 @@ def evaluate(
     if qparams is not None and not any(parameters.values()):
         raise InputError("--qparams is for calibrated policies; add int8-static to --policies.")
     for name in names:
-        check_cache_options(name, page_size, qparams=parameters[name])
+        check_cache_options(name, page_size, qparams=parameters[name], sinks=sinks)
     step = page_size if step is None else step
     check_step(step, page_size)
     others = split_names(baselines)
@@ -94,7 +97,9 @@ def evaluate(
     if outliers is not None:
         with stage("giving the keys outliers", hidden=as_json):
             loaded = loaded._replace(model=with_outlier_keys(loaded.model, outliers))
-    contenders = [paged(loaded.model, name, page_size=page_size, qparams=parameters[name]) for name in names]
+    contenders = [
+        paged(loaded.model, name, page_size=page_size, qparams=parameters[name], sinks=sinks) for name in names
+    ]
     contenders += [baseline(loaded.model, name) for name in others]
     batches = -(-windows // batch)
     with progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
@@ -102,6 +107,7 @@ def evaluate(
     facts = text_conditions(loaded, described, ids) | {
         "step": step,
         "page_size": page_size,
+        "sinks": sinks,
         "batch": batch,
         "outliers": outliers,
     }

@@ -21,6 +21,9 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     page_size: Annotated[int, typer.Option(help="Tokens per page, a multiple of 8.")] = 64,
+    sinks: Annotated[
+        int | None, typer.Option(help="First tokens of a sequence that are kept exact; default: what the policy does.")
+    ] = None,
     prefill: Annotated[str, typer.Option(help="exact or quantized: what the prompt attends to in itself.")] = "exact",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     qparams: Annotated[
@@ -39,7 +42,7 @@ def generate(
     from ..transformers_api.names import with_cache
 
     text = _read_prompt(prompt, file)
-    check_cache_options(policy, page_size, prefill, qparams)
+    check_cache_options(policy, page_size, prefill, qparams, sinks)
     loaded = load_model(model, dtype, hidden=as_json)
     inputs = encode_prompt(loaded, text, chat=chat)
     length = inputs["input_ids"].shape[1]
@@ -48,7 +51,7 @@ def generate(
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature}
-    settings: dict[str, Any] = {"page_size": page_size, "prefill": prefill, "qparams": qparams}
+    settings: dict[str, Any] = {"page_size": page_size, "prefill": prefill, "qparams": qparams, "sinks": sinks}
     cache = QuantizedPagedCache(loaded.model.config, policy, **settings)
     options |= {**with_cache(cache), "max_new_tokens": max_new_tokens}
     if as_json:

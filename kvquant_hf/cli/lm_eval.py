@@ -21,8 +21,8 @@ ABOUT = """\
 Everything after `kvquant lm-eval` is passed on to lm-eval, which knows one more model here:
 
   --model kvquant --model_args policy=int4,pretrained=MODEL
-      Every task runs through the quantized cache.  policy, page_size, prefill, impl and sliding are those of the cache;
-      everything else is as for --model hf.  Without pretrained: the built-in SmolLM2-135M-Instruct.
+      Every task runs through the quantized cache.  policy, page_size, prefill, impl, sliding and sinks are those of the
+      cache; everything else is as for --model hf.  Without pretrained: the built-in SmolLM2-135M-Instruct.
 """
 GENERATION_ONLY = (
     "with --model {model}, the quantized cache reaches tasks that generate only: log-likelihood tasks (multiple "

@@ -164,7 +164,11 @@ def load_model(
 
 
 def check_cache_options(
-    policy: PolicyLike, page_size: int = 64, prefill: str = "exact", qparams: str | None = None
+    policy: PolicyLike,
+    page_size: int = 64,
+    prefill: str = "exact",
+    qparams: str | None = None,
+    sinks: int | None = None,
 ) -> None:
     """Let the library judge the options before a model is loaded.
 
@@ -181,7 +185,8 @@ def check_cache_options(
     one = parsed.layers[0] if isinstance(parsed, LayerwisePolicy) else parsed  # for which model, the model will tell
     if read_qparams(qparams, parsed.name, parsed.calibrated) is not None:
         one = POLICIES["exact"]  # the parameters are not of the model below
-    QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), one, page_size=page_size, prefill=prefill)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"page_size": page_size, "prefill": prefill, "sinks": sinks}
+    QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), one, **options)
 
 
 def encode_prompt(loaded: LoadedModel, text: str, *, chat: bool = True) -> dict[str, Any]:

@@ -33,6 +33,9 @@ def needle(
     text: Annotated[str | None, typer.Option(help="A UTF-8 file; default: the Python language reference.")] = None,
     seed: Annotated[int, typer.Option(help="Of the digits to be found.")] = 0,
     page_size: Annotated[int, typer.Option(help="Tokens per page, a multiple of 8.")] = 64,
+    sinks: Annotated[
+        int | None, typer.Option(help="First tokens of a sequence that are kept exact; default: what the policy does.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts of one length side by side.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
@@ -51,7 +54,7 @@ def needle(
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
     names = [EXACT, *(name for name in split_names(policies) if parse_policy(name).name != EXACT)]
     for name in names:
-        check_cache_options(name, page_size)
+        check_cache_options(name, page_size, sinks=sinks)
     asked = None if lengths is None else [int(n) for n in _numbers(lengths, "--lengths 512,1024")]
     rows = _numbers(depths, "--depths 0,50,100")
     check_writable(png)
@@ -69,7 +72,9 @@ def needle(
         prompts = hide_needles(loaded.tokenizer, content, columns, rows, seed)
     with progress(len(names) * passes(prompts, page_size, batch), hidden=as_json) as advance:
         grids = {
-            name: find_needles(loaded.model, prompts, name, page_size=page_size, batch=batch, advance=advance)
+            name: find_needles(
+                loaded.model, prompts, name, page_size=page_size, sinks=sinks, batch=batch, advance=advance
+            )
             for name in names
         }
     facts = conditions(loaded) | {
@@ -78,6 +83,7 @@ def needle(
         "depths": rows,
         "seed": seed,
         "page_size": page_size,
+        "sinks": sinks,
         "batch": batch,
         "tokens_sha256": hashlib.sha256(str([prompt.ids for prompt in prompts]).encode()).hexdigest(),
     }

@@ -87,14 +87,17 @@ class Result(NamedTuple):
         }
 
 
-def paged(model: Any, policy: PolicyLike, *, page_size: int = 64, qparams: Any = None) -> Contender:
+def paged(
+    model: Any, policy: PolicyLike, *, page_size: int = 64, qparams: Any = None, sinks: int | None = None
+) -> Contender:
     """A contender that is our cache with ``policy``, as generation has it except that a prompt attends to what was
-    stored.  Its name is the one of ``POLICIES``, or else ``policy`` as it was written.  ``qparams`` as for the cache.
+    stored.  Its name is the one of ``POLICIES``, or else ``policy`` as it was written.  ``qparams`` and ``sinks`` are
+    the cache's.
 
     Raises:
         UnknownPolicyError: unknown policy or page size.
     """
-    options = {"page_size": page_size, "prefill": "quantized", "qparams": qparams}
+    options = {"page_size": page_size, "prefill": "quantized", "qparams": qparams, "sinks": sinks}
 
     def make() -> QuantizedPagedCache:
         cache = QuantizedPagedCache(model.config, policy, **options)

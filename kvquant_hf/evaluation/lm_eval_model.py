@@ -55,7 +55,7 @@ class KVQuantLM(HFLM):
         policy: what to store the cache in; ``exact`` gives the numbers of ``hf`` but for rounding.
         page_size: tokens per page, and per chunk of scored text.
         prefill: what the prompt of a generation task attends to in itself, ``"exact"`` or ``"quantized"``.
-        impl, sliding: as for ``QuantizedPagedCache``.
+        impl, sliding, sinks: as for ``QuantizedPagedCache``.
         **options: everything that ``hf`` takes.
 
     Raises:
@@ -71,6 +71,7 @@ class KVQuantLM(HFLM):
         prefill: str = "exact",
         impl: str = "auto",
         sliding: str = "quantized",
+        sinks: int | None = None,
         **options: Any,
     ) -> None:
         parse_policy(policy)  # a wrong name is said before the model is loaded
@@ -90,6 +91,7 @@ class KVQuantLM(HFLM):
             "page_size": page_size,
             "impl": impl,
             "sliding": sliding,
+            "sinks": sinks,
         }
         self._prefill = prefill
         self._calls = {"paged": 0, "exact_prefill": 0, "multiplied_out": 0}

@@ -121,6 +121,7 @@ def find_needles(
     policy: PolicyLike,
     *,
     page_size: int = 64,
+    sinks: int | None = None,
     batch: int = 1,
     advance: Callable[[str], object] = lambda name: None,
 ) -> list[Cell]:
@@ -131,6 +132,7 @@ def find_needles(
         prompts: of :func:`hide_needles`.
         policy: what to store the cache in.
         page_size: tokens per page, and per forward pass.
+        sinks: as for the cache.
         batch: prompts of one length that are read side by side.
         advance: called with the name of the policy after each forward pass.
 
@@ -141,10 +143,11 @@ def find_needles(
         EvaluationError: NaN among the logits, or a cache that was not read.
     """
     name = parse_policy(policy).name
+    options: dict[str, Any] = {"page_size": page_size, "prefill": "quantized", "sinks": sinks}
     cells = []
     with torch.inference_mode():
         for rows in _batches(prompts, batch):
-            cache = QuantizedPagedCache(model.config, policy, page_size=page_size, prefill="quantized")
+            cache = QuantizedPagedCache(model.config, policy, **options)
             cache.bind(model)
             logits = _last_logits(model, rows, cache, lambda: advance(name))
             check_was_read(cache.report(), rows[0].length - 1)

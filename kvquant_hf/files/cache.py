@@ -3,6 +3,8 @@
     header    format, version, crc32, and ``cache``: JSON with the writer's versions, policy, options, model and layers
     tensors   layers.<i>.table             int32 [batch, sealed_pages]: rows of the planes
               layers.<i>.keys.<plane>      [pages, heads, ...]: each page in use once, however many sequences share it
+              layers.<i>.keys.first        [batch, heads, sinks, head_dim]: first tokens that are exact, if any
+              layers.<i>.first_at          int32 [batch]: where they are among the tokens held; negative: nowhere
               layers.<i>.keys.open         [batch, heads, tokens, head_dim]: the used part of the open page
               layers.<i>.<attribute>[.<j>] layers of transformers' own: their tensors as they are
               qparams.<name>               what a calibrated policy was given, as in ``calibration.py``
@@ -32,7 +34,7 @@ FORMAT = "kvquant_hf cache"
 _REMEDY = "write one with cache.save(path)"
 _FILE = CheckedFile(FORMAT, 1, "a cache saved by kvquant_hf", _REMEDY, SavedCacheError)
 read_file, write_file = _FILE.read, _FILE.write
-_OPTIONS = ("page_size", "prefill", "sliding")  # what the constructor takes and what changes results
+_OPTIONS = ("page_size", "prefill", "sliding", "sinks")  # what the constructor takes and what changes results
 
 
 class Cache(Protocol):
@@ -112,7 +114,7 @@ def load_cache(
                 f"{path} needs {unknown[0]!r}, which this version does not have; install kvquant-hf "
                 f"{header['kvquant_hf']}, which wrote it, or newer."
             )
-        options = dict(header["options"])
+        options = {"sinks": 0} | header["options"]  # files of before there were any do not say
         if "qparams" in header:
             options["qparams"] = QParams.from_parts(header["qparams"], _below("qparams.", tensors))
         cache = make(policy_from_dict(header["policy"]), options)

@@ -58,14 +58,14 @@ def snapshot(store: PagedStore) -> Tensors:
     Returns:
         ``table``: int32 ``[batch, sealed_pages]`` on the CPU, rows of the planes.  ``<side>.<plane>``: pages in use,
         ``[pages, *plane]``, each once however many sequences share it.  ``<side>.open``: the used part of the open
-        page, ``[batch, heads, tokens, head_dim]``.  ``keys.moments``,
-        ``keys.correlations``: second moments of queries, where some were seen.
+        page, ``[batch, heads, tokens, head_dim]``.  ``first_at`` and ``<side>.first``: as of ``FirstTokens.saved``.
+        ``keys.moments``, ``keys.correlations``: second moments of queries, where some were seen.
     """
     view = store.view()
     pages, table = view.page_table.unique(return_inverse=True)
     count = len(pages)
     gapless = count == 0 or int(pages[-1]) == count - 1
-    tensors = {"table": table.to("cpu", torch.int32)}
+    tensors: Tensors = Tensors({"table": table.to("cpu", torch.int32)} | store.first.saved())
     for name, side in zip(("keys", "values"), view[:2], strict=True):
         for plane, rows in zip(in_pages(side.codec, side.head_dim), side.planes, strict=False):
             tensors[f"{name}.{plane.name}"] = rows[:count] if gapless else rows[pages]
@@ -191,20 +191,37 @@ def _restore_paged(
     if moments := {name: tensor.to(device) for name, tensor in tensors.items() if name in SAVED}:
         expect(store.seen is not None and store.seen.fits(moments, store.batch_size), where)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in moments}
-    expect(tensors.keys() == empty.keys() and set(integers) <= set(store.SAVED), where)
-    for name, tensor in tensors.items():
+    first = {"keys.first", "values.first"} & tensors.keys() if store.first.count else set()
+    expect(tensors.keys() - first == empty.keys() and set(integers) <= set(store.SAVED), where)
+    for name in empty:
+        tensor = tensors[name]
         # The dimensions that are 0 in an empty store are those that vary.
         fits = [held in (0, new) for held, new in zip(empty[name].shape, tensor.shape, strict=False)]
         expect(tensor.ndim == empty[name].ndim and tensor.dtype == empty[name].dtype and all(fits), where)
-    pages = {x.shape[0] for name, x in tensors.items() if name != "table" and not name.endswith(".open")}
+    rows = set(empty) - {"table", "first_at", "keys.open", "values.open"}
+    pages = {tensors[name].shape[0] for name in rows}
     tokens = {x.shape[2] for x in like}
     expect(len(pages) == len(tokens) == 1 and tokens <= set(range(store.page_size + 1)), where)
     # Every page is somebody's, and nobody points elsewhere.
     expect(torch.equal(tensors["table"].unique(), torch.arange(*pages, dtype=torch.int32)), where)
     expect(all(type(x) is int and x >= 0 for x in integers.values()), where)
+    if store.first.count:
+        _check_first(store, tensors, where)
     store.restore(tensors, integers)
     if store.seen is not None and moments:
         store.seen.restore(moments)
+
+
+def _check_first(store: PagedStore, tensors: Tensors, where: str) -> None:
+    """Refuse first tokens that lie in no sealed page, are of another shape than the ``store``'s, or are missing."""
+    at = tensors["first_at"]
+    sealed = tensors["table"].shape[1] * store.page_size
+    held = bool((at >= 0).any())
+    expect(bool(((at >= -2) & (at < sealed)).all()) and held == ("keys.first" in tensors), where)
+    for side in ("keys", "values") if held else ():
+        rows, like = tensors[f"{side}.first"], tensors[f"{side}.open"]
+        shape = (*like.shape[:2], store.first.count, like.shape[3])
+        expect(rows.dtype == like.dtype and rows.shape == shape, where)
 
 
 def inconsistent(where: str) -> SavedCacheError:

@@ -43,6 +43,7 @@ class PagedLayer:
         guard: shared by the layers of one cache.
         log: shared by the layers of one cache.
         impl: what is to run on the pages.
+        sinks: first tokens of each sequence that are kept exact; by default as many as the policy says.
         pool: where the pages come from; by default a pool of its own.
     """
 
@@ -57,6 +58,7 @@ class PagedLayer:
         guard: StepGuard,
         log: CallLog,
         impl: Implementation = "auto",
+        sinks: int | None = None,
         pool: LayerPool | None = None,
     ) -> None:
         self.policy = policy
@@ -66,6 +68,7 @@ class PagedLayer:
         self.guard = guard
         self.log = log
         self.impl = impl
+        self.sinks = policy.sinks if sinks is None else sinks
         self.pool = LayerPool(Budget()) if pool is None else pool
         self.store: PagedStore | None = None
         self.padding: np.ndarray | None = None  # bool [batch, tokens from the first on], True where padded
@@ -121,7 +124,8 @@ class PagedLayer:
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""
         with plain_tensors():
-            self.store = self.store_type(*self.codecs, self.page_size, keys, values, self.impl, self.pool.make)
+            make, sinks = self.pool.make, self.sinks
+            self.store = self.store_type(*self.codecs, self.page_size, keys, values, self.impl, make, sinks)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens and return what attention is to read.

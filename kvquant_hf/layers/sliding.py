@@ -37,6 +37,7 @@ class SlidingStore(PagedStore):
     def drop_front(self, count: int, capacity: int) -> None:
         """Give back the ``count`` oldest sealed pages; a pool of more than ``capacity`` pages is made smaller."""
         self.dropped_pages += count
+        self.first = self.first.give_back(count * self.page_size)
         self.table.keep(count, self.sealed_pages)
         self._lengths = None
         if self.pool.capacity > capacity:
@@ -119,13 +120,16 @@ class SlidingPagedLayer(PagedLayer):
         if self.record_past:
             return super()._write(keys, values, exact)
         self._trim()
-        skipped = self._skipped(keys.shape[2])
+        skipped, first = self._skipped(keys.shape[2]), self.store.first
+        if skipped:
+            self.store.first = first.skip(skipped * self.page_size, self._padding_of(keys))
         self.store.dropped_pages += skipped
         keys, values = (x[:, :, skipped * self.page_size :] for x in (keys, values))
         try:
             super()._write(keys, values, exact)
         except BaseException:
             self.store.dropped_pages -= skipped
+            self.store.first = first
             raise
 
     def check_drop(self, count: int) -> None:

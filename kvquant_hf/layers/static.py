@@ -16,6 +16,7 @@ from ..errors import CacheFullError, InterruptedForwardError
 from ..pages.budget import Pool
 from ..pages.layout import plain_tensors
 from ..pages.padding import replace_padding
+from ..pages.sinks import FirstTokens
 from ..pages.static_ops import full_message
 from ..pages.static_store import StaticStore
 from .carrier import Side
@@ -56,7 +57,7 @@ class StaticPagedLayer(PagedLayer):
 
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Reserve the memory for tensors like these."""
-        arguments = (*self.codecs, self.page_size, keys, values, self.impl, self.max_length)
+        arguments = (*self.codecs, self.page_size, keys, values, self.impl, self.max_length, self.sinks)
         if torch.compiler.is_compiling():
             self.store = StaticStore(*arguments)
         else:
@@ -79,7 +80,7 @@ class StaticPagedLayer(PagedLayer):
         exact = self.exact_prefill and not self.filled and keys.shape[2] > 1  # attended to as it came
         compiling = torch.compiler.is_compiling()
         if compiling:
-            self.store.append(*new, self.leads)
+            self.store.append(*(new if self.filled else self.store.keep_first(*new)), self.leads)
         else:
             with plain_tensors():
                 self.store.append(*self._without_padding(*new), self.leads)
@@ -101,18 +102,21 @@ class StaticPagedLayer(PagedLayer):
         The open page cannot wait until it is sealed, which a graph may do, so all padding that is known of is replaced
         at once, in tokens already held too.  What is replaced is never attended to.
         """
-        if self.padding is None or self.store is None or len(self.padding) != len(keys):
-            return keys, values
+        assert self.store is not None
+        if self.padding is None or len(self.padding) != len(keys):
+            return (keys, values) if self.filled else self.store.keep_first(keys, values)
         start, count = self.store.length, keys.shape[2]
         held = start % self.page_size or (self.page_size if start else 0)  # a full page stays open
         part = self.padding[:, start - held : start + count]
         if self.padding.shape[1] <= start + count:
             self.padding = None  # nothing is known of the tokens to come: no step has to ask for the length again
         if not part.any():
-            return keys, values
+            return (keys, values) if self.filled else self.store.keep_first(keys, values)
         whole = -(-(held + count) // self.page_size) * self.page_size
         part = np.pad(part, ((0, 0), (0, held + count - part.shape[1])))
         part = np.pad(part, ((0, 0), (0, whole - held - count)), constant_values=True)  # not there yet: as padding
+        if not self.filled:
+            part = self._first_of(keys, values, part)
         replaced = []
         for new, side in zip((keys, values), self.store.view()[:2], strict=True):
             content = torch.cat([side.tail[:, :, :held], new], dim=2)
@@ -121,6 +125,21 @@ class StaticPagedLayer(PagedLayer):
             side.tail[:, :, :held] = content[:, :, :held]
             replaced.append(content[:, :, held : held + count])
         return replaced[0], replaced[1]
+
+    def _first_of(self, keys: torch.Tensor, values: torch.Tensor, padding: np.ndarray) -> np.ndarray:
+        """Keep the first tokens of a first prompt, and which tokens take no part in scales: they, and ``padding``, bool
+        ``[batch, whole pages]``.  A sequence of which not all of them are there yet keeps none."""
+        assert self.store is not None
+        begin = padding.argmin(1)
+        end = np.minimum(begin + self.sinks, (begin // self.page_size + 1) * self.page_size)
+        wanted = np.where(end <= keys.shape[2], -1, -2)
+        none = FirstTokens(self.sinks, wanted, None, self.page_size)
+        content = self.store.view()
+        tails = content.keys.tail, content.values.tail
+        first, unread = none.seal(tails, (keys, values), 0, 0, padding.shape[1] // self.page_size, padding)
+        self.store.hold_first(first)
+        unread = padding if unread is None else unread
+        return np.concatenate([unread, padding[:, unread.shape[1] :]], 1)
 
     def pages_for(self, batch: int, tokens: int) -> dict[Pool, int]:
         """Nothing: the pages are reserved."""

@@ -59,9 +59,9 @@ class StaticKV:
         if self.exact is not None:
             return torch.nn.functional.pad(self.exact, (0, 0, 0, self.shape[2] - self.exact.shape[2]))
         view, pages = self.store.view(), self._pages
-        return multiply_out(
-            pages.codec.name, list(pages.planes), pages.tail, view.page_table, view.lengths, self.shape[2]
-        ).to(self.dtype)
+        exact = pages.tail, pages.first, pages.first_at
+        held = view.page_table, view.lengths, self.shape[2]
+        return multiply_out(pages.codec.name, list(pages.planes), *exact, *held).to(self.dtype)
 
     def _read(self, reason: str) -> torch.Tensor:
         """All tokens for a reader who may go on to write: read only, except in graphs, which cannot follow that."""

@@ -97,12 +97,18 @@ class StoreLayout:
         """Key and value elements of one token of one sequence."""
         return sum(heads * head_dim for heads, head_dim in self.vectors)
 
-    def sides(self, planes: tuple[torch.Tensor, ...], tails: tuple[torch.Tensor, ...]) -> tuple[PagedSide, PagedSide]:
-        """Keys and values in ``planes``, with ``tails`` for open pages."""
+    def sides(
+        self,
+        planes: tuple[torch.Tensor, ...],
+        tails: tuple[torch.Tensor, ...],
+        first: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None),
+    ) -> tuple[PagedSide, PagedSide]:
+        """Keys and values in ``planes``, with ``tails`` for open pages; ``first``: keys and values of the first tokens
+        and where they are, see ``PagedSide``."""
         n, pages = self._key_planes, planes[0].shape[0]
         keys, values = (
-            PagedSide(codec, mine + on_every_page(codec, pages), tail, self.page_size)
-            for codec, mine, tail in zip(self.codecs, (planes[:n], planes[n:]), tails, strict=True)
+            PagedSide(codec, mine + on_every_page(codec, pages), tail, self.page_size, rows, first[2])
+            for codec, mine, tail, rows in zip(self.codecs, (planes[:n], planes[n:]), tails, first[:2], strict=True)
         )
         return keys, values
 

@@ -3,12 +3,14 @@
 Lengths are only ever on the device, so nothing here may depend on them in Python while a graph is recorded.
 """
 
+from typing import Any
+
 import torch
 from torch import library
 
 from ..errors import CacheFullError
 from ..triton_kernels.codecs import CODECS
-from ..triton_kernels.ops import PagedSide, dense_attention, gather_dense
+from ..triton_kernels.ops import PagedSide, dense_attention, gather_dense, put_first
 
 
 def tokens_of(lengths: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -61,6 +63,8 @@ def multiply_out(
     codec: str,
     planes: list[torch.Tensor],
     tail: torch.Tensor,
+    first: torch.Tensor | None,
+    first_at: torch.Tensor | None,
     page_table: torch.Tensor,
     lengths: torch.Tensor,
     max_length: int,
@@ -73,6 +77,7 @@ def multiply_out(
         codec: name of the side's codec.
         planes: its planes.
         tail: open pages ``[batch, heads, page_size, head_dim]``.
+        first, first_at: tokens that are read as they came, see ``PagedSide``.
         page_table: int32 ``[batch, (max_length - 1) // page_size]``.
         lengths: int32 ``[batch, 2]``: sealed pages and tokens in the open page of each sequence.
         max_length: tokens of the result.
@@ -87,11 +92,13 @@ def multiply_out(
     dense.copy_(tail.gather(2, in_open_page[:, None, :, None].expand(-1, heads, -1, head_dim)))
     count = packed.shape[2]
     dense[:, :, :count] = torch.where((position < sealed)[:, None, :count, None], packed, dense[:, :, :count])
+    put_first(dense, side._replace(first=first, first_at=first_at))
     return dense.masked_fill_((position >= sealed + lengths[:, 1:])[:, None, :, None], 0.0)
 
 
 @multiply_out.register_fake
-def _(codec: str, planes: object, tail: torch.Tensor, table: object, lengths: object, max_length: int) -> torch.Tensor:
+def _(codec: str, planes: object, tail: torch.Tensor, *args: Any) -> torch.Tensor:
+    max_length = args[-1]
     return tail.new_empty(tail.shape[0], tail.shape[1], max_length, tail.shape[3])
 
 

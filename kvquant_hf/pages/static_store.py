@@ -19,6 +19,7 @@ from ..errors import StaticCacheError
 from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .layout import StoreLayout, without_autocast
+from .sinks import NOTHING, FirstTokens
 from .static_ops import begin_step, compiled_begin_step, tokens_of
 from .views import Footprint
 
@@ -38,6 +39,8 @@ class StaticStore(StoreLayout):
     Args:
         keys, values, page_size, like_keys, like_values, impl: as of ``PagedStore``.
         max_length: tokens that each sequence may have.
+        sinks: first tokens of each sequence that are read as they came, see ``sinks.py``.  They are kept with the first
+            prompt, in place of which the open page has others already; a prompt that is shorter keeps none.
 
     Raises:
         UnsupportedModelError: a head_dim that a codec cannot store.
@@ -53,6 +56,7 @@ class StaticStore(StoreLayout):
         like_values: torch.Tensor,
         impl: Implementation,
         max_length: int,
+        sinks: int = 0,
     ) -> None:
         super().__init__(keys, values, page_size, like_keys, like_values, impl)
         self.max_length = max_length
@@ -65,7 +69,10 @@ class StaticStore(StoreLayout):
         self._before = torch.zeros(batch, 2, dtype=torch.int32, device=device)  # lengths when the step began
         self.reopened_pages = 0
         self._planes = planes
-        self._keys, self._values = self.sides(planes, self._open)
+        self._first = tuple(x.new_zeros(*x.shape[:2], sinks, x.shape[3]) for x in self._open)
+        self._first_at = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        first = (self._first[0], self._first[1], self._first_at) if sinks else NOTHING
+        self._keys, self._values = self.sides(planes, self._open, first)
         self._view = StaticView(self._keys, self._values, self.page_table, self.lengths)
         # Pages, shape, dtype and device of what keys and values stand for.
         self.about = {
@@ -73,9 +80,14 @@ class StaticStore(StoreLayout):
             for name, pages in (("keys", self._keys), ("values", self._values))
         }
         if not torch.compiler.is_compiling():  # marking cannot be traced; a first prompt is seldom compiled
-            for tensor in (*planes, *self._open, self.page_table, self.lengths, self._before):
+            for tensor in (*planes, *self._exact, self.page_table, self.lengths, self._before):
                 torch._dynamo.mark_static_address(tensor)
             choose(impl, self.dtype, self._keys, self._values)
+
+    @property
+    def _exact(self) -> tuple[torch.Tensor, ...]:
+        """What is in the model's dtype, and where the first tokens of it are."""
+        return (*self._open, *self._first, self._first_at)
 
     @property
     def held(self) -> torch.Tensor:
@@ -126,18 +138,58 @@ class StaticStore(StoreLayout):
                 impl=self.impl,
             )
 
+    def keep_first(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the first tokens of a first prompt without padding; nobody waits for the device.
+
+        Returns:
+            The prompt as pages are to hold it: with copies of the token after them.
+        """
+        count = self._first[0].shape[2]
+        if count == 0:
+            return keys, values
+        if keys.shape[2] < count:
+            self._first_at.fill_(-1)
+            return keys, values
+        self._first_at.zero_()
+        for first, x in zip(self._first, (keys, values), strict=True):
+            first.copy_(x[:, :, :count])
+        after = slice(count, count + 1)
+        if keys.shape[2] == count:
+            return keys, values
+        new = [torch.cat([x[:, :, after].expand(-1, -1, count, -1), x[:, :, count:]], 2) for x in (keys, values)]
+        return new[0], new[1]
+
+    def hold_first(self, first: FirstTokens) -> None:
+        """Keep ``first`` of a first prompt with padding."""
+        self._first_at.copy_(torch.from_numpy(first.at))
+        for held, rows in zip(self._first, first.rows or (), strict=False):
+            held.copy_(rows)
+
     def crop(self, count: int) -> None:
         """Drop the last ``count`` tokens, as ``PagedStore.crop``."""
         held = self.length
         pages, rest = divmod(max(0, held - count), self.page_size)
         open_tokens = held - self.sealed_pages * self.page_size
-        if count <= open_tokens:
+        if count > open_tokens:
+            self._crop_pages(pages, rest)
+        else:
             self.lengths[:, 1] -= count
-            return
+        # First tokens that are not all held any more are nothing but tokens of the open page.
+        at, number = self._first_at.tolist(), self._first[0].shape[2]
+        for b, begin in enumerate(at):
+            end = min(begin + number, (begin // self.page_size + 1) * self.page_size)
+            if number and begin >= 0 and end > held - count:
+                for tail, first in zip(self._open, self._first, strict=True):
+                    place = begin % self.page_size
+                    tail[b, :, place : place + end - begin] = first[b, :, : end - begin]
+                self._first_at[b] = -1
+
+    def _crop_pages(self, pages: int, rest: int) -> None:
+        """Keep ``pages`` sealed pages and ``rest`` tokens of the next one."""
         if rest:
             page = self.page_table[:, pages : pages + 1]
             for side in (self._keys, self._values):
-                dense = gather_dense(side._replace(tail=side.tail[:, :, :0]), page)
+                dense = gather_dense(side._replace(tail=side.tail[:, :, :0], first=None), page)
                 side.tail[:, :, :rest] = dense[:, :, :rest]
             self.reopened_pages += self.batch_size
         self.lengths.copy_(self.lengths.new_tensor([pages, rest]))
@@ -164,12 +216,13 @@ class StaticStore(StoreLayout):
             )
         sealed = torch.arange(self.page_table.shape[1], device=self.device) < self.lengths[:, :1]
         self.page_table.copy_(torch.where(sealed, self.page_table[rows], self.page_table))
-        for tensor in (*self._open, self.lengths):
+        for tensor in (*self._exact, self.lengths):
             tensor.copy_(tensor[rows])
 
     def clear(self) -> None:
         """Drop all tokens; the memory stays reserved."""
         self.lengths.zero_()
+        self._first_at.fill_(-1)
         self.page_table.copy_(self._pages)
 
     # -- for reports ---------------------------------------------------------------------------------------------------
@@ -188,14 +241,14 @@ class StaticStore(StoreLayout):
         page_bytes = planes // max(1, self._pages.numel())
         pages, holders = self.page_table[:, : self.sealed_pages].unique(return_counts=True)
         packed, shared = (int(n) * page_bytes for n in (pages.numel(), (holders > 1).sum()))
-        open_page = sum(tail.nbytes for tail in self._open)
+        open_page = sum(x.nbytes for x in self._exact)
         tables = sum(x.nbytes for x in (self._pages, self.page_table, self.lengths, self._before))
         most = int(holders.max()) if holders.numel() else 0
         return Footprint(packed, open_page, planes - packed, tables, shared, most)
 
     def devices(self) -> Counter[str]:
         """Bytes of the pages and the open page by the device on which they lie."""
-        return Counter({str(self.device): sum(x.nbytes for x in (*self._planes, *self._open))})
+        return Counter({str(self.device): sum(x.nbytes for x in (*self._planes, *self._exact))})
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -18,16 +18,18 @@ import torch
 from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose
 from .budget import Claim
-from .layout import StoreLayout, plain_tensors, without_autocast
+from .layout import plain_tensors, without_autocast
+from .open_page import OpenPage
 from .padding import padded_pages, replace_new
 from .parameters import in_pages
 from .pool import PagePool, PlaneShape
 from .queries import Fresh, SeenQueries
+from .sinks import FirstTokens
 from .table import PageTable, to_device
-from .views import Footprint, StoreView, pages_held
+from .views import Footprint, StoreView
 
 
-class PagedStore(StoreLayout):
+class PagedStore(OpenPage):
     """Keys and values of one layer.
 
     Args:
@@ -37,6 +39,7 @@ class PagedStore(StoreLayout):
         like_keys: a key tensor ``[batch, heads, any, key_dim]`` whose shape, dtype and device the store adopts.
         like_values: the same for values.
         impl: what is to run on the pages.
+        sinks: first tokens of each sequence that are read as they came, see ``sinks.py``.
         make_pool: called with the planes of a page and the device; a pool that other stores may draw from too.
 
     Raises:
@@ -56,14 +59,15 @@ class PagedStore(StoreLayout):
         like_values: torch.Tensor,
         impl: Implementation = "auto",
         make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
+        sinks: int = 0,
     ) -> None:
-        self.loose: tuple[torch.Tensor, torch.Tensor] | None = None  # what the open page is to hold, see append_open
+        self.first = FirstTokens.none(sinks, like_keys.shape[0], page_size)
+        self.loose = None
         super().__init__(keys, values, page_size, like_keys, like_values, impl)
         self.pool = make_pool(self.plane_shapes, like_keys.device)
         self.claim: Claim | None = None  # where the pages of the current step were promised
         self.table = PageTable(self.pool, like_keys.shape[0], like_keys.device)
-        self._lengths: torch.Tensor | None = None
-        self._tail_shared = False
+        self._lengths, self._tail_shared = None, False
         self.seen = SeenQueries(*self.vectors[0]) if keys.uses_queries else None
         self.tail_length = 0
         self.reopened_pages = 0
@@ -72,25 +76,6 @@ class PagedStore(StoreLayout):
         self._copied = choose(impl, self.dtype, *self._sides()).name != "triton"
 
     # -- what it holds -------------------------------------------------------------------------------------------------
-
-    @property
-    def _tail(self) -> tuple[torch.Tensor, ...]:
-        """The open pages of keys and values, ``[batch, heads, page_size, dim]``; what is held beside them goes in."""
-        if self.loose is not None:
-            for tail, loose in zip(self._open, self.loose, strict=True):
-                tail[:, :, : self.tail_length] = loose
-            self.loose = None
-        return self._open
-
-    @_tail.setter
-    def _tail(self, tails: tuple[torch.Tensor, ...]) -> None:
-        self._open, self.loose = tails, None
-        self.pool.made_of_planes.pop(self, None)
-
-    @property
-    def sealed_pages(self) -> int:
-        """Sealed pages per sequence."""
-        return self.table.ids.shape[1]
 
     @property
     def length(self) -> int:
@@ -114,15 +99,18 @@ class PagedStore(StoreLayout):
         """The current content, for attention."""
         return StoreView(*self._sides(), self.page_table, self.lengths, self.tail_length)
 
-    def _sides(self, tails: tuple[torch.Tensor, ...] | None = None) -> tuple[PagedSide, PagedSide]:
-        """Keys and values with ``tails`` for open pages; a snapshot: another fork may make the pool grow."""
+    def _sides(
+        self, tails: tuple[torch.Tensor, ...] | None = None, first: FirstTokens | None = None
+    ) -> tuple[PagedSide, PagedSide]:
+        """Keys and values with these open pages and ``first``; a snapshot: another fork may make the pool grow."""
+        first = first or self.first
         if tails is not None or self.pool.offloads:
-            return self.sides(tuple(self.pool.planes), self._tail if tails is None else tails)
+            return self.sides(tuple(self.pool.planes), self._tail if tails is None else tails, first.tensors)
         tails = self._tail
         sides: tuple[PagedSide, PagedSide] | None = self.pool.made_of_planes.get(self)
-        if sides is None:
+        if sides is None or sides[0].first_at is not first.tensors[2]:
             with self.pool.lock:  # not while another thread moves the planes
-                sides = self.pool.made_of_planes[self] = self.sides(tuple(self.pool.planes), tails)
+                sides = self.pool.made_of_planes[self] = self.sides(tuple(self.pool.planes), tails, first.tensors)
         return sides
 
     def saturated_pages(self, last: int | None = None) -> int:
@@ -132,13 +120,19 @@ class PagedStore(StoreLayout):
 
     def footprint(self) -> Footprint:
         """Bytes held, measured on the tensors."""
-        own = self.lengths.nbytes + sum(parameter.nbytes for codec in self.codecs for parameter in codec.parameters)
-        return pages_held(self.pool, self.table, self._tail, own + (self.seen.nbytes if self.seen else 0))
+        tables = self.table.nbytes + self.lengths.nbytes
+        tables += sum(parameter.nbytes for codec in self.codecs for parameter in codec.parameters)
+        tables += self.seen.nbytes if self.seen else 0
+        return Footprint.of(self.pool, self.table.ids, self._exact_bytes, tables)
+
+    @property
+    def _exact_bytes(self) -> int:
+        return sum(tail.untyped_storage().nbytes() for tail in self._tail) + self.first.nbytes
 
     def devices(self) -> Counter[str]:
         """Bytes of the pool and the open page by the device on which they lie."""
-        open_page = sum(tail.untyped_storage().nbytes() for tail in self._tail)
-        return Counter({str(self.device): self.pool.device_bytes + open_page}) + Counter(cpu=self.pool.host_bytes)
+        here = self.pool.device_bytes + self._exact_bytes
+        return Counter({str(self.device): here}) + Counter(cpu=self.pool.host_bytes)
 
     def dense_bytes(self) -> int:
         """Bytes that the same tokens take in the model's dtype."""
@@ -149,34 +143,6 @@ class PagedStore(StoreLayout):
     def pages_for(self, tokens: int) -> int:
         """Pages that storing ``tokens`` more tokens of every sequence takes from the pool, at most."""
         return self.batch_size * max(0, (self.tail_length + tokens - 1) // self.page_size)
-
-    def append_open(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Store new tokens where no page is sealed yet and they fit into the open one, as quickly as that can be done:
-        beside it, in one tensor each, until somebody asks for the open page.
-
-        Args:
-            keys: ``[batch, heads, tokens, key_dim]``.
-            values: ``[batch, heads, tokens, value_dim]``.
-
-        Returns:
-            All keys and values that are held, ``[batch, heads, length, dim]``, not to be written.  None if this is not
-            the place for them; nothing is stored then.
-        """
-        held, loose, length = self.tail_length, self.loose, self.tail_length + keys.shape[2]
-        if length > self.page_size or self.dtypes != (keys.dtype, values.dtype):
-            return None
-        if loose is None:
-            if self.sealed_pages or self._tail_shared:
-                return None
-            loose = self._open[0][:, :, :held], self._open[1][:, :, :held]
-        try:
-            loose = torch.cat((loose[0], keys), 2), torch.cat((loose[1], values), 2)
-        except RuntimeError:  # of another shape or device, which append() says in words
-            return None
-        if loose[1].shape[2] != length:
-            return None
-        self.loose, self._lengths, self.tail_length, self.version = loose, None, length, self.version + 1
-        return loose
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: np.ndarray | None = None) -> None:
         """Store new tokens after those held; on an error the store is as before.
@@ -212,28 +178,31 @@ class PagedStore(StoreLayout):
         count = max(0, (length - 1) // self.page_size)  # lazily: see the module's docstring
         # Another open page instead of the old one overwritten: what stops this half way leaves the store as it was.
         tails = tuple(tail.clone() for tail in self._tail)
-        before, blank = self._tail[0], None
-        if padding is not None and (padded := padding[:, : count * self.page_size]).any():
-            blank = padded_pages(padded, self.page_size)
+        before = self._tail[0]
+        blank = None if padding is None else padded_pages(padding[:, : count * self.page_size], self.page_size)
+        held, start = self.tail_length, self.sealed_pages * self.page_size
+        first, unread = self.first.seal(tails, (keys, values), held, start, count, padding)
+        if unread is not None:
             content = zip((keys, values), tails, strict=True)
-            keys, values = (replace_new(x, tail, self.tail_length, padded, self.page_size) for x, tail in content)
+            keys, values = (replace_new(x, tail, held, unread, self.page_size) for x, tail in content)
             before = tails[0].clone()
         with self.pool.lock, without_autocast(self.device.type):
             pages = self.table.take(count, blank, self.claim)
             try:
-                on_device, sides = self.table.followed_by(pages), self._sides(tails)
+                on_device, sides = self.table.followed_by(pages), self._sides(tails, first)
                 append_pages(keys, values, *sides, on_device, self.lengths, lengths, impl=self.impl)
             except BaseException:
                 self.pool.release(pages)
                 raise
         self.table.append(pages, blank, on_device)
-        self._lengths, self._tail, self.tail_length = lengths, tails, length - count * self.page_size
+        self._lengths, self._tail, self.first = lengths, tails, first
+        self.tail_length = length - count * self.page_size
         if not self.pool.offloads:
             self.pool.made_of_planes[self] = sides
         self._tail_shared = False
         self.version += 1
         if self.seen is not None and count:
-            self.seen.sealed(Fresh(self.version, before, length - keys.shape[2], keys, on_device[:, -count:].long()))
+            self.seen.sealed(Fresh(self.version, before, held, keys, on_device[:, -count:].long()))
 
     def round_keys(self) -> None:
         if self.seen is not None:
@@ -250,6 +219,7 @@ class PagedStore(StoreLayout):
             if rest:
                 self._tail, self._tail_shared = self.view().opened(pages, rest), False
                 self.reopened_pages += self.batch_size
+            self.first = self.first.crop(pages * self.page_size, self._tail if rest else ())
             self.tail_length = rest
             self.table.keep(0, pages)
         else:
@@ -266,6 +236,7 @@ class PagedStore(StoreLayout):
         if self.seen is not None:
             self.seen.select(rows)
         self._tail, self._tail_shared, self._lengths = tail, False, None
+        self.first = self.first.select(rows)
         self.version += 1
 
     def fork(self) -> "PagedStore":
@@ -282,6 +253,7 @@ class PagedStore(StoreLayout):
         self.tail_length, self._lengths, self.loose = 0, None, None
         self.seen = self.seen and self.seen.empty()
         self.table.keep(0, 0)
+        self.first = FirstTokens.none(self.first.count, self.batch_size, self.page_size)
         self.version += 1
 
     def restore(self, tensors: Mapping[str, torch.Tensor], integers: Mapping[str, int]) -> None:
@@ -294,6 +266,7 @@ class PagedStore(StoreLayout):
             side.tail[:, :, :count] = tensors[f"{name}.open"]
         self.table.adopt(table, pages)
         self._lengths, self.tail_length = None, count
+        self.first = self.first.restore(tensors, self.device)
         vars(self).update(integers)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "PagedStore":

@@ -1,6 +1,5 @@
 """What a store shows of itself: its content for attention, and its bytes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +8,6 @@ import torch
 
 from ..triton_kernels.ops import PagedSide, gather_dense
 from .pool import PagePool
-from .table import PageTable
 
 
 class StoreView(NamedTuple):
@@ -32,17 +30,19 @@ class StoreView(NamedTuple):
         table = self.page_table[:, page : page + 1]
         tails = tuple(torch.empty_like(side.tail) for side in (self.keys, self.values))
         for tail, side in zip(tails, (self.keys, self.values), strict=True):
-            tail[:, :, :tokens] = gather_dense(side._replace(tail=side.tail[:, :, :0]), table)[:, :, :tokens]
+            tail[:, :, :tokens] = gather_dense(side._replace(tail=side.tail[:, :, :0], first=None), table)[
+                :, :, :tokens
+            ]
         return tails
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes held by one store.  ``packed``: its sealed pages, each once however many sequences share it, without those
-    of forks in the same pool.  ``unused``: pages of the pool that nobody holds.  ``shared``: of ``packed``, the pages
-    that several sequences refer to, of this store or of others; ``holders``: the most that refer to one.  ``copies``:
-    pages of the pool that are both on the CPU and on the device.  ``tables``: page tables, lengths, and what codecs
-    keep once per layer."""
+    of forks in the same pool.  ``open_page``: open pages, and first tokens beside sealed ones.  ``unused``: pages of
+    the pool that nobody holds.  ``shared``: of ``packed``, the pages that several sequences refer to, of this store or
+    of others; ``holders``: the most that refer to one.  ``copies``: pages of the pool that are both on the CPU and on
+    the device.  ``tables``: page tables, lengths, and what codecs keep once per layer."""
 
     packed: int
     open_page: int
@@ -52,26 +52,17 @@ class Footprint:
     holders: int = 0
     copies: int = 0
 
+    @classmethod
+    def of(cls, pool: PagePool, ids: np.ndarray, exact: int, tables: int) -> "Footprint":
+        """Of a store with the pages ``ids`` of ``pool``, and bytes of what is exact and of tables."""
+        pages = np.unique(ids)
+        holders = pool.references(pages)
+        packed, shared = (int(n) * pool.page_bytes for n in (pages.size, (holders > 1).sum()))
+        unused = pool.nbytes - pool.used * pool.page_bytes
+        copies = pool.host_bytes + pool.device_bytes - pool.nbytes
+        return cls(packed, exact, unused, tables, shared, int(holders.max(initial=0)), copies)
+
     @property
     def total(self) -> int:
         """Everything."""
         return self.packed + self.open_page + self.unused + self.tables + self.copies
-
-
-def pages_held(pool: PagePool, table: PageTable, tails: Sequence[torch.Tensor], others: int) -> Footprint:
-    """Bytes of a store.
-
-    Args:
-        pool: where its pages are.
-        table: which these are.
-        tails: its open pages.
-        others: bytes beside the pages and their table.
-    """
-    pages = np.unique(table.ids)
-    holders = pool.references(pages)
-    packed, shared = (int(n) * pool.page_bytes for n in (pages.size, (holders > 1).sum()))
-    unused = pool.nbytes - pool.used * pool.page_bytes
-    copies = pool.host_bytes + pool.device_bytes - pool.nbytes
-    open_page = sum(tail.untyped_storage().nbytes() for tail in tails)
-    most = int(holders.max(initial=0))
-    return Footprint(packed, open_page, unused, table.nbytes + others, shared, most, copies)

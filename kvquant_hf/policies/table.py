@@ -47,6 +47,14 @@ class KVPolicy:
                 return name
         return f"{self.keys}/{self.values}"
 
+    @property
+    def sinks(self) -> int:
+        """First tokens of each sequence that are kept exact where nobody says how many: 1, or 0 where nothing is
+        rounded and where a codec reproduces what others do."""
+        codecs = CODECS[self.keys], CODECS[self.values]
+        rounds = any(codec.bits < 16 for codec in codecs)
+        return int(rounds and not any(codec.reproduces for codec in codecs))
+
     def by_layer(self) -> Iterator["KVPolicy"]:
         """The policy of each layer, without end."""
         return itertools.repeat(self)

@@ -16,6 +16,7 @@ class Paged(Protocol):
 
     store: PagedStore | None
     held_window: int
+    sinks: int
 
     @property
     def length(self) -> int:
@@ -56,6 +57,7 @@ def take_inventory(
     return CacheReport(
         policy=policy,
         page_size=page_size,
+        sinks=max((layer.sinks for layer in paged), default=0),
         tokens=max((layer.length for layer in paged), default=0),
         batch_size=max((store.batch_size for store in stores), default=0),
         paged_layers=len(paged),

@@ -12,6 +12,7 @@ class CacheReport:
     Args:
         policy: name of the policy.
         page_size: tokens per page.
+        sinks: first tokens of each sequence that are kept exact, in the layers that keep most.
         tokens: tokens per sequence.
         batch_size: number of sequences.
         paged_layers: layers that are stored in pages.
@@ -21,7 +22,7 @@ class CacheReport:
         bytes: everything held for the paged layers: packed pages, open pages, unused pages of the pools, page tables,
             calibrated parameters, and what lies both in the CPU's memory and on a device.
         packed_bytes: sealed pages in use, shared pages counted once.
-        open_page_bytes: open pages, in the model's dtype, full or not.
+        open_page_bytes: open pages and first tokens that are exact, in the model's dtype, full or not.
         unused_bytes: reserved in the pools and not used; 0 for a cache with ``pool=``, whose ``report()`` counts them
             for all caches.
         shared_bytes: of ``packed_bytes``, the pages that several sequences refer to, be it beams, samples or forks of
@@ -55,6 +56,7 @@ class CacheReport:
 
     policy: str
     page_size: int
+    sinks: int
     tokens: int
     batch_size: int
     paged_layers: int
@@ -114,11 +116,12 @@ class CacheReport:
             f", {n} {name}" for name, n in self.other_layers.items()
         )
         reasons = "".join(f"; {n} {reason}" for reason, n in self.fallback_reasons.items())
+        exact = ", the first one exact" if self.sinks == 1 else f", the first {self.sinks} exact" if self.sinks else ""
         bits = f"{self.bits_per_element:.2f} held, {self.page_bits_per_element:.2f} in sealed pages"
         ran = f" ({self.implementation})" if self.implementation else ""
         places = ", ".join(f"{format_size(count)} on {device}" for device, count in self.devices.items())
         return [
-            ("policy", f"{self.policy}, pages of {self.page_size} tokens"),
+            ("policy", f"{self.policy}, pages of {self.page_size} tokens{exact}"),
             ("tokens", f"{self.tokens} x batch {self.batch_size}"),
             ("layers", layers),
             *([("of a token", "; ".join(self.vectors))] if self.vectors else []),

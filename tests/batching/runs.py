@@ -31,9 +31,10 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 
 def one_by_one(model: PreTrainedModel, prompts: Sequence[list[int]], policy: str | None = None) -> list[list[int]]:
-    """The new tokens of each prompt by ``generate``, alone; None: with ``DynamicCache``."""
+    """The new tokens of each prompt by ``generate``, alone, with pages alone; None: with ``DynamicCache``."""
     margins, found = Margins(), []
-    kvquant = {} if policy is None else {"cache_implementation": "kvquant", "cache_config": {"policy": policy}}
+    pages = {"policy": policy, "sinks": 0}
+    kvquant = {} if policy is None else {"cache_implementation": "kvquant", "cache_config": pages}
     for prompt in prompts:
         ids = torch.tensor([prompt])
         output = model.generate(

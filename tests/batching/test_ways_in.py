@@ -156,6 +156,16 @@ def test_options_of_one_cache_are_refused(option: str) -> None:
         tiny_llama().init_continuous_batching(asking)
 
 
+def test_no_first_tokens_are_kept() -> None:
+    """A prefix that is shared would lack them: none can be asked for, and answers are those of pages alone."""
+    with pytest.raises(BatchingError, match=r"keeps no first tokens exact.*leave sinks out"):
+        tiny_llama().init_continuous_batching(named(cache_implementation="kvquant", cache_config={"sinks": 1}))
+    model, prompts = tiny_llama(), prompts_of((90, 130))
+    asking = named(cache_implementation="kvquant", cache_config=INT4 | {"sinks": 0})
+    results = model.generate_batch(prompts, generation_config=asking, continuous_batching_config=PLAIN)
+    assert [result.generated_tokens for result in results.values()] == one_by_one(model, prompts, "int4")
+
+
 def test_options_in_two_places_are_refused() -> None:
     asking = named(cache_implementation="kvquant", cache_config=INT4)
     with pytest.raises(BatchingError, match="give the options in one of them"):

@@ -69,13 +69,20 @@ def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tens
         ({"policy": "int8/int3"}, ["unknown values 'int3'", "int4-hadamard"]),
         (
             {"nbits": 4},
-            ["'nbits'", "policy, page_size, prefill, impl, sliding, max_pages, max_bytes, pool, offload", "qparams"],
+            [
+                "'nbits'",
+                "policy, page_size, prefill, impl, sliding, sinks, max_pages, max_bytes, pool, offload",
+                "qparams",
+            ],
         ),
         ({"page_size": 0}, ["page_size", "multiple of 8", "0"]),
         ({"page_size": 63}, ["multiple of 8", "63"]),
         ({"page_size": -64}, ["positive", "-64"]),
         ({"page_size": 64.0}, ["multiple of 8", "64.0"]),
         ({"page_size": "64"}, ["multiple of 8", "'64'"]),
+        ({"sinks": -1}, ["sinks", "exact", "page of 64", "got -1", "use 0 to 63, or None"]),
+        ({"sinks": 8, "page_size": 8}, ["page of 8", "got 8", "use 0 to 7"]),
+        ({"sinks": True}, ["got True"]),
         ({"prefill": "fast"}, ["'fast'", "'exact'", "'quantized'"]),
         ({"sliding": "dynamic"}, ["'dynamic'", "'exact', 'quantized'"]),
         ({"impl": "cuda"}, ["'cuda'", "'auto', 'triton', 'cpu', 'reference'"]),
@@ -103,7 +110,9 @@ def test_unknown_options(options: dict[str, Any], named: list[str], model: PreTr
 def test_head_dim_that_the_codec_cannot_store() -> None:
     model = tiny_llama(head_dim=30)
     cache = QuantizedPagedCache(model.config, "turboquant")
-    with refused(cache, errors.UnsupportedModelError, "'int4-ranked'", "multiple of 8", "has 30", "choose another policy"):
+    with refused(
+        cache, errors.UnsupportedModelError, "'int4-ranked'", "multiple of 8", "has 30", "choose another policy"
+    ):
         forward(model, cache, prompt())
     assert cache.get_seq_length() == 0
     assert forward(model, QuantizedPagedCache(model.config, "int8"), prompt()).isfinite().all()

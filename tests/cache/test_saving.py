@@ -191,6 +191,7 @@ def test_the_file_holds_pages_in_use_and_little_else(llama: PreTrainedModel, pat
     cache.save(path)
     start, listing, header = parts(path)
     used = sum(side.tail[:, :, : v.tail_length].nbytes for v in (s.view() for s in cache.stores) for side in v[:2])
+    used += sum(store.first.nbytes for store in cache.stores)
     tables = sum(
         store.page_table.nbytes + sum(t.nbytes for t in store.seen.tensors().values()) for store in cache.stores
     )

@@ -52,10 +52,14 @@ class Dense(NamedTuple):
         return self.layers[0][0].shape[2]
 
 
-def through(codec: Codec, x: torch.Tensor, sealed: int) -> torch.Tensor:
-    """Tokens ``[batch, heads, tokens, head_dim]`` as a store gives them back: the first ``sealed`` encoded."""
-    pages = x[:, :, :sealed].unflatten(2, (-1, PAGE)) if sealed else x[:, :, :0]
-    return torch.cat([codec.decode(codec.encode(pages)).flatten(2, 3) if sealed else pages, x[:, :, sealed:]], 2)
+def through(codec: Codec, x: torch.Tensor, sealed: int, sinks: int) -> torch.Tensor:
+    """Tokens ``[batch, heads, tokens, head_dim]`` as a store gives them back: the first ``sealed`` encoded, all but the
+    first ``sinks``, in place of which their page holds the next one."""
+    if not sealed:
+        return x
+    pages = torch.cat([x[:, :, sinks : sinks + 1].expand(-1, -1, sinks, -1), x[:, :, sinks:sealed]], 2)
+    decoded = codec.decode(codec.encode(pages.unflatten(2, (-1, PAGE)))).flatten(2, 3)
+    return torch.cat([x[:, :, :sinks], decoded[:, :, sinks:], x[:, :, sealed:]], 2)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -79,11 +83,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.seed += 1
         return torch.randn(batch, HEADS, tokens, DIM, generator=torch.Generator().manual_seed(self.seed))
 
-    @initialize(data=st.data(), batch=st.integers(1, 3), offload=st.booleans())
-    def start(self, data: st.DataObject, batch: int, offload: bool) -> None:
+    @initialize(data=st.data(), batch=st.integers(1, 3), offload=st.booleans(), sinks=st.integers(0, 2))
+    def start(self, data: st.DataObject, batch: int, offload: bool, sinks: int) -> None:
         self.policy = data.draw(st.sampled_from(self.policies))
         self.codecs = CODECS[POLICIES[self.policy].keys], CODECS[POLICIES[self.policy].values]
-        cache = QuantizedPagedCache(CONFIG, self.policy, page_size=PAGE, offload=offload)
+        cache = QuantizedPagedCache(CONFIG, self.policy, page_size=PAGE, offload=offload, sinks=sinks)
+        self.sinks = sinks
         self.caches = [(cache, self.empty(batch))]
         self.append_to(0, 1)
 
@@ -131,7 +136,7 @@ class CacheMachine(RuleBasedStateMachine):
                 part = x[:, :, :kept]
                 if reopened:
                     open_page = cache.paged_layers[layer].store.view().dense(name)[:, :, first:]
-                    expected = through(codec, x, dense.sealed)[:, :, first:kept]
+                    expected = through(codec, x, dense.sealed, self.sinks)[:, :, first:kept]
                     torch.testing.assert_close(open_page, expected, rtol=1e-5, atol=1e-5)
                     part = torch.cat([x[:, :, :first], open_page], 2)
                 parts.append(part)
@@ -206,7 +211,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert store.sealed_pages * PAGE == dense.sealed
                 away = store.pool.away
                 for name, codec, x in zip(("keys", "values"), self.codecs, held, strict=True):
-                    expected = through(codec, x, dense.sealed)
+                    expected = through(codec, x, dense.sealed, self.sinks)
                     tail = store.tail_length
                     got = store.view().dense(name)
                     assert torch.equal(got[:, :, got.shape[2] - tail :], expected[:, :, got.shape[2] - tail :])

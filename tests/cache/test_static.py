@@ -169,7 +169,7 @@ def test_windows() -> None:
         output = model.generate(ids, **with_cache(cache), disable_compile=sliding == "exact", **options)
         assert torch.equal(output, expected)
     assert len(recorder.graphs) == 1
-    assert Counter(node.args[14] for node in recorder.calls("paged_attention")) == {24: 2, 0: 2}
+    assert Counter(node.args[17] for node in recorder.calls("paged_attention")) == {24: 2, 0: 2}
 
 
 def test_chunks_take_backs_and_beams(llama: PreTrainedModel) -> None:

@@ -131,7 +131,7 @@ def test_multiplied_out_is_what_pages_hold_and_zeros(policy: str) -> None:
             store.append(x[:, :, :tokens], x[:, :, :tokens])
         view = static.view()
         for side, name in zip(view[:2], ("keys", "values"), strict=True):
-            planes = (side.codec.name, list(side.planes), side.tail, view.page_table, view.lengths)
+            planes = (side.codec.name, list(side.planes), side.tail, None, None, view.page_table, view.lengths)
             dense = operator(*planes, 4 * PAGE)
             assert dense.is_contiguous() and torch.equal(dense[:, :, :tokens], paged.view().dense(name))
             assert not dense[:, :, tokens:].any()
@@ -146,8 +146,10 @@ def test_operators_are_what_they_say() -> None:
     before = torch.empty_like(view.lengths)
     operators = torch.ops.kvquant_hf
     opcheck(operators.begin_step, (before, view.lengths, 3, PAGE, 40, True))
-    planes = (view.keys.codec.name, list(view.keys.planes), view.keys.tail, view.page_table, view.lengths, 40)
-    opcheck(operators.multiply_out, planes)
+    planes = (view.keys.codec.name, list(view.keys.planes), view.keys.tail)
+    first = x[:, :, :1].contiguous(), torch.tensor([0, -1], dtype=torch.int32)
+    for held in ((None, None), first):
+        opcheck(operators.multiply_out, (*planes, *held, view.page_table, view.lengths, 40))
     opcheck(operators.dense_attention, (x, x, x, 0.2, True, None, 5.0, None))
 
 

@@ -95,7 +95,18 @@ def test_generate_from_stdin(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPat
 def test_generate_as_json(run: Run, tiny: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("a" * 100, encoding="utf-8")
-    options = ("--max-new-tokens", "9", "--page-size", "16", "--prefill", "quantized", "--temperature", "0.7")
+    options = (
+        "--max-new-tokens",
+        "9",
+        "--page-size",
+        "16",
+        "--prefill",
+        "quantized",
+        "--temperature",
+        "0.7",
+        "--sinks",
+        "2",
+    )
     code, out, _ = run("generate", "--model", tiny, "--file", prompt, "--dtype", "float32", "--json", *options)
     data = json.loads(out)
     assert code == 0
@@ -103,7 +114,7 @@ def test_generate_as_json(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert 1 <= data["new_tokens"] <= 9
     assert isinstance(data["text"], str)
     report = data["report"]
-    assert (report["policy"], report["page_size"], report["dtype"]) == ("int4", 16, "float32")
+    assert (report["policy"], report["page_size"], report["sinks"], report["dtype"]) == ("int4", 16, 2, "float32")
     assert report["prefill_calls"] == report["fallback_calls"] == 0
     assert report["tokens"] == 100 + data["new_tokens"] - 1
 

@@ -54,6 +54,7 @@ class Case:
         dtype: the model's, without "torch.".
         group: query heads per key/value head; ``queries`` new tokens of each sequence.
         mask: dtype of an attention mask, or "" for none.
+        first: tokens of each sequence that are read as they came.
         config: fields of ``LaunchConfig`` that replace the table's, as pairs.
     """
 
@@ -69,11 +70,13 @@ class Case:
     mask: str = ""
     softcap: float | None = None
     window: int = 0
+    first: int = 0
     config: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         parts = [self.target, self.kernel, f"{self.keys}/{self.values}", self.dtype, f"D{self.head_dim}"]
         parts += [f"G{self.group}", f"Q{self.queries}", f"P{self.page_size}"]
+        parts += [f"F{self.first}"] * bool(self.first)
         return "-".join(parts + [f"mask:{self.mask}"] * bool(self.mask) + [f"{k}={v}" for k, v in self.config])
 
 
@@ -204,10 +207,12 @@ def attention(case: Case) -> None:
     from kvquant_hf.triton_kernels.triton_attention import paged_attention_triton
 
     call, page = _Call(case), case.page_size
+    at = call.empty(call.batch, dtype=torch.int32) if case.first else None
+    first = call.vectors(case.first) if case.first else None
     shape = (call.batch, 1, case.queries, call.pages * page)
     paged_attention_triton(
         call.empty(call.batch, call.heads * case.group, case.queries, case.head_dim),
-        *(PagedSide(codec, call.planes(codec), call.vectors(page), page) for codec in call.codecs),
+        *(PagedSide(codec, call.planes(codec), call.vectors(page), page, first, at) for codec in call.codecs),
         call.table,
         call.lengths(),
         scale=0.1,

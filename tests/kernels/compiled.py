@@ -85,7 +85,13 @@ def attend_on(machine: Machine, arch: int, layout: str = "") -> Callable[..., to
             for plane in _pages(side.codec, side.planes, side.head_dim):
                 for index in set(range(plane.shape[0])) - read:
                     machine.forbid(plane[index])
-        inputs = (query, *keys.planes, *values.planes, keys.tail, values.tail, table, lengths, mask)
+        if keys.first is not None and keys.first_at is not None and values.first is not None:
+            for b, at in enumerate(keys.first_at.tolist()):
+                some = min(keys.first.shape[2], page - at % page) if at >= 0 else 0
+                machine.forbid(keys.first[b, :, some:])
+                machine.forbid(values.first[b, :, some:])
+        first = (keys.first, values.first, keys.first_at)
+        inputs = (*first, query, *keys.planes, *values.planes, keys.tail, values.tail, table, lengths, mask)
         with unchanged(*inputs), running_on(machine, arch):
             out = paged_attention_triton(query, keys, values, table, lengths, **options)
         assert not out.isnan().any()

@@ -92,6 +92,8 @@ def trimmed(target: str) -> list[Case]:
         cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
     if target == "sm_75":  # the least shared memory, and the largest tiles
         cases.append(Case(target, *PAIRS["int4"], dtype="float32", head_dim=256, queries=512))
+    if target in ("sm_80", "sm_90"):
+        cases += [Case(target, *PAIRS["int4"], dtype=half, first=1, **more) for more in ({}, {"queries": 512})]
     if target == "sm_90":
         cases.append(Case(target, *PAIRS["turboquant-qjl"]))
         cases += [Case(target, *PAIRS["lloyd4"], head_dim=64), Case(target, *PAIRS["exact"], head_dim=256)]

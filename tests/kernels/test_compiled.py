@@ -184,6 +184,14 @@ def test_many_rows_are_merged(policy: str, dtype: str, target: int) -> None:
 
 
 @every_pair("int4")
+@pytest.mark.parametrize("queries", [1, 66])
+def test_first_tokens(policy: str, dtype: str, queries: int) -> None:
+    """Read as they came beside the pages, by few queries and by many."""
+    case = Case((200, 66), 64, 64, 2, queries, DTYPES[dtype], "bool", first=(2, (63, -1)), heads=1)
+    call(compiled.check_attention, ALL_PAIRS[policy], case, 80)
+
+
+@every_pair("int4")
 def test_blocks_go_on_where_others_ended(policy: str, dtype: str) -> None:
     """Many queries, of which and of whose pages little is taken at a time."""
     case = Case((230, 150), 64, 64, 1, 70, dtype=DTYPES[dtype], heads=1)

@@ -42,6 +42,7 @@ class Case(NamedTuple):
 
     ``mask``: "none", "bool" (of keys), "causal" (bool, on top of the causal rule), "float", "heads", or "rows".
     ``rows``: rows of a program instead of the launch table's, if not 0.
+    ``first``: how many tokens are read as they came, and where each sequence's begin (negative: it has none).
     ``gain``: powers of two that queries and keys are multiplied by, and the scale divided by both.
     """
 
@@ -58,6 +59,7 @@ class Case(NamedTuple):
     splits: int = 3
     rows: int = 0
     heads: int = 2
+    first: tuple[int, tuple[int, ...]] = (0, ())
     gain: tuple[float, float] = (1.0, 1.0)
 
     @property
@@ -73,6 +75,7 @@ class Case(NamedTuple):
         extra = [self.mask] * (self.mask != "none") + ["softcap"] * (self.softcap is not None) + ["sinks"] * self.sinks
         extra += [f"R{self.rows}"] * (self.rows > 0)
         extra += ["large"] * (self.gain != (1.0, 1.0))
+        extra += [f"F{self.first[0]}at" + "_".join(map(str, self.first[1]))] * (self.first[0] > 0)
         extra += [f"W{self.window}"] * (self.window > 0) + [f"S{self.splits}"] * (self.splits != 3)
         tokens = "_".join(map(str, dict.fromkeys(self.tokens)))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -112,7 +115,16 @@ def side(name: str, case: Case, dim: int, pages: int, device: torch.device, gain
     for batch, tokens in enumerate(case.tokens):
         held = (tokens - 1) % PAGE + 1
         tail[batch, :, :held] = (torch.randn(heads, held, dim, device=device) * gain).to(case.dtype)
-    return PagedSide(codec, planes, tail, PAGE)
+    pages_of = PagedSide(codec, planes, tail, PAGE)
+    if not case.first[0]:
+        return pages_of
+    count, at = case.first
+    first = torch.full((len(at), heads, count, dim), float("nan"), dtype=case.dtype, device=device)
+    for batch, begin in enumerate(at):
+        if begin >= 0:
+            some = min(count, PAGE - begin % PAGE)
+            first[batch, :, :some] = (torch.randn(heads, some, dim, device=device) * gain).to(case.dtype)
+    return pages_of._replace(first=first, first_at=torch.tensor(at, dtype=torch.int32, device=device))
 
 
 def masks(case: Case, query_heads: int, device: torch.device) -> torch.Tensor | None:
@@ -191,6 +203,30 @@ def test_every_feature(case: Case, device: torch.device) -> None:
     check(("int4-channel", "int4-hadamard"), case, device)
 
 
+FIRST = (
+    Case((200, 70), dtype=FLOAT32, first=(1, (0, -1))),
+    Case((200, 70), 80, 96, 2, 3, FLOAT32, "bool", first=(2, (63, 5))),
+    Case((130, 140), 64, 64, 1, 2, FLOAT32, "float", softcap=20.0, window=100, first=(40, (64, 100)), heads=1),
+    Case((200, 150), 128, 128, group=1, queries=5, first=(2, (3, 63)), heads=1),
+)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_first_tokens(case: Case, device: torch.device) -> None:
+    """Read as they came, by their own position: before a page's end, in the open page, and in none of a sequence's."""
+    check(("int4-channel", "int4-hadamard"), case, device)
+
+
+@pytest.mark.parametrize(
+    "pair", [WHOLE[1], *(pytest.param(p, marks=pytest.mark.full) for p in PAIRS if p != WHOLE[1])], ids="/".join
+)
+def test_first_tokens_of_many_queries(pair: tuple[str, str], device: torch.device) -> None:
+    """Multiplied out with the pages, rotated like them, for keys and for values."""
+    case = Case((200, 131), 80, 64, 2, 66, FLOAT32, "bool", first=(2, (63, 128)), heads=1)
+    check(pair, case, device)
+    check((pair[0], "exact"), case._replace(first=(2, (129, -1)), dtype=torch.float16), device)
+
+
 @pytest.mark.parametrize(
     "case", [COMMON[2], Case(tokens=(130, 70), key_dim=80, value_dim=96, group=2), Case(heads=1)], ids=str
 )
@@ -202,6 +238,12 @@ def test_planes_per_layer(case: Case, device: torch.device) -> None:
 def test_large_queries_and_keys(pair: tuple[str, str], device: torch.device) -> None:
     """A query times a channel's scale may pass the end of fp16, and infinity times the code 0 is no number."""
     check(pair, Case((130, 70), gain=(256.0, 2048.0)), device)
+
+
+def in_double(side: PagedSide, held: int) -> PagedSide:
+    """Exact tokens in float64, the open page without what is not held."""
+    first = None if side.first is None else side.first.double()
+    return side._replace(tail=side.tail[:, :, :held].double(), first=first)
 
 
 def reach(codec: Codec, group: int) -> torch.Tensor:
@@ -257,7 +299,7 @@ def check(
     for b, tokens in enumerate(case.tokens):
         held = tokens - sealed[b] * PAGE
         k, v = (
-            gather_dense(s._replace(tail=s.tail[b : b + 1, :, :held].double()), table[b : b + 1, : sealed[b]])[0]
+            gather_dense(in_double(s.of(slice(b, b + 1)), held), table[b : b + 1, : sealed[b]])[0]
             for s in (keys, values)
         )
         part = None if mask is None else mask[b]

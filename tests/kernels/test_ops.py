@@ -125,11 +125,13 @@ def test_operators_are_what_torch_expects(impl: str, device: torch.device) -> No
     checks = ("test_schema", "test_faketensor")
     library.opcheck(torch.ops.kvquant_hf.append_pages, (x, x, *pages, table, lengths, after, impl), test_utils=checks)
     query = vectors(2, 6, 2, 32, seed=5).to(device)
-    library.opcheck(
-        torch.ops.kvquant_hf.paged_attention,
-        (query, *pages, table, lengths, 0.2, True, None, None, None, 0, impl),
-        test_utils=checks,
-    )
+    x, at = x[:, :, :1].contiguous(), torch.tensor([0, -1], dtype=torch.int32, device=device)
+    for first in ((None, None, None), (x, x, at)):
+        library.opcheck(
+            torch.ops.kvquant_hf.paged_attention,
+            (query, *pages, *first, table, lengths, 0.2, True, None, None, None, 0, impl),
+            test_utils=checks,
+        )
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])

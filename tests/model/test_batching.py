@@ -23,7 +23,9 @@ def test_as_one_by_one(policy: str, smollm2: tuple[Any, Any]) -> None:
     """Four prompts of 20 to 333 tokens, float32: ``exact`` as ``DynamicCache``, others as ``QuantizedPagedCache``."""
     model, tokenizer = smollm2
     prompts = [tokenizer(text).input_ids[:n] for text, n in zip(chapters(3000), (20, 64, 129, 333), strict=False)]
-    ours = {} if policy == "exact" else {"cache_implementation": "kvquant", "cache_config": {"policy": policy}}
+    ours = (
+        {} if policy == "exact" else {"cache_implementation": "kvquant", "cache_config": {"policy": policy, "sinks": 0}}
+    )
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     alone = []
     for prompt in prompts:

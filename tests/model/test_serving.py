@@ -25,7 +25,7 @@ def alone(model: Any, tokenizer: Any, question: str, policy: str) -> str:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    cache = with_cache(QuantizedPagedCache(model.config, policy, prefill="quantized"))
+    cache = with_cache(QuantizedPagedCache(model.config, policy, prefill="quantized", sinks=0))
     output = model.generate(**prompt, **cache, max_new_tokens=TOKENS, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -94,7 +94,7 @@ def tokens_of(folder: Path) -> list[list[int]]:
     found = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
-        cache = with_cache(QuantizedPagedCache(model.config, "int4"))
+        cache = with_cache(QuantizedPagedCache(model.config, "int4", sinks=0))
         output = model.generate(**inputs, **cache, max_new_tokens=NEW, do_sample=False)
         found.append(output[0, inputs["input_ids"].shape[1] :].tolist())
     return found

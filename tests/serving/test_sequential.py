@@ -19,7 +19,7 @@ MESSAGES = [{"role": "user", "content": "one at a time"}]
 
 def test_as_generate_alone() -> None:
     with serving(policy="int4", continuous_batching=False) as served:
-        expected = alone(tiny_model(), served.tokenizer, MESSAGES[0]["content"], 90, "int4")
+        expected = alone(tiny_model(), served.tokenizer, MESSAGES[0]["content"], 90, "int4", sinks=None)
         ask = served.client.chat.completions.create
         answer = ask(model=NAME, messages=MESSAGES, max_tokens=90)
         assert answer.choices[0].message.content == expected

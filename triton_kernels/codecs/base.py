@@ -93,6 +93,7 @@ class Codec(ABC):
         source: paper, equation or document that it comes from.
         rotated: whether codes describe Hadamard-rotated vectors.
         head_dim_multiple: head_dim must be a multiple of this (codes per byte).
+        reproduces: whether it is the formula of others to the bit, for comparison, and no recipe of ours.
         calibrated: whether it has planes per layer, which are measured beforehand and handed over by ``given``.
         uses_queries: whether ``encode`` takes second moments of the queries, ``metric``.
     """
@@ -103,6 +104,7 @@ class Codec(ABC):
     source: str
     rotated: bool = False
     head_dim_multiple: int = 1
+    reproduces: bool = False
     calibrated: bool = False
     uses_queries: bool = False
 

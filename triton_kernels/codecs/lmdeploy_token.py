@@ -106,6 +106,8 @@ def _zero_point_encode(
 class TokenZeroPointCodec(Codec):
     """int8 or int4 codes with a real-valued zero point per token."""
 
+    reproduces: bool = True
+
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         codes = Plane("codes", torch.uint8, "token", head_dim * self.bits // 8)
         return codes, Plane("scale", None, "token", 1), Plane("zero", None, "token", 1)

@@ -92,6 +92,7 @@ def _static_encode(
 class StaticCodec(Codec):
     """int8 codes in a calibrated range; ``given`` the scale and the zero point, each ``[heads, head_dim]`` float32."""
 
+    reproduces: bool = True
     calibrated: bool = True
     scale_and_zero: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
 

@@ -188,6 +188,8 @@ def _plain_encode(
 class SignCorrectedCodec(Codec):
     """Keys: a 3-bit code and the sign of its residual in one nibble, two numbers per token."""
 
+    reproduces: bool = True
+
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         codes = Plane("codes", torch.uint8, "token", head_dim // 2)
         return codes, Plane("norm", None, "token", 1), Plane("residual", None, "token", 1)
@@ -236,6 +238,8 @@ class SignCorrectedCodec(Codec):
 @dataclass(frozen=True)
 class PlainLloydMaxCodec(Codec):
     """Values: a 2-bit code, one number per token."""
+
+    reproduces: bool = True
 
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         return Plane("codes", torch.uint8, "token", head_dim // 4), Plane("norm", None, "token", 1)

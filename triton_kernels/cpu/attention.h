@@ -30,6 +30,8 @@ struct Attention {
     const char* mask;
     int64_t mask_dtype, mask_batch, mask_head, mask_query, mask_token;
     const float* sinks;
+    const int32_t* first_at;  // [batch]: where the `first_count` tokens begin that are read as they came; or null
+    int64_t first_count;
     int64_t threads, splits;
     void* fork;
     Side keys, values;
@@ -140,6 +142,7 @@ class Rows {
     int64_t ahead_ = 0;                       // bytes from the current page to the next
     int64_t total_ = 0, low_ = 0, high_ = 0;  // tokens of the sequence; range of those that some row sees
     int32_t* order_;  // channel of each column, where channels are ranked
+    int64_t first_begin_ = 0, first_end_ = 0;  // range of those that are read as they came, and not in their page
     float *query_, *scaled_, *query_sum_, *constant_, *scores_, *tile_, *channels_, *page_sum_;
     TokenFactors factors_;
 
@@ -173,6 +176,10 @@ class Rows {
         const int32_t* lengths = call.lengths + 2 * batch;
         total_ = int64_t(lengths[0]) * call.page_size + lengths[1];
         low_ = 0, high_ = total_;
+        if (call.first_at && call.first_at[batch] >= 0) {
+            first_begin_ = call.first_at[batch];
+            first_end_ = std::min(first_begin_ + call.first_count, (first_begin_ / call.page_size + 1) * call.page_size);
+        }
         int64_t least = INT64_MAX, most = INT64_MIN;
         for (int r = 0; r < rows; r++) least = std::min(least, position(r)), most = std::max(most, position(r));
         if (causal()) high_ = std::min(high_, most + 1);
@@ -227,12 +234,14 @@ class Rows {
         }
     }
 
-    // The open page.
+    // The open page, and the tokens that are read as they came.
     void tail() {
         const int32_t* lengths = call_.lengths + 2 * batch_;
         const int64_t first = lengths[0] * call_.page_size;
         const int count = lengths[1];
-        if (count == 0 || first >= high_ || first + count <= low_) return;
+        const bool open = count && first < high_ && first + count > low_;
+        const bool begin = first_end_ > first_begin_ && first_begin_ < high_ && first_end_ > low_;
+        if (!open && !begin) return;
         const Side keys = open_side(keys_), values = open_side(values_);
         ahead_ = 0;
         read_query(keys, false);
@@ -240,8 +249,20 @@ class Rows {
             return side.tail + (batch_ * side.tail_batch + head_ * side.tail_head) * item_size(side.tail_dtype);
         };
         const auto row_bytes = [](const Side& side) { return side.tail_token * item_size(side.tail_dtype); };
-        score(keys, unpacker(keys), rows(keys), row_bytes(keys), 0, count, false);
-        if (weigh(first, count)) add(values, unpacker(values), rows(values), row_bytes(values), 0, count, false);
+        const auto first_rows = [&](const Side& side) {
+            return side.first + (batch_ * call_.heads + head_) * call_.first_count * side.dim * item_size(side.tail_dtype);
+        };
+        const auto first_bytes = [](const Side& side) { return side.dim * item_size(side.tail_dtype); };
+        if (open) {
+            score(keys, unpacker(keys), rows(keys), row_bytes(keys), 0, count, false);
+            if (weigh(first, count)) add(values, unpacker(values), rows(values), row_bytes(values), 0, count, false);
+        }
+        if (begin) {
+            const int some = int(first_end_ - first_begin_);
+            score(keys, unpacker(keys), first_rows(keys), first_bytes(keys), 0, some, false);
+            if (weigh(first_begin_, some, false))
+                add(values, unpacker(values), first_rows(values), first_bytes(values), 0, some, false);
+        }
     }
 
    private:
@@ -301,9 +322,12 @@ class Rows {
         }
     }
 
-    // From scores of the tokens from `first` on to weights, in place; false where no row sees any of them.
-    bool weigh(int64_t first, int count) {
+    // From scores of the tokens from `first` on to weights, in place; false where no row sees any of them.  `in_page`:
+    // they are those of a page, which does not give the ones that are read as they came.
+    bool weigh(int64_t first, int count, bool in_page = true) {
         bool seen = false;
+        const int64_t hidden = in_page ? std::max<int64_t>(0, first_begin_ - first) : 0;
+        const int64_t hidden_end = in_page ? std::min<int64_t>(count, first_end_ - first) : 0;
         for (int r = 0; r < rows_; r++) {
             float *row = scores_ + int64_t(r) * stride_, *state = partial_.row(r);
             if (call_.softcap != 0) cap(row, count);
@@ -313,6 +337,7 @@ class Rows {
             if (call_.window)
                 for (int64_t t = 0; t < std::min<int64_t>(count, position(r) - call_.window + 1 - first); t++)
                     row[t] = MINUS_INFINITY;
+            for (int64_t t = hidden; t < hidden_end; t++) row[t] = MINUS_INFINITY;
             Floats top = load(row);
             for (int t = W; t < stride_; t += W) top = maximum(load(row + t), top);
             // A row that sees nothing yet is measured from 0, so that no infinity minus infinity arises.

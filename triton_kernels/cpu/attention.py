@@ -71,6 +71,8 @@ def paged_attention_cpu(
         window,
         *mask_members,
         0 if sinks is None else sinks.data_ptr(),
+        0 if keys.first_at is None else keys.first_at.data_ptr(),
+        0 if keys.first is None else keys.first.shape[2],
         threads,
         split_count(batch * heads * -(-rows // ROWS), pages, threads),
         compiled.fork,

@@ -21,10 +21,10 @@ _STEP = 4  # uint8, where a factor has it: an fp16 number of 8 bits
 _FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 3: 3, 1: 4}  # 3 bits are 2 and a sign in another plane
 _RANKED = {4: 5, 3: 6, 2: 7}
 
-# format dim rotated codes dtype levels slopes signs middle octets; 5 x (data dtype heads); order; zero_point; tail and
-# its strides
-_SIDE = struct.Struct("32q")
-ATTENTION = struct.Struct("14q 2d 12q")  # and two sides
+# format dim rotated codes dtype levels slopes signs middle octets; 5 x (data dtype heads); order; zero_point; tail,
+# strides; first
+_SIDE = struct.Struct("33q")
+ATTENTION = struct.Struct("14q 2d 14q")  # and two sides
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
 ENCODE = struct.Struct("16q")  # and a side
@@ -115,11 +115,11 @@ def held_side(pages: PagedSide) -> bytes:
     """``Side`` of ``pages``, packed once in their life: a cache hands out the same ones in every step of a page."""
     packed: bytes | None = getattr(pages, "packed", None)
     if packed is None:
-        packed = pages.packed = side(pages.codec, pages.planes, pages.tail)
+        packed = pages.packed = side(pages.codec, pages.planes, pages.tail, pages.first)
     return packed
 
 
-def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> bytes:
+def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor, first: torch.Tensor | None = None) -> bytes:
     """``Side``, packed; its addresses are good as long as the tensors are."""
     cpu, head, addresses, _ = _described(codec, tail.shape[3])
     members = [*head, planes[0].data_ptr(), DTYPES.get(planes[0].dtype, 0), *addresses]
@@ -129,4 +129,5 @@ def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor) -> by
     batch, head_stride, token, _ = tail.stride()
     members += (0 if cpu.order is None else planes[cpu.order].data_ptr(),)
     members += (cpu.zero_point, tail.data_ptr(), DTYPES[tail.dtype], batch, head_stride, token)
+    members.append(0 if first is None else first.data_ptr())
     return _SIDE.pack(*members)

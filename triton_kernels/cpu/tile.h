@@ -43,6 +43,7 @@ struct Side {
     int64_t zero_point;  // whether token_offset is a zero point: the offset is then -zero * scale
     const char* tail;    // the open page
     int64_t tail_dtype, tail_batch, tail_head, tail_token;  // strides in elements
+    const char* first;  // tokens that are read as they came, [batch, heads, n, dim] in tail_dtype; or null
 
     bool ranked() const { return format >= RANKED_4; }
     int fields() const { return format == VECTORS ? 1 : ranked() ? 4 : 1 << (format - 1); }
