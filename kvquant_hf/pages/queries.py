@@ -22,7 +22,7 @@ import torch
 
 from ..triton_kernels.ops import Implementation, PagedSide, round_keys
 
-SAVED = ("keys.moments", "keys.correlations")  # what they are called in a file
+SAVED = ("keys.moments", "keys.correlations", "keys.queries")  # what they are called in a file
 _SAMPLE = 64  # tokens with whose queries correlations count half
 _FOLDED = 256  # tokens of queries that are kept as they came, and summed at a time
 
@@ -176,22 +176,26 @@ class SeenQueries:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a saved store keeps."""
         self._fold()
-        parts = zip(*self._moments, strict=True)
-        return {name: torch.stack(part) for name, part in zip(SAVED, parts, strict=False)}
+        if not self._moments:
+            return {}
+        parts = (*map(torch.stack, zip(*self._moments, strict=True)), torch.tensor([self.count]))
+        return dict(zip(SAVED, parts, strict=True))
 
     def fits(self, tensors: Mapping[str, torch.Tensor], batch: int) -> bool:
         """Whether ``tensors`` can be what :meth:`tensors` gave of ``batch`` sequences of these heads."""
         other = self.head_dim * (self.head_dim - 1) // 2
-        expected = zip(SAVED, (self.head_dim, other), (torch.float32, torch.float16), strict=True)
+        rows = batch, self.heads
+        expected = ((*rows, self.head_dim), torch.float32), ((*rows, other), torch.float16), ((1,), torch.int64)
         return tensors.keys() == set(SAVED) and all(
-            tensors[name].shape == (batch, self.heads, width) and tensors[name].dtype == dtype
-            for name, width, dtype in expected
+            (tuple(tensors[name].shape), tensors[name].dtype) == like
+            for name, like in zip(SAVED, expected, strict=True)
         )
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what was saved."""
-        self._moments = [Moments(*row) for row in zip(*(tensors[name] for name in SAVED), strict=True)]
-        self._recent, self._tokens = [], 0
+        diagonals, correlations, count = (tensors[name] for name in SAVED)
+        self._moments = [Moments(*row) for row in zip(diagonals, correlations, strict=True)]
+        self._recent, self._tokens, self.count = [], 0, int(count)
 
     @property
     def nbytes(self) -> int:

@@ -182,8 +182,9 @@ def test_loaded_in_inference_mode_and_used_without(saved: Path, llama: PreTraine
 # -- what is in the file -----------------------------------------------------------------------------------------------
 
 
-def test_the_file_holds_pages_in_use_and_little_else(llama: PreTrainedModel, path: Path) -> None:
-    cache = QuantizedPagedCache(llama.config, "int4", page_size=PAGE)
+@pytest.mark.parametrize("policy", ["int4", "kv3"])
+def test_the_file_holds_pages_in_use_and_little_else(llama: PreTrainedModel, path: Path, policy: str) -> None:
+    cache = QuantizedPagedCache(llama.config, policy, page_size=PAGE)
     generate(llama, cache, 90, input_ids=prompt(2, 600))  # grown: some of the pool is unused
     cache.crop(-40)
     report = cache.report()
@@ -192,9 +193,8 @@ def test_the_file_holds_pages_in_use_and_little_else(llama: PreTrainedModel, pat
     start, listing, header = parts(path)
     used = sum(side.tail[:, :, : v.tail_length].nbytes for v in (s.view() for s in cache.stores) for side in v[:2])
     used += sum(store.first.nbytes for store in cache.stores)
-    tables = sum(
-        store.page_table.nbytes + sum(t.nbytes for t in store.seen.tensors().values()) for store in cache.stores
-    )
+    seen = [store.seen.tensors() for store in cache.stores if store.seen is not None]
+    tables = sum(store.page_table.nbytes for store in cache.stores) + sum(x.nbytes for t in seen for x in t.values())
     assert path.stat().st_size == start + report.packed_bytes + used + tables
     assert start < 8_000 and path.stat().st_size < report.bytes
     assert header["layers"][0]["kind"] == "QuantizedPagedLayer" and header["layers"][0]["version"] == 1

@@ -135,6 +135,19 @@ inline Floats load_halves(const uint16_t* p) {
 #endif
 }
 
+// W numbers of dtype STEP.
+inline Floats load_steps(const uint8_t* p) {
+#if KV_WIDTH == 16
+    return (Floats)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 7));
+#elif KV_WIDTH == 8
+    return (Floats)_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7));
+#else
+    Floats steps;
+    for (int i = 0; i < W; i++) steps[i] = half_to_float(uint16_t(p[i] << 7));
+    return steps;
+#endif
+}
+
 inline Floats load_bfloats(const uint16_t* p) {
 #if KV_WIDTH == 16
     return (Floats)((Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
@@ -149,12 +162,13 @@ template <int64_t DTYPE>
 inline Floats load_as(const void* p) {
     if constexpr (DTYPE == FLOAT32) return load((const float*)p);
     if constexpr (DTYPE == BFLOAT16) return load_bfloats((const uint16_t*)p);
+    if constexpr (DTYPE == STEP) return load_steps((const uint8_t*)p);
     return load_halves((const uint16_t*)p);
 }
 
 template <int64_t DTYPE>
 inline void to_floats(const void* from, int count, float* to) {
-    constexpr int size = DTYPE == FLOAT32 ? 4 : 2;
+    constexpr int size = DTYPE == FLOAT32 ? 4 : DTYPE == STEP ? 1 : 2;
     const char* p = (const char*)from;
     int i = 0;
     for (; i + W <= count; i += W) store(to + i, load_as<DTYPE>(p + i * size));
@@ -171,10 +185,7 @@ inline void to_floats(const void* from, int count, float* to) {
 inline void to_floats(const void* from, int64_t dtype, int count, float* to) {
     if (dtype == FLOAT32) return to_floats<FLOAT32>(from, count, to);
     if (dtype == BFLOAT16) return to_floats<BFLOAT16>(from, count, to);
-    if (dtype == STEP) {
-        for (int i = 0; i < count; i++) to[i] = half_to_float(uint16_t(((const uint8_t*)from)[i]) << 7);
-        return;
-    }
+    if (dtype == STEP) return to_floats<STEP>(from, count, to);
     to_floats<FLOAT16>(from, count, to);
 }
 
