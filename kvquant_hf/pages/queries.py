@@ -11,6 +11,7 @@ reads a page needs no metric.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ from ..triton_kernels.ops import Implementation, PagedSide, round_keys
 
 SAVED = ("keys.moments", "keys.correlations", "keys.queries")  # what they are called in a file
 _SAMPLE = 64  # tokens with whose queries correlations count half
-_FOLDED = 256  # tokens of queries that are kept as they came, and summed at a time
+_SUMMED = 256  # tokens whose queries are multiplied out at a time
+_FOLDED = 64  # tokens of queries that are kept as they came, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,13 @@ class Fresh:
     pages: torch.Tensor  # int64 [batch, count]
 
 
+@functools.lru_cache(maxsize=16)
+def _below(dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of what is below the diagonal of a matrix."""
+    rows, columns = torch.tril_indices(dim, dim, -1, device=device)
+    return rows, columns
+
+
 class Moments(NamedTuple):
     """A symmetric matrix in a quarter of its bytes; what fp16 rounds of it is far below what is added as damping."""
 
@@ -50,7 +59,7 @@ class Moments(NamedTuple):
         """Of float32 ``[heads, head_dim, head_dim]``."""
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         size = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-        rows, columns = torch.tril_indices(matrix.shape[1], matrix.shape[2], -1, device=matrix.device)
+        rows, columns = _below(matrix.shape[1], matrix.device)
         scaled = matrix * size.unsqueeze(1) * size.unsqueeze(2)
         return cls(diagonal.clone(), scaled[:, rows, columns].half())
 
@@ -58,7 +67,7 @@ class Moments(NamedTuple):
         """The matrix again."""
         size, (heads, dim) = self.diagonal.sqrt(), self.diagonal.shape
         lower = self.diagonal.new_zeros(heads, dim, dim)
-        rows, columns = torch.tril_indices(dim, dim, -1, device=lower.device)
+        rows, columns = _below(dim, lower.device)
         lower[:, rows, columns] = self.correlations.float()
         full = (lower + lower.transpose(1, 2)) * size.unsqueeze(1) * size.unsqueeze(2)
         return full + torch.diag_embed(self.diagonal)
@@ -120,7 +129,7 @@ class SeenQueries:
             return
         total = torch.stack([moments.matrix() for moments in self._moments]) if self._moments else None
         self.count += sum(query.shape[2] for query in recent)
-        for query in torch.cat(recent, 2).split(_FOLDED, 2):
+        for query in torch.cat(recent, 2).split(_SUMMED, 2):
             rows = query.unflatten(1, (self.heads, -1)).flatten(2, 3).float()  # [batch, heads, queries, head_dim]
             products = rows.transpose(2, 3) @ rows
             total = products if total is None else total + products
