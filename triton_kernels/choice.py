@@ -35,14 +35,14 @@ def _choose(
     dtype: torch.dtype,
     stored: torch.dtype,
     page_size: int,
-    head_dims: tuple[int, int],
-    codec_names: tuple[str, str],
+    head_dims: tuple[int, ...],
+    codec_names: tuple[str, ...],
     interpreted: bool,
 ) -> Choice:
     """:func:`choose`, kept: it is asked at every step of every layer."""
     if impl == "reference":
         return Choice("reference")
-    codecs = CODECS[codec_names[0]], CODECS[codec_names[1]]
+    codecs = tuple(CODECS[name] for name in codec_names)
     kernels: Implementation = "triton" if impl == "auto" and device.type == "cuda" else "cpu"
     if impl != "auto":
         kernels = "triton" if impl == "triton" else "cpu"
@@ -63,8 +63,8 @@ def _cpu_obstacle(
     device: torch.device,
     dtype: torch.dtype,
     stored: torch.dtype,
-    head_dims: tuple[int, int],
-    codecs: tuple[Codec, Codec],
+    head_dims: tuple[int, ...],
+    codecs: tuple[Codec, ...],
 ) -> str | None:
     """Why the CPU kernels cannot take such pages, ending with a remedy; None if they can.  Compiles them if need be."""
     if device.type != "cpu":
@@ -89,8 +89,8 @@ def _obstacle(
     device: torch.device,
     dtype: torch.dtype,
     page_size: int,
-    head_dims: tuple[int, int],
-    codecs: tuple[Codec, Codec],
+    head_dims: tuple[int, ...],
+    codecs: tuple[Codec, ...],
 ) -> str | None:
     """Why the kernels cannot take such pages, ending with a remedy; None if they can."""
     cannot = why_not(device)
@@ -115,20 +115,22 @@ def _obstacle(
                 f"exact pages of {page_size} x {head_dim} elements are too large for the shared memory of {gpu}; use a "
                 "smaller page_size"
             )
-        if head_dim % codec.kernel.parts:
-            return (
-                f"codec {codec.name!r} reads {codec.kernel.parts} elements at a time, head_dim is {head_dim}; use int8"
-            )
+        multiple = codec.kernel.multiple
+        if head_dim % multiple:
+            return f"codec {codec.name!r} reads {multiple} elements at a time, head_dim is {head_dim}; use int8"
+    for codec in codecs[1:]:
+        if codec.kernel is not None and codec.kernel.channel_of is not None:
+            return f"the Triton kernels take codec {codec.name!r} for keys only; use another one for values"
     return None
 
 
-def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide) -> Choice:
+def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide | None = None) -> Choice:
     """What ``impl`` means for these pages; kept with them, because every step of every layer asks.
 
     Args:
         impl: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
         dtype: of the queries (attention) or of the new keys (append).
-        keys, values: the pages.
+        keys, values: the pages; without values, what is done to keys alone.
 
     Raises:
         ImplementationError: ``"triton"`` or ``"cpu"`` was asked for and cannot run; unknown ``impl``.
@@ -139,15 +141,15 @@ def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide) ->
         return answer
     if impl not in IMPLEMENTATIONS:
         raise ImplementationError(f"unknown impl {impl!r}; use {', '.join(map(repr, IMPLEMENTATIONS))}.")
-    tail = keys.tail
+    tail, sides = keys.tail, (keys,) if values is None else (keys, values)
     answer = _choose(
         impl,
         tail.device,
         dtype,
         tail.dtype,
         keys.page_size,
-        (tail.shape[3], values.tail.shape[3]),
-        (keys.codec.name, values.codec.name),  # not the codecs, whose hash is that of all their fields
+        tuple([side.tail.shape[3] for side in sides]),
+        tuple([side.codec.name for side in sides]),  # not the codecs, whose hash is that of all their fields
         (tail.is_cuda or impl == "triton") and interpreting(),
     )
     keys.chosen = (values, dtype, impl, answer)

@@ -21,7 +21,7 @@ from .codecs.jit import KernelCodec
 from .launch import OPEN_COST, LaunchConfig
 from .ptx import program_again
 from .target import tl, triton
-from .tile_math import first_tokens, hide_tokens, online_softmax, scores_to_base2
+from .tile_math import first_tokens, hide_tokens, online_softmax, ordered_query, scores_to_base2
 from .unpack import part_channels
 
 
@@ -192,6 +192,8 @@ def _decode_kernel(
     K_WORDS: tl.constexpr,
     K_DTYPE: tl.constexpr,
     K_UNIT: tl.constexpr,
+    K_LEVELS: tl.constexpr,
+    K_CHANNEL_OF: tl.constexpr,
     V_TILE: tl.constexpr,
     V_CHANNELS: tl.constexpr,
     V_HAS: tl.constexpr,
@@ -228,6 +230,7 @@ def _decode_kernel(
     # The way of a scaled query into the layout of an operand may meet barriers, and where there are many, levels that
     # wait for them do not fit in the registers.
     SCALE_FIRST: tl.constexpr = K_HAS[2] and K_PARTS > 4
+    ORDERED: tl.constexpr = K_CHANNEL_OF is not None
     NORMALIZE: tl.constexpr = K_FIELDS > 0 and K_DTYPE == tl.float16
     TAIL: tl.constexpr = PAGE if PAGE < 32 else 32
     state_ptr = partial_ptr + state_at
@@ -284,6 +287,16 @@ def _decode_kernel(
         q = normalized
         q_sum = q_sum * normalizer
         row_scale = scale * ((exponent + 1) << 23).to(tl.float32, bitcast=True)[None, :]
+    if ORDERED:
+        # Each page has an order of its own for its channels, in which the query is read anew.  Rows that do not exist
+        # read the first one, so that no load needs a mask.
+        first_of_row = tl.where(row_exists, query_head, head * GROUP).to(tl.int64) * stride_rotated_h
+        first_of_row += tl.where(row_exists, query_index, 0).to(tl.int64) * stride_rotated_q
+        query_rows = rotated_query_ptr + batch.to(tl.int64) * stride_rotated_b + first_of_row  # [ROWS]
+        if NORMALIZE:
+            row_normalizer = normalizer
+        else:
+            row_normalizer = None
     for _ in tl.static_range(V_PARTS):
         accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
     table_ptr += batch.to(tl.int64) * stride_table_b
@@ -300,7 +313,13 @@ def _decode_kernel(
         page_head = page_id.to(tl.int64) * heads + head
         page_id = tl.load(table_ptr + tl.minimum(page_index + 1, end_page - 1))
 
-        if SCALE_FIRST:
+        if ORDERED:
+            channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+            places = K_CHANNEL_OF(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+            operands, shift = ordered_query(
+                query_rows, row_normalizer, places, channel_scale, channel_offset, K_PARTS, K_LEVELS, K_DTYPE
+            )
+        elif SCALE_FIRST:
             channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
             operands = ()
             for part in tl.static_range(K_PARTS):
@@ -308,11 +327,11 @@ def _decode_kernel(
         levels, token_scale, token_offset = K_TILE(
             k_planes, page_head, offs_n, KEY_DIM, PAGE, K_FIELDS, K_WORDS, K_DTYPE, False, PTX
         )
-        if not SCALE_FIRST:
+        if not (SCALE_FIRST or ORDERED):
             channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
         scores = tl.zeros([PAGE, ROWS], tl.float32)
-        for part in tl.static_range(K_PARTS):
-            if SCALE_FIRST:
+        for part in tl.static_range(K_LEVELS):
+            if SCALE_FIRST or ORDERED:
                 scaled = operands[part]
             elif K_HAS[2]:
                 scaled = (q[part] * channel_scale[part][:, None]).to(K_DTYPE)
@@ -325,7 +344,9 @@ def _decode_kernel(
             scores = scores * K_UNIT
         if K_HAS[1]:
             scores = scores + q_sum[None, :] * token_offset[:, None]
-        if K_HAS[3]:
+        if ORDERED:
+            scores = scores + shift[None, :]
+        elif K_HAS[3]:
             shift = q[0] * channel_offset[0][:, None]
             for part in tl.static_range(1, K_PARTS):
                 shift += q[part] * channel_offset[part][:, None]
@@ -539,6 +560,8 @@ def decode_constants(
         # A product of tensor cores sums over 16 elements at least.
         **keys.constants("K", key_dim, dtype, ptx, least=16),
         **values.constants("V", value_dim, dtype, ptx),
+        "K_LEVELS": keys.levels,
+        "K_CHANNEL_OF": keys.channel_of,
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
         "KEY_COLUMNS": max(16, triton.next_power_of_2(key_dim)),

@@ -33,6 +33,8 @@ def _store_page(
     WORDS: tl.constexpr,
     LEVELS: tl.constexpr,
     UNIT: tl.constexpr,
+    CODED: tl.constexpr,
+    CHANNEL_OF: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     PTX: tl.constexpr,
@@ -40,7 +42,9 @@ def _store_page(
     begin,
     end,
 ):
-    """Multiply one packed page out to ``[PAGE, HEAD_DIM]``; with FIRST not the rows from ``begin`` to ``end``."""
+    """Multiply one packed page out to ``[PAGE, HEAD_DIM]``; with FIRST not the rows from ``begin`` to ``end``.
+
+    ``CODED`` of its parts have levels."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     levels, token_scale, token_offset = TILE(
         planes, page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, LEVELS, False, PTX
@@ -48,11 +52,14 @@ def _store_page(
     channel_scale, channel_offset = CHANNELS(planes, page_head, HEAD_DIM, FIELDS, WORDS)
     dense = ()
     for part in tl.static_range(PARTS):
-        x = levels[part].to(tl.float32)
-        if UNIT != 1.0:
-            x = x * UNIT
-        if HAS[2]:
-            x = x * channel_scale[part][None, :]
+        if part < CODED:
+            x = levels[part].to(tl.float32)
+            if UNIT != 1.0:
+                x = x * UNIT
+            if HAS[2]:
+                x = x * channel_scale[part][None, :]
+        else:
+            x = tl.zeros([PAGE, WORDS], tl.float32)
         if HAS[0]:
             x = x * token_scale[:, None]
         if HAS[1]:
@@ -70,10 +77,16 @@ def _store_page(
     else:
         WIDTH: tl.constexpr = HEAD_DIM // FIELDS
         within = tl.arange(0, 2 * WORDS)
+        if CHANNEL_OF is not None:
+            places = CHANNEL_OF(planes, page_head, HEAD_DIM, FIELDS, WORDS)
         for field in tl.static_range(FIELDS):
             # Two parts are every other channel of a field: side by side, they are stored as one run.
             x = tl.join(dense[2 * field], dense[2 * field + 1]).reshape(PAGE, 2 * WORDS)
-            pointers = out_ptr + offs_n[:, None] * HEAD_DIM + (field * WIDTH + within)[None, :]
+            if CHANNEL_OF is None:
+                channel = field * WIDTH + within
+            else:
+                channel = tl.join(places[2 * field], places[2 * field + 1]).reshape(2 * WORDS)
+            pointers = out_ptr + offs_n[:, None] * HEAD_DIM + channel[None, :]
             mask = (within < WIDTH)[None, :]
             if FIRST > 0:
                 mask = mask & _outside(offs_n, begin, end)
@@ -157,6 +170,8 @@ def _dense_pages_kernel(
     K_WORDS: tl.constexpr,
     K_DTYPE: tl.constexpr,
     K_UNIT: tl.constexpr,
+    K_LEVELS: tl.constexpr,
+    K_CHANNEL_OF: tl.constexpr,
     K_COLUMNS: tl.constexpr,
     K_ORDER: tl.constexpr,
     V_TILE: tl.constexpr,
@@ -225,6 +240,8 @@ def _dense_pages_kernel(
                     K_WORDS,
                     K_DTYPE,
                     K_UNIT,
+                    K_LEVELS,
+                    K_CHANNEL_OF,
                     KEY_DIM,
                     PAGE,
                     PTX,
@@ -246,6 +263,8 @@ def _dense_pages_kernel(
                     V_WORDS,
                     V_DTYPE,
                     V_UNIT,
+                    V_PARTS,
+                    None,
                     VALUE_DIM,
                     PAGE,
                     PTX,
@@ -338,6 +357,8 @@ def dense_pages(
         pages.page_table.stride(0),
         **k.constants("K", key_dim, dtype, ptx),
         **v.constants("V", value_dim, dtype, ptx),
+        K_LEVELS=k.levels,
+        K_CHANNEL_OF=k.channel_of,
         K_COLUMNS=max(16, triton.next_power_of_2(key_dim)),
         K_ORDER=hadamard_block(key_dim) if pages.key_rotated else 0,
         V_COLUMNS=max(16, triton.next_power_of_2(value_dim)),

@@ -20,6 +20,27 @@ def byte_columns(HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, BYTES: tl.constex
 
 
 @triton.jit
+def split_fields(codes):
+    """The four fields, each ``[N, BYTES]``, of codes ``[N, BYTES * 4]`` in byte order."""
+    even, odd = tl.split(codes.reshape(codes.shape[0], codes.shape[1] // 4, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def store_bytes(plane_ptr, page_head, offs_n, packed, PAGE: tl.constexpr, WIDTH: tl.constexpr):
+    """Write ``packed`` ``[PAGE, BYTES]``, of which ``WIDTH`` exist, as one page of one head."""
+    BYTES: tl.constexpr = packed.shape[1]
+    offs_f = tl.arange(0, BYTES)
+    pointers = plane_ptr + page_head * (PAGE * WIDTH) + offs_n[:, None] * WIDTH + offs_f[None, :]
+    if BYTES == WIDTH:
+        tl.store(pointers, packed)
+    else:
+        tl.store(pointers, packed, mask=(offs_f < WIDTH)[None, :])
+
+
+@triton.jit
 def pack_bytes(codes, FIELDS: tl.constexpr):
     """Bytes uint8 ``[N, BYTES]`` from integer codes ``[N, BYTES * FIELDS]`` in byte order."""
     N: tl.constexpr = codes.shape[0]
@@ -31,9 +52,7 @@ def pack_bytes(codes, FIELDS: tl.constexpr):
         low, high = tl.split(codes.reshape(N, BYTES, 2))
         return low | (high << 4)
     else:
-        even, odd = tl.split(codes.reshape(N, BYTES, 2, 2))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
+        first, second, third, fourth = split_fields(codes)
         return first | (second << 2) | (third << 4) | (fourth << 6)
 
 
@@ -49,11 +68,4 @@ def store_codes(
     BYTES: tl.constexpr,
 ):
     """Pack codes ``[PAGE, BYTES * FIELDS]`` in byte order and write them as one page of one head."""
-    WIDTH: tl.constexpr = HEAD_DIM // FIELDS
-    offs_f = tl.arange(0, BYTES)
-    pointers = codes_ptr + page_head * (PAGE * WIDTH) + offs_n[:, None] * WIDTH + offs_f[None, :]
-    packed = pack_bytes(codes, FIELDS)
-    if BYTES == WIDTH:
-        tl.store(pointers, packed)
-    else:
-        tl.store(pointers, packed, mask=(offs_f < WIDTH)[None, :])
+    store_bytes(codes_ptr, page_head, offs_n, pack_bytes(codes, FIELDS), PAGE, HEAD_DIM // FIELDS)

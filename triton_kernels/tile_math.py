@@ -133,6 +133,41 @@ def hide_tokens(logits, token, begin, end):
 
 
 @triton.jit
+def ordered_query(
+    rows,
+    normalizer,
+    channel,
+    channel_scale,
+    channel_offset,
+    PARTS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Queries in the order of a page's channels, times ``normalizer`` ``[ROWS]`` unless that is None.
+
+    ``rows`` ``[ROWS]`` points to their first elements, ``channel`` is a tuple of ``PARTS`` parts ``[WORDS]``.
+
+    Returns:
+        A tuple of the first ``LEVELS`` parts, scaled, ``[WORDS, ROWS]`` in ``DTYPE``, and the products of all with
+        ``channel_offset``, float32 ``[ROWS]``.
+    """
+    operands = ()
+    for part in tl.static_range(PARTS):
+        # Channels are not negative, which no address shows that is made of signed numbers.
+        offset = channel[part].to(tl.uint32).to(tl.int64)
+        q = tl.load(rows[None, :] + offset[:, None]).to(tl.float32)  # [WORDS, ROWS]
+        if normalizer is not None:
+            q = q * normalizer[None, :]
+        if part == 0:
+            shift = q * channel_offset[0][:, None]
+        else:
+            shift += q * channel_offset[part][:, None]
+        if part < LEVELS:
+            operands = operands + ((q * channel_scale[part][:, None]).to(DTYPE),)
+    return operands, tl.sum(shift, 0)
+
+
+@triton.jit
 def hadamard_signs(rows, columns, ORDER: tl.constexpr):
     """+1 or -1 of the block-diagonal Hadamard matrix, float32 ``[R, C]``; 0 outside of the diagonal blocks.
 

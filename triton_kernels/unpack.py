@@ -20,6 +20,9 @@ code, which is the code times 2^-24 exactly; ``KernelCodec.constants`` has the u
 
 from .ptx import (
     nibbles,
+    ranked_2,
+    ranked_3,
+    ranked_4,
     run_on_four_words,
     run_on_words,
     run_on_words_and_bytes,
@@ -118,6 +121,21 @@ def load_channels(vector_ptr, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.cons
         even = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         odd = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         parts = parts + (even, odd)
+    return parts
+
+
+@triton.jit
+def load_channel_bytes(vector_ptr, page_head, PRESENT: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+    """Bytes per channel of one page of one head, ``WIDTH`` words (an even number) of two channels in each of
+    ``PRESENT`` fields, as a tuple of parts, each int32 ``[WORDS]``; zero past the head."""
+    offs_w = tl.arange(0, WORDS)
+    # Four at a time, which are asked for twice: 4 bytes are the least that a GPU copies asynchronously.
+    fours_ptr = vector_ptr.to(tl.pointer_type(tl.int32)) + page_head * (PRESENT * WIDTH // 2)
+    parts = ()
+    for field in tl.static_range(PRESENT):
+        four = tl.load(fours_ptr + field * (WIDTH // 2) + offs_w // 2, mask=offs_w < WIDTH, other=0)  # [WORDS]
+        two = four >> (offs_w % 2 * 16)
+        parts = parts + (two & 0xFF, (two >> 8) & 0xFF)
     return parts
 
 
@@ -232,4 +250,65 @@ def unpack_signed_levels(words, rho, TABLE: tl.constexpr, ASM: tl.constexpr, DTY
             shift = part // 2 * 4 + part % 2 * 8
             level = select_levels((words >> shift) & 7, TABLE, 8, DTYPE)
             parts = parts + (tl.where(((words >> shift) & 8) != 0, level + rho, level - rho),)
+        return parts
+
+
+# Parts of ranked codes leave times 2^unit: they stay at the bits of their bytes where they are.
+RANKED_UNITS = {4: (0, 0, 4, 4, 2, 2, 5, 5), 3: (0, 0, 4, 4, 0, 4, 2, 6), 2: (0, 0, 4, 4, 6, 6)}
+
+
+@triton.jit
+def unpack_ranked_4(words, rest, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Codes of ``int4-ranked`` times their units, as a tuple of eight parts; fp16 subnormals if ``PTX``."""
+    if PTX:
+        return ranked_4(words, rest)
+    else:
+        parts = ()
+        for part in tl.static_range(8):
+            low, other = words >> (part % 2 * 8), rest >> (part % 2 * 8)
+            if part // 2 == 0:
+                code = ((low & 15) << 2) | (other & 3)
+            elif part // 2 == 1:
+                code = low & 0xF0
+            elif part // 2 == 2:
+                code = other & 0x1C
+            else:
+                code = other & 0xE0
+            parts = parts + (code.to(DTYPE),)
+        return parts
+
+
+@triton.jit
+def unpack_ranked_3(words, rest, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The same for ``int3-ranked``; ``rest`` is uint8, of the shape of ``words``."""
+    if PTX:
+        return ranked_3(words, rest)
+    else:
+        rest = rest.to(tl.int16)
+        parts = ()
+        for part in tl.static_range(8):
+            if part < 4:
+                code = (words >> (part % 2 * 8)) & (0x0F << (part // 2 * 4))
+            else:
+                code = rest & (3 << (part % 2 * 4 + part // 2 * 2 - 4))
+            parts = parts + (code.to(DTYPE),)
+        return parts
+
+
+@triton.jit
+def unpack_ranked_2(words, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The same for ``int2-ranked``, of which six parts have bits."""
+    if PTX:
+        return ranked_2(words)
+    else:
+        parts = ()
+        for part in tl.static_range(6):
+            low = words >> (part % 2 * 8)
+            if part // 2 == 0:
+                code = low & 0x0F
+            elif part // 2 == 1:
+                code = low & 0x30
+            else:
+                code = low & 0xC0
+            parts = parts + (code.to(DTYPE),)
         return parts

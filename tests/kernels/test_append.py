@@ -33,6 +33,9 @@ PAIRS = (
     ("lloyd4-centred", "lloyd2"),
     ("lloyd3-channel", "lloyd3"),
     ("octet3", "octet2"),
+    ("int4-ranked", "int4-hadamard"),
+    ("int3-ranked", "lloyd3"),
+    ("int2-ranked", "lloyd2"),
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
@@ -61,7 +64,13 @@ SHAPES = (
 )
 
 # In the full run; `test_hard_pages` has their codecs always.
-RARER = (("lloyd3-channel", "lloyd3"), ("octet3", "octet2"))
+RARER = (
+    ("lloyd3-channel", "lloyd3"),
+    ("octet3", "octet2"),
+    ("int4-ranked", "int4-hadamard"),
+    ("int3-ranked", "lloyd3"),
+    ("int2-ranked", "lloyd2"),
+)
 MAIN = ("int4-channel", "int4-hadamard")  # rotation, and ranges of pages and of tokens
 
 
@@ -298,13 +307,17 @@ def hard_pages(dim: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 # In float32 for every codec, where there are more hard pages; in the others for one of each way of rounding.
 ALL_DTYPES = ("exact", "int8-affine", "int4-token", "lloyd4-centred")
+RANKED_LIKE_INT3 = ("int4-ranked", "int2-ranked")
 
 
 @pytest.mark.parametrize(
     ("codec", "dtype"),
     [
         pytest.param(
-            codec, dtype, id=f"{name}-{kind}", marks=[pytest.mark.full] * (kind != "fp32" and name not in ALL_DTYPES)
+            codec,
+            dtype,
+            id=f"{name}-{kind}",
+            marks=[pytest.mark.full] * (name in RANKED_LIKE_INT3 or (kind != "fp32" and name not in ALL_DTYPES)),
         )
         for name, codec in CODECS.items()
         for kind, dtype in DTYPES.items()

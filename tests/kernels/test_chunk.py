@@ -18,12 +18,13 @@ from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.dense_pages import PackedPages
 
 MIB = 1 << 20
-# Values rotated, keys rotated, neither, and planes of bits.
+# Values rotated, keys rotated, neither, planes of bits, and channels in the order of each page.
 KINDS = (
     ("int4-channel", "int4-hadamard"),
     ("lloyd4-centred", "lloyd2"),
     ("exact", "exact"),
     ("lloyd3-channel", "lloyd3"),
+    ("int2-ranked", "int4-hadamard"),
 )
 CASES = (
     Case((330, 190), 64, 64, 2, 130, heads=1),

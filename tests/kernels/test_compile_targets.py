@@ -26,6 +26,12 @@ PAIRS = {
     "octet2": ("int4-channel", "octet2"),
     "octet3": ("int4-channel", "octet3"),
 }
+RANKED = {
+    "ranked4": ("int4-ranked", "int4-hadamard"),
+    "ranked3": ("int3-ranked", "lloyd3"),
+    "ranked2": ("int2-ranked", "lloyd2"),
+}
+ALL_PAIRS = PAIRS | RANKED
 # Masks of several rows, float32 models and GPUs whose products run without tensor cores may use stack.
 UNTUNED = ("sm_7",)
 # With 3-bit codes on one side, as `kvquant tune` mixes them.
@@ -140,8 +146,8 @@ def full(target: str, name: str) -> list[Case]:
     append += [
         {"dtype": half, "head_dim": dim, "queries": 65} for dim in ((64, 80, 96, 192, 256) if everything else (80,))
     ]
-    cases = [Case(target, *PAIRS[name], **fields) for fields in attention]
-    cases += [Case(target, *PAIRS[name], kernel="append", **fields) for fields in append]
+    cases = [Case(target, *ALL_PAIRS[name], **fields) for fields in attention]
+    cases += [Case(target, *ALL_PAIRS[name], kernel="append", **fields) for fields in append]
     return list(dict.fromkeys(cases))
 
 
@@ -159,7 +165,7 @@ def test_compiles(target: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", ALL_PAIRS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_in_full(target: str, name: str) -> None:
     wrong = [line for case, built in compile_cases(full(target, name)).items() for line in check(case, built)]
@@ -174,7 +180,7 @@ def test_every_pair(target: str) -> None:
     A compiler that nothing is tuned for may need stack, but not for the policies that it is chosen for."""
     half = "float16" if target.startswith(UNTUNED) else "bfloat16"
     kinds = ({}, {"queries": 512}, {"kernel": "append"})
-    cases = [Case(target, *pair, dtype=half, **kind) for pair in PAIRS.values() for kind in kinds]
+    cases = [Case(target, *pair, dtype=half, **kind) for pair in ALL_PAIRS.values() for kind in kinds]
     tuned = [PAIRS[name] for name in ("exact", "int8", "int4", "turboquant")]
     wrong = []
     for case, built in compile_cases(cases).items():

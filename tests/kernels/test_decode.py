@@ -30,6 +30,9 @@ PAIRS = (
     ("lloyd4-centred", "lloyd2"),
     ("lloyd3-channel", "lloyd3"),
     ("octet2", "octet3"),
+    ("int4-ranked", "int4-hadamard"),
+    ("int3-ranked", "lloyd3"),
+    ("int2-ranked", "lloyd2"),
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
@@ -170,10 +173,11 @@ def attention(
 WHOLE = (("int8-channel", "int8-affine"), ("int4-channel", "int4-hadamard"))
 BRIEF = (COMMON[2], COMMON[4])
 RARER = (("lloyd3-channel", "lloyd3"), ("octet2", "octet3"))
+RANKED = (("int4-ranked", "int4-hadamard"), ("int3-ranked", "lloyd3"), ("int2-ranked", "lloyd2"))
 
 
 def marks(pair: tuple[str, str], repeats: bool = False) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.full] * (pair in RARER or (repeats and pair not in WHOLE))
+    return [pytest.mark.full] * (pair in RARER or pair in RANKED or (repeats and pair not in WHOLE))
 
 
 pairs = pytest.mark.parametrize("pair", [pytest.param(pair, id="/".join(pair), marks=marks(pair)) for pair in PAIRS])
@@ -196,6 +200,12 @@ def test_every_pair(pair: tuple[str, str], case: Case, device: torch.device) -> 
 def test_codes_in_two_planes(pair: tuple[str, str], case: Case, device: torch.device) -> None:
     """Of 3 bits, also where head_dim is padded; every case is in the full run."""
     check(pair, case, device)
+
+
+@pytest.mark.parametrize("pair", RANKED, ids="/".join)
+def test_an_order_in_each_page(pair: tuple[str, str], device: torch.device) -> None:
+    """Padded words, and rows that do not fill a block; the full run has more."""
+    check(pair, Case((130, 66), 80, 64, 2, 3, heads=1), device)
 
 
 @pytest.mark.parametrize("case", FEATURES, ids=str)

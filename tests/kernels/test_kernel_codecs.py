@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from kvquant_hf.triton_kernels import target, unpack
 from kvquant_hf.triton_kernels.codecs import CODECS
@@ -20,10 +21,27 @@ def called(function: Any) -> set[Any]:
 
 @pytest.mark.parametrize("name", CODECS)
 def test_subnormal_codes_are_declared(name: str) -> None:
-    """``unpack_codes`` gives code * 2^-24 in PTX; who does not say so would multiply by codes that are all but zero."""
+    """Unpacking to integers gives code * 2^-24 in PTX; who does not say so would multiply by codes that are all but
+    zero."""
     kernel = CODECS[name].kernel
     assert kernel is not None
-    assert (unpack.unpack_codes in called(kernel.tile)) == kernel.integer_codes
+    integers = {unpack.unpack_codes, unpack.unpack_ranked_4, unpack.unpack_ranked_3, unpack.unpack_ranked_2}
+    assert bool(integers & called(kernel.tile)) == kernel.integer_codes
+
+
+@pytest.mark.parametrize("bits", unpack.RANKED_UNITS)
+def test_parts_without_bits_have_no_levels(bits: int) -> None:
+    kernel = CODECS[f"int{bits}-ranked"].kernel
+    assert kernel is not None and len(unpack.RANKED_UNITS[bits]) == kernel.levels
+    assert (kernel.levels < kernel.parts) == (bits == 2)
+
+
+@pytest.mark.parametrize("head_dim", [72, 24])
+def test_orders_are_read_by_fours(head_dim: int) -> None:
+    kernel = CODECS["int3-ranked"].kernel
+    assert kernel is not None
+    with pytest.raises(ValueError, match="multiple of 16"):
+        kernel.constants("K", head_dim, torch.float16, ptx=True)
 
 
 def test_the_check_sees_through_functions() -> None:
@@ -33,7 +51,6 @@ def test_the_check_sees_through_functions() -> None:
 
 def test_each_gpu_is_asked_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the current one, under whose name the answer for another would be kept."""
-    import torch
 
     class Properties:
         def __init__(self, major: int, minor: int) -> None:

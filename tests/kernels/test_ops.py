@@ -164,6 +164,11 @@ def test_compiled_without_a_break(impl: Implementation, device: torch.device) ->
         ({"dtype": torch.float64}, ["float64", "cast the model"]),
         ({"head_dims": (512, 64)}, ["512", "smaller page_size"]),
         ({"head_dims": (66, 64)}, ["'int4-channel'", "66"]),
+        ({"codec_names": ("int4-ranked", "lloyd2"), "head_dims": (72, 64)}, ["'int4-ranked'", "16 elements", "72"]),
+        (
+            {"codec_names": ("int4-channel", "int3-ranked")},
+            ["'int3-ranked'", "for keys only", "use another one for values"],
+        ),
     ],
     ids=str,
 )

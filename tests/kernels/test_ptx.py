@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernels.ptx_text import evaluate
 
-from kvquant_hf.triton_kernels import ptx
+from kvquant_hf.triton_kernels import ptx, unpack
 from kvquant_hf.triton_kernels.codecs import lloyd_max, octet, turboquant_qjl
 
 WORDS = np.arange(1 << 16, dtype=np.uint32)
@@ -84,6 +84,47 @@ def test_octet_lookup(bits: int) -> None:
                 expected = np.where(v[(field + 1) % 4] ^ v[(field + 2) % 4], -level, level)
                 half = results[2 * part + place // 2] >> (place % 2 * 16) & 0xFFFF
                 np.testing.assert_array_equal(half.astype(np.uint16), expected.view(np.uint16), err_msg=f"part {part}")
+
+
+def ranked(codes: np.ndarray, unit: int) -> np.ndarray:
+    """The bits of codes that leave times 2^unit and the unit of subnormals."""
+    return (codes.astype(np.float64) * 2.0 ** (unit - 24)).astype(np.float16).view(np.uint16)
+
+
+def test_ranked_4() -> None:
+    """Both planes over all words, in both halves, beside others."""
+    planes = (WORDS, OTHERS[::-1]), (OTHERS, WORDS[::-1])  # (codes, rest) of the low half, of the high one
+    results = run(ptx.RANKED_4, 8, tuple(low | high << 16 for low, high in zip(*planes, strict=True)))
+    for part, unit in enumerate(unpack.RANKED_UNITS[4]):
+        for half, (codes, rest) in enumerate(planes):
+            a, b = (plane >> (part % 2 * 8) & 0xFF for plane in (codes, rest))
+            code = ((a & 15) << 2 | b & 3, a >> 4, b >> 2 & 7, b >> 5)[part // 2]
+            got = (results[part] >> (16 * half) & 0xFFFF).astype(np.uint16)
+            np.testing.assert_array_equal(got, ranked(code, unit), err_msg=f"part {part}")
+
+
+def test_ranked_3() -> None:
+    """All words in each of the four places, all bytes in each."""
+    places = [WORDS, OTHERS, WORDS[::-1], OTHERS[::-1]]
+    others = [(place * 7 + 3) >> 4 & 0xFF for place in places]
+    packed = others[0] | others[1] << 8 | others[2] << 16 | others[3] << 24
+    results = run(ptx.RANKED_3, 16, (places[0] | places[1] << 16, places[2] | places[3] << 16, packed))
+    for part, unit in enumerate(unpack.RANKED_UNITS[3]):
+        for place, (words, byte) in enumerate(zip(places, others, strict=True)):
+            a, nibble = words >> (part % 2 * 8) & 0xFF, byte >> (part % 2 * 4) & 15
+            code = (a & 15, a >> 4, nibble & 3, nibble >> 2)[part // 2]
+            got = (results[2 * part + place // 2] >> (place % 2 * 16) & 0xFFFF).astype(np.uint16)
+            np.testing.assert_array_equal(got, ranked(code, unit), err_msg=f"part {part}")
+
+
+def test_ranked_2() -> None:
+    results = run(ptx.RANKED_2, 6)
+    for part, unit in enumerate(unpack.RANKED_UNITS[2]):
+        for half, words in enumerate((WORDS, OTHERS)):
+            byte = words >> (part % 2 * 8) & 0xFF
+            code = (byte & 15, byte >> 4 & 3, byte >> 6)[part // 2]
+            got = (results[part] >> (16 * half) & 0xFFFF).astype(np.uint16)
+            np.testing.assert_array_equal(got, ranked(code, unit), err_msg=f"part {part}")
 
 
 def test_nibble_lookup() -> None:

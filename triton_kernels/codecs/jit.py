@@ -1,12 +1,15 @@
 """What a codec tells the kernels: the functions that read and write its planes, and which parts of a tile it has.
 
-``tile``, ``channels`` and ``encode`` are ``@triton.jit`` functions that kernels receive as ``tl.constexpr``:
+These are ``@triton.jit`` functions that kernels receive as ``tl.constexpr``:
 
     tile(planes, page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, DTYPE, TRANSPOSED, PTX)
         -> levels, token_scale, token_offset: a tuple of parts (``unpack.py``), each [N, WORDS] of DTYPE or, TRANSPOSED,
         [WORDS, N]; and two [N], float32.  PTX: the target is an NVIDIA GPU and DTYPE is fp16
     channels(planes, page_head, HEAD_DIM, FIELDS, WORDS)
         -> channel_scale, channel_offset: tuples of parts, each [WORDS], float32
+    channel_of(planes, page_head, HEAD_DIM, FIELDS, WORDS)
+        -> of a page whose channels are in an order of its own, the channel at each place: a tuple of parts, each
+        [WORDS], int32
     encode(planes, page_head, x, offs_n, HEAD_DIM, PAGE, FIELDS, BYTES)
         stores every plane of one full page, given as x [PAGE, BYTES * FIELDS] in byte order (``pack.py``): float32 and
         rotated where the codec is, else in the model's dtype; padded columns are zero
@@ -39,6 +42,9 @@ class KernelCodec:
         token_scale, token_offset, channel_scale, channel_offset: which parts of ``Tile`` exist.
         integer_codes: whether levels are the codes themselves, as ``unpack_codes`` gives them: subnormal in PTX.
         layer_planes: whether the codec has planes per layer.
+        channel_of: reads the order of the channels of one page, where each has its own: for keys only, whose query can
+            be read in that order.  What values add up has one order for all pages.
+        empty_parts: parts at the end that have no bits: ``tile`` and the scales of ``channels`` leave them out.
     """
 
     tile: Any
@@ -53,6 +59,18 @@ class KernelCodec:
     channel_offset: bool = False
     integer_codes: bool = False
     layer_planes: bool = False
+    channel_of: Any = None
+    empty_parts: int = 0
+
+    @property
+    def multiple(self) -> int:
+        """What head_dim must be a multiple of: two bytes are read at a time, orders as four."""
+        return 2 * self.parts if self.channel_of is not None else self.parts
+
+    @property
+    def levels(self) -> int:
+        """Parts that ``tile`` gives."""
+        return self.parts - self.empty_parts
 
     @property
     def parts(self) -> int:
@@ -71,9 +89,9 @@ class KernelCodec:
         Raises:
             ValueError: head_dim is no multiple of the codes of a word.
         """
-        if head_dim % self.parts:
+        if head_dim % self.multiple:
             raise ValueError(
-                f"the kernels read two bytes at a time: head_dim {head_dim} must be a multiple of {self.parts}"
+                f"the kernels read two bytes at a time: head_dim {head_dim} must be a multiple of {self.multiple}"
             )
         # fp16 holds every code exactly and leaves the query three more bits than bf16; exact vectors stay as they are.
         level = {torch.float16: tl.float16, torch.bfloat16: tl.float16 if self.byte_codes else tl.bfloat16}

@@ -31,18 +31,274 @@ Source: measured here (docs/accuracy.md).  Relatives: Kitty (arXiv:2511.18643) a
 choose bits of channels by calibration; ranges per channel are KIVI's (arXiv:2402.02750).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from ..pack import byte_columns, split_fields, store_bytes
+from ..target import tl, triton
+from ..tile_math import fp16_at_least as tile_at_least
+from ..tile_math import fp16_at_most as tile_at_most
+from ..tile_math import round_half_even
+from ..unpack import (
+    RANKED_UNITS,
+    load_channel_bytes,
+    load_channels,
+    load_word_bytes,
+    load_words,
+    unpack_ranked_2,
+    unpack_ranked_3,
+    unpack_ranked_4,
+)
 from .base import Codec, Plane, Tile
 from .cpu import CpuCodec
 from .feedback import feedback_factor, importance, ranked
+from .jit import KernelCodec
 from .packing import fp16_at_least, fp16_at_most
 
 _LARGEST_STEP = 247  # of 8 bits: 61440, the largest finite one
+_WIDTHS = {4: (6, 4, 3, 3), 3: (4, 4, 2, 2), 2: (4, 2, 2, 0)}
+_COVERED = {4: (1.0, 1.0, 1.0, 1.0), 3: (1.0, 1.0, 0.8, 0.8), 2: (1.0, 1.0, 1.0, 1.0)}
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+def _last(bits: int) -> tuple[float, ...]:
+    """The largest codes of the quarters."""
+    return tuple(2.0**width - 1 for width in _WIDTHS[bits])
+
+
+def _factors(bits: int) -> tuple[float, ...]:
+    """What makes a step of its bits at their places in float32, where exponents count from 112 less, and of levels
+    that are multiplied by their unit."""
+    return tuple(2.0 ** (112 - unit) for unit in RANKED_UNITS[bits])
+
+
+_LAST_4, _LAST_3, _LAST_2 = tl.constexpr(_last(4)), tl.constexpr(_last(3)), tl.constexpr(_last(2))
+_COVERED_4, _COVERED_3, _COVERED_2 = tl.constexpr(_COVERED[4]), tl.constexpr(_COVERED[3]), tl.constexpr(_COVERED[2])
+_FACTORS_4, _FACTORS_3, _FACTORS_2 = tl.constexpr(_factors(4)), tl.constexpr(_factors(3)), tl.constexpr(_factors(2))
+
+
+@triton.jit
+def _scale_and_offset(
+    planes,
+    page_head,
+    HEAD_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PLANE: tl.constexpr,
+    FACTORS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """``channels``; steps, in plane ``PLANE``, are divided by the units of their parts."""
+    bits = load_channel_bytes(planes[PLANE], page_head, LEVELS // 2, HEAD_DIM // FIELDS // 2, WORDS)
+    scale = ()
+    for part in tl.static_range(LEVELS):
+        step = (bits[part] << 20).to(tl.float32, bitcast=True)
+        scale = scale + (step * FACTORS[part],)
+    return scale, load_channels(planes[PLANE + 1], page_head, HEAD_DIM, FIELDS, WORDS)
+
+
+@triton.jit
+def _ranked_grid(low, high, quarter, LAST: tl.constexpr, COVERED: tl.constexpr):
+    """``RankedCodec._grid`` of channels in ``quarter`` (int32), all ``[COLUMNS]``: the largest code in float32, the
+    step in its 8 bits as int32, and the offset in fp16."""
+    last = tl.full(low.shape, LAST[0], tl.float32)
+    covered = tl.full(low.shape, COVERED[0], tl.float32)
+    for i in tl.static_range(1, 4):
+        last = tl.where(quarter == i, tl.full(low.shape, LAST[i], tl.float32), last)
+        covered = tl.where(quarter == i, tl.full(low.shape, COVERED[i], tl.float32), covered)
+    middle = low * 0.5 + high * 0.5
+    high = tl.where(covered < 1.0, middle + (high - middle) * covered, high)
+    low = tl.where(covered < 1.0, middle + (low - middle) * covered, low)
+    offset = tile_at_most(tl.where(last > 0.0, low, middle))
+    width = tl.maximum(high - offset.to(tl.float32), 0.0)
+    bits = tile_at_least(tl.div_rn(width, tl.maximum(last, 1.0))).to(tl.int16, bitcast=True).to(tl.int32)
+    step = tl.minimum((bits + 127) >> 7, 247)
+    return last, tl.where(last > 0.0, step, 0), offset
+
+
+@triton.jit
+def _ranked_encode(
+    planes,
+    page_head,
+    x,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+    PLANE: tl.constexpr,
+    LAST: tl.constexpr,
+    COVERED: tl.constexpr,
+):
+    """Write steps, offsets and order, planes ``PLANE`` and following, and give the codes of the four quarters, four
+    uint8 ``[PAGE, BYTES]``."""
+    COLUMNS: tl.constexpr = BYTES * FIELDS
+    QUARTER: tl.constexpr = HEAD_DIM // FIELDS
+    # What columns in byte order say of channels they say of ranks, too.
+    rank, exists = byte_columns(HEAD_DIM, FIELDS, BYTES)
+    wide = x.to(tl.float32)
+    ranges = tl.max(wide, 0) - tl.min(wide, 0)
+    size = (ranges * ranges).to(tl.int32, bitcast=True).to(tl.int64)
+    # As integers, numbers that are not negative are in their own order; of equal ones the lower channel comes first.
+    keys = tl.sort(tl.where(exists, (size << 8) | (255 - rank), -1), descending=True)
+    channels = tl.gather((255 - (keys & 255)).to(tl.int32), tl.where(exists, rank, 0), 0)  # [COLUMNS]
+    column = channels % QUARTER * FIELDS + channels // QUARTER
+    y = tl.gather(x, tl.broadcast_to(column[None, :], (PAGE, COLUMNS)), 1).to(tl.float32)
+    quarter = tl.arange(0, COLUMNS) % FIELDS
+    last, step, offset = _ranked_grid(tl.min(y, 0), tl.max(y, 0), quarter, LAST, COVERED)
+    width = (step << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    start = offset.to(tl.float32)
+    scaled = tl.div_rn(y - start[None, :], tl.where(width > 0.0, width, 1.0)[None, :])
+    codes = round_half_even(tl.minimum(tl.maximum(scaled, 0.0), last[None, :])).to(tl.uint8)
+    STEPS: tl.constexpr = HEAD_DIM if LAST[3] > 0.0 else 3 * QUARTER
+    tl.store(planes[PLANE] + page_head * STEPS + rank, step.to(tl.uint8), mask=exists & (rank < STEPS))
+    tl.store(planes[PLANE + 1] + page_head * HEAD_DIM + rank, offset, mask=exists)
+    tl.store(planes[PLANE + 2] + page_head * HEAD_DIM + rank, channels.to(tl.uint8), mask=exists)
+    return split_fields(codes)
+
+
+@triton.jit
+def _tile_4(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    rest = load_words(planes[1], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    return unpack_ranked_4(words, rest, DTYPE, PTX), offs_n, offs_n
+
+
+@triton.jit
+def _channels_4(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    return _scale_and_offset(planes, page_head, HEAD_DIM, FIELDS, WORDS, 2, _FACTORS_4, 8)
+
+
+@triton.jit
+def _encode_4(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    first, second, third, fourth = _ranked_encode(
+        planes, page_head, x, HEAD_DIM, PAGE, FIELDS, BYTES, 2, _LAST_4, _COVERED_4
+    )
+    QUARTER: tl.constexpr = HEAD_DIM // FIELDS
+    store_bytes(planes[0], page_head, offs_n, (first >> 2) | (second << 4), PAGE, QUARTER)
+    store_bytes(planes[1], page_head, offs_n, (first & 3) | (third << 2) | (fourth << 5), PAGE, QUARTER)
+
+
+@triton.jit
+def _tile_3(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    rest = load_word_bytes(planes[1], page_head, offs_n, HEAD_DIM, PAGE, WORDS, TRANSPOSED)
+    return unpack_ranked_3(words, rest, DTYPE, PTX), offs_n, offs_n
+
+
+@triton.jit
+def _channels_3(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    return _scale_and_offset(planes, page_head, HEAD_DIM, FIELDS, WORDS, 2, _FACTORS_3, 8)
+
+
+@triton.jit
+def _encode_3(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    first, second, third, fourth = _ranked_encode(
+        planes, page_head, x, HEAD_DIM, PAGE, FIELDS, BYTES, 2, _LAST_3, _COVERED_3
+    )
+    QUARTER: tl.constexpr = HEAD_DIM // FIELDS
+    store_bytes(planes[0], page_head, offs_n, first | (second << 4), PAGE, QUARTER)
+    even, odd = tl.split((third | (fourth << 2)).reshape(PAGE, BYTES // 2, 2))
+    store_bytes(planes[1], page_head, offs_n, even | (odd << 4), PAGE, QUARTER // 2)
+
+
+@triton.jit
+def _tile_2(
+    planes,
+    page_head,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    words = load_words(planes[0], page_head, offs_n, HEAD_DIM, PAGE, FIELDS, WORDS, TRANSPOSED)
+    return unpack_ranked_2(words, DTYPE, PTX), offs_n, offs_n
+
+
+@triton.jit
+def _channels_2(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    return _scale_and_offset(planes, page_head, HEAD_DIM, FIELDS, WORDS, 1, _FACTORS_2, 6)
+
+
+@triton.jit
+def _encode_2(
+    planes,
+    page_head,
+    x,
+    offs_n,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    first, second, third, _ = _ranked_encode(
+        planes, page_head, x, HEAD_DIM, PAGE, FIELDS, BYTES, 1, _LAST_2, _COVERED_2
+    )
+    store_bytes(planes[0], page_head, offs_n, first | (second << 4) | (third << 6), PAGE, HEAD_DIM // FIELDS)
+
+
+@triton.jit
+def _channel_of_rank(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    return load_channel_bytes(planes[len(planes) - 1], page_head, FIELDS, HEAD_DIM // FIELDS // 2, WORDS)
+
+
+_KERNELS = {
+    4: (_tile_4, _channels_4, _encode_4),
+    3: (_tile_3, _channels_3, _encode_3),
+    2: (_tile_2, _channels_2, _encode_2),
+}
+
+
+# -- codecs ------------------------------------------------------------------------------------------------------------
 
 
 class Grid(NamedTuple):
@@ -62,6 +318,32 @@ def step_at_least(x: torch.Tensor) -> torch.Tensor:
     """The smallest step not below ``x`` (float32, not negative), in its 8 bits; the largest where there is none."""
     bits = fp16_at_least(x).view(torch.int16).int()
     return ((bits + 127) >> 7).clamp_max(_LARGEST_STEP).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _by_rank(quarters: tuple[float, ...], quarter: int, device: torch.device) -> torch.Tensor:
+    """One number for each quarter, as float32 ``[4 * quarter]``; kept, because copies to a GPU stall it."""
+    return torch.tensor(quarters, dtype=torch.float32, device=device).repeat_interleave(quarter)
+
+
+def rounded_with_feedback(y: torch.Tensor, grid: Grid, factor: torch.Tensor) -> torch.Tensor:
+    """Codes, uint8, of ranked channels ``y`` ``[..., P, D]``; each channel after those before it, whose errors it makes
+    good as far as ``factor`` ``[..., D, D]`` says."""
+    step, offset = step_of(grid.step).unsqueeze(-2), grid.offset.float().unsqueeze(-2)
+    divisor = torch.where(step > 0, step, 1.0)
+    codes, errors = torch.empty(y.shape, dtype=torch.uint8, device=y.device), torch.empty_like(y)
+    for j in range(y.shape[-1]):
+        wanted = y[..., j]
+        if j:
+            wanted = wanted + (errors[..., :j] @ factor[..., :j, j].unsqueeze(-1)).squeeze(-1)
+        scaled = ((wanted - offset[..., j]) / divisor[..., j]).clamp_min(0).minimum(grid.last[j])
+        code = torch.round(scaled)
+        codes[..., j] = code.to(torch.uint8)
+        errors[..., j] = y[..., j] - (offset[..., j] + step[..., j] * code)
+    return codes
+
+
+Rounded = Callable[[torch.Tensor, Grid, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,23 +370,29 @@ class RankedCodec(Codec):
         )
 
     def _encode(
-        self, x: torch.Tensor, model_dtype: torch.dtype, metric: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        model_dtype: torch.dtype,
+        metric: torch.Tensor | None = None,
+        rounded: Rounded = rounded_with_feedback,
     ) -> tuple[torch.Tensor, ...]:
         """``metric``: second moments of the queries, float32, broadcasts to ``[..., D, D]`` for pages and heads."""
         low, high = x.amin(-2), x.amax(-2)  # [..., D]
         order = importance(high - low, metric).argsort(dim=-1, descending=True, stable=True)
         grid = self._grid(low.gather(-1, order), high.gather(-1, order))
         y = x.gather(-1, order.unsqueeze(-2).expand_as(x))
-        factor = None if metric is None else feedback_factor(ranked(metric.expand(*low.shape, -1), order))
-        codes = self._codes(y, grid, factor)
+        if metric is None:
+            codes = self._nearest(y, grid)
+        else:
+            codes = rounded(y, grid, feedback_factor(ranked(metric.expand(*low.shape, -1), order)))
         steps = grid.step[..., : self.planes(x.shape[-1])[-3].width]
         return (*self._pack(codes), steps, grid.offset, order.to(torch.uint8))
 
     def _grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
         """The grids of ranked channels between ``low`` and ``high`` (float32 ``[..., D]``)."""
         quarter, device = low.shape[-1] // 4, low.device
-        last = torch.tensor([2.0**width - 1 for width in self.widths], device=device).repeat_interleave(quarter)
-        covered = torch.tensor(self.covered, device=device).repeat_interleave(quarter)
+        last = _by_rank(tuple(2.0**width - 1 for width in self.widths), quarter, device)
+        covered = _by_rank(self.covered, quarter, device)
         # Halves first: the sum of both ends may be beyond float32.
         middle = low * 0.5 + high * 0.5
         low = torch.where(covered < 1, middle + (low - middle) * covered, low)
@@ -114,23 +402,11 @@ class RankedCodec(Codec):
         return Grid(last, torch.where(last > 0, step, 0), offset)
 
     @staticmethod
-    def _codes(y: torch.Tensor, grid: Grid, factor: torch.Tensor | None) -> torch.Tensor:
-        """Codes, uint8, of ranked channels ``y`` ``[..., P, D]``; each channel after those before it, whose errors it
-        makes good as far as ``factor`` ``[..., D, D]`` says."""
+    def _nearest(y: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Codes, uint8, of ranked channels ``y`` ``[..., P, D]``."""
         step, offset = step_of(grid.step).unsqueeze(-2), grid.offset.float().unsqueeze(-2)
         divisor = torch.where(step > 0, step, 1.0)  # a step of zero: every element is the offset, code 0
-        if factor is None:
-            return torch.round(((y - offset) / divisor).clamp_min(0).minimum(grid.last)).to(torch.uint8)
-        codes, errors = torch.empty(y.shape, dtype=torch.uint8, device=y.device), torch.empty_like(y)
-        for j in range(y.shape[-1]):
-            wanted = y[..., j]
-            if j:
-                wanted = wanted + (errors[..., :j] @ factor[..., :j, j].unsqueeze(-1)).squeeze(-1)
-            scaled = ((wanted - offset[..., j]) / divisor[..., j]).clamp_min(0).minimum(grid.last[j])
-            code = torch.round(scaled)
-            codes[..., j] = code.to(torch.uint8)
-            errors[..., j] = y[..., j] - (offset[..., j] + step[..., j] * code)
-        return codes
+        return torch.round(((y - offset) / divisor).clamp_min(0).minimum(grid.last)).to(torch.uint8)
 
     def _pack(self, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         first, second, third, fourth = codes.chunk(4, -1)
@@ -162,6 +438,19 @@ class RankedCodec(Codec):
         levels = levels.gather(-1, place.unsqueeze(-2).expand_as(levels))
         return Tile(levels, channel_scale=step.gather(-1, place), channel_offset=offset.float().gather(-1, place))
 
+    @property
+    def kernel(self) -> KernelCodec:
+        return KernelCodec(
+            *_KERNELS[self.bits],
+            fields=4,
+            code_planes=1,  # the second one is masked beside the first and asks for no registers of a look-up
+            channel_scale=True,
+            channel_offset=True,
+            integer_codes=True,
+            channel_of=_channel_of_rank,
+            empty_parts=2 * self.widths.count(0),
+        )
+
     def cpu(self, head_dim: int) -> CpuCodec:
         count = len(self.planes(head_dim))
         return CpuCodec(
@@ -189,7 +478,7 @@ _SUMMARY = "{} bits per channel over a page, more for those that count, rounded 
 _SOURCE = "measured here: docs/accuracy.md"
 
 INT4_RANKED = RankedCodec(
-    "int4-ranked", 4, _SUMMARY.format(4), _SOURCE, head_dim_multiple=8, uses_queries=True, widths=(6, 4, 3, 3)
+    "int4-ranked", 4, _SUMMARY.format(4), _SOURCE, head_dim_multiple=8, uses_queries=True, widths=_WIDTHS[4]
 )
 INT3_RANKED = RankedCodec(
     "int3-ranked",
@@ -198,9 +487,9 @@ INT3_RANKED = RankedCodec(
     _SOURCE,
     head_dim_multiple=8,
     uses_queries=True,
-    widths=(4, 4, 2, 2),
-    covered=(1.0, 1.0, 0.8, 0.8),
+    widths=_WIDTHS[3],
+    covered=_COVERED[3],
 )
 INT2_RANKED = RankedCodec(
-    "int2-ranked", 2, _SUMMARY.format(2), _SOURCE, head_dim_multiple=8, uses_queries=True, widths=(4, 2, 2, 0)
+    "int2-ranked", 2, _SUMMARY.format(2), _SOURCE, head_dim_multiple=8, uses_queries=True, widths=_WIDTHS[2]
 )
