@@ -25,6 +25,7 @@ from .cpu.attention import paged_attention_cpu
 from .first import put_first
 from .pages import PagedSide
 from .reference import gather_dense, paged_attention_reference
+from .round import round_triton
 from .triton_attention import append_triton, paged_attention_triton
 
 __all__ = [
@@ -47,7 +48,7 @@ _APPEND: dict[str, Callable[..., None]] = {
     "cpu": append_cpu,
     "reference": append_reference,
 }
-_ROUND: dict[str, Callable[..., None]] = {"triton": round_reference, "cpu": round_cpu, "reference": round_reference}
+_ROUND: dict[str, Callable[..., None]] = {"triton": round_triton, "cpu": round_cpu, "reference": round_reference}
 _ATTEND: dict[str, Callable[..., torch.Tensor]] = {
     "triton": paged_attention_triton,
     "cpu": paged_attention_cpu,
@@ -160,7 +161,7 @@ def round_keys(
         ImplementationError: ``impl`` names kernels that cannot run here.
     """
     with _on(x):
-        _ROUND[choose(impl, x.dtype, side, side).name](side, x, pages, metric)
+        _ROUND[choose(impl, x.dtype, side).name](side, x, pages, metric)
 
 
 def _run_attention(

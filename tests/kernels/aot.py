@@ -232,7 +232,18 @@ def append(case: Case) -> None:
     append(*new, *call.codecs, *planes, *tails, call.table, call.lengths(), call.lengths())
 
 
-KERNELS: dict[str, Callable[[Case], None]] = {"attention": attention, "append": append}
+def rounding(case: Case) -> None:
+    """Launch what rounds a page of each head with feedback."""
+    from kvquant_hf.triton_kernels.codecs.ranked import Grid
+    from kvquant_hf.triton_kernels.round import rounded_by_kernel
+
+    call, dim = _Call(case), case.head_dim
+    numbers = [call.empty(call.heads, dim, dtype=dtype) for dtype in (torch.uint8, torch.float16)]
+    factor = call.empty(call.heads, dim, dim)
+    rounded_by_kernel(call.empty(call.heads, case.page_size, dim), Grid(call.empty(dim), *numbers), factor)
+
+
+KERNELS: dict[str, Callable[[Case], None]] = {"attention": attention, "append": append, "round": rounding}
 
 
 def _tool(name: str, *args: str) -> str:
