@@ -66,9 +66,9 @@ class Moments(NamedTuple):
     def matrix(self) -> torch.Tensor:
         """The matrix again."""
         size, (heads, dim) = self.diagonal.sqrt(), self.diagonal.shape
-        lower = self.diagonal.new_zeros(heads, dim, dim)
-        rows, columns = _below(dim, lower.device)
-        lower[:, rows, columns] = self.correlations.float()
+        rows, columns = _below(dim, size.device)
+        lower = size.new_zeros(heads, dim * dim).index_copy_(1, rows * dim + columns, self.correlations.float())
+        lower = lower.view(heads, dim, dim)
         full = (lower + lower.transpose(1, 2)) * size.unsqueeze(1) * size.unsqueeze(2)
         return full + torch.diag_embed(self.diagonal)
 
