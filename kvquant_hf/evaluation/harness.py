@@ -11,6 +11,7 @@ and ``evaluate`` refuses a cache whose report says otherwise.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -145,6 +146,87 @@ def check_step(step: int, page_size: int) -> None:
         raise EvaluationInputError(f"a step of {step} does not divide a page of {page_size} tokens; use a divisor.")
 
 
+Held = dict[str, tuple[Scores, Storage]]  # by contender
+
+
+class Reading:
+    """A fresh cache of every contender and the exact model's own, which all read the same tokens side by side.
+
+    Args:
+        model: a causal language model in eval mode.
+        contenders: what to measure; names are distinct.
+        advance: called with the name of each contender after each of its chunks (``""``: the exact model).
+
+    Raises:
+        UnsupportedModelError: not a decoder-only model.
+    """
+
+    def __init__(self, model: Any, contenders: Sequence[Contender], advance: Callable[[str], object]) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an encoder, so its text cannot be cut into windows; use a causal model."
+            )
+        self._model, self._advance = model, advance
+        self._caches = [(contender, contender.make()) for contender in contenders]
+        self._parts: dict[str, list[Scores]] = {contender.name: [] for contender in contenders}
+        self._own: Any = None  # the cache that the model makes for itself
+
+    def exact(self, chunk: torch.Tensor) -> torch.Tensor:
+        """Logits ``[batch, tokens, vocabulary]`` of the exact model for the tokens ``[batch, tokens]`` that follow.
+
+        Raises:
+            UnsupportedModelError: the model returns no cache.
+        """
+        output = self._model(chunk, use_cache=True, **with_cache(self._own))
+        self._own = cache_in(output)
+        if self._own is None:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} returns no KV cache, so the exact model cannot read in chunks; use a "
+                "model that takes a cache."
+            )
+        self._advance("")
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def contenders(self, chunk: torch.Tensor, exact: torch.Tensor, targets: torch.Tensor) -> None:
+        """Let every contender read what the exact model has read, and compare.
+
+        Args:
+            chunk: tokens ``[batch, tokens]``.
+            exact: what :meth:`exact` returned for them.
+            targets: the tokens that follow ``[batch, tokens or fewer]``; positions without one are not compared.
+
+        Raises:
+            EvaluationError: NaN among the logits.
+        """
+        count = targets.shape[1]
+        for contender, cache in self._caches:
+            logits = self._model(chunk, use_cache=True, **with_cache(cache)).logits
+            if count:
+                self._parts[contender.name].append(compare(exact[:, :count], logits[:, :count], targets))
+            self._advance(contender.name)
+
+    def close(self) -> Held:
+        """Scores ``[batch, positions]`` and what was held in the end.
+
+        Raises:
+            EvaluationError: a cache that was not read.
+        """
+        return {
+            contender.name: (join(self._parts[contender.name], dim=1), contender.weigh(cache, self._own))
+            for contender, cache in self._caches
+        }
+
+
+def of_all_windows(readings: Sequence[Held]) -> Held:
+    """Readings of several windows in one: scores one below the other, storage summed."""
+    held: Held = {}
+    for name in readings[0]:
+        scores, storages = zip(*(reading[name] for reading in readings), strict=True)
+        held[name] = join(list(scores), dim=0), reduce(Storage.plus, storages)
+    return held
+
+
 def evaluate(
     model: Any,
     windows: torch.Tensor,
@@ -175,38 +257,15 @@ def evaluate(
         EvaluationError: NaN among the logits, or a cache that was not read.
     """
     check_step(step, page_size)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has an encoder, so its text cannot be cut into windows; use a causal model."
-        )
-    scores: dict[str, list[Scores]] = {contender.name: [] for contender in contenders}
-    storage: dict[str, Storage] = {}
+    readings = []
     with torch.inference_mode():
         for rows in windows.to(model.device).split(batch):
-            caches = [contender.make() for contender in contenders]
-            parts: dict[str, list[Scores]] = {contender.name: [] for contender in contenders}
-            own = None  # the cache that the model makes for itself
+            reading = Reading(model, contenders, advance)
             for start in range(0, rows.shape[1], step):
                 chunk, targets = rows[:, start : start + step], rows[:, start + 1 : start + 1 + step]
-                output = model(chunk, use_cache=True, **with_cache(own))
-                own, exact = cache_in(output), output.logits[:, : targets.shape[1]]
-                if own is None:
-                    raise UnsupportedModelError(
-                        f"{type(model).__name__} returns no KV cache, so the exact model cannot read in chunks; use a "
-                        "model that takes a cache."
-                    )
-                advance("")
-                for contender, cache in zip(contenders, caches, strict=True):
-                    logits = model(chunk, use_cache=True, **with_cache(cache)).logits[:, : targets.shape[1]]
-                    if targets.shape[1]:
-                        parts[contender.name].append(compare(exact, logits, targets))
-                    advance(contender.name)
-            for contender, cache in zip(contenders, caches, strict=True):
-                held = contender.weigh(cache, own)
-                storage[contender.name] = storage.get(contender.name, Storage(0, 0)).plus(held)
-                scores[contender.name].append(join(parts[contender.name], dim=1))
-    results = {}
-    for name, columns in scores.items():
-        joined = join(columns, dim=0)
-        results[name] = Result(summarize(joined, page_size), storage[name], joined)
-    return results
+                reading.contenders(chunk, reading.exact(chunk), targets)
+            readings.append(reading.close())
+    return {
+        name: Result(summarize(scores, page_size), storage, scores)
+        for name, (scores, storage) in of_all_windows(readings).items()
+    }
