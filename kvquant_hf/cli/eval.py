@@ -16,6 +16,8 @@ from .terminal import InputError, print_json, say, stage
 EXACT = "exact"
 DEFAULT_POLICIES = ",".join(name for name, policy in POLICIES.items() if name != EXACT and not policy.calibrated)
 DEFAULT_TEXT = "Python language reference"
+CHUNKS, GENERATE = "chunks", "generate"  # modes
+DEFAULT_PROMPT = 64  # tokens
 # Differences smaller than this many times the noise floor are not worth a sentence.
 FLOOR_FACTOR = 10
 
@@ -34,7 +36,13 @@ def evaluate(
     dataset: Annotated[
         str | None, typer.Option(help="NAME[:CONFIG[:SPLIT]] for the datasets library; column text, split test.")
     ] = None,
+    mode: Annotated[
+        str, typer.Option(help="chunks: the text is read a page at a time; generate: it is continued token by token.")
+    ] = CHUNKS,
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="First tokens of a window that --mode generate continues; default: 64.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows, from the beginning of the text.")] = 8,
     step: Annotated[
         int | None, typer.Option(min=1, help="Tokens per forward pass, at most a page; 1 is as in generation.")
@@ -53,15 +61,20 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
     csv_file: Annotated[str | None, typer.Option("--csv", help="Write the numbers to a CSV file too.")] = None,
-    figure: Annotated[str | None, typer.Option(help="Draw bits against mean KLD: .png, .svg or .pdf.")] = None,
+    figure: Annotated[
+        str | None, typer.Option(help="Draw mean KLD against bits, or along the way: .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
     """Compare next-token distributions through quantized caches with the exact model's.
 
-    Text is read in windows, a page at a time; everything attended to comes out of the cache, as in generation.
+    Text is read in windows, a page at a time; everything attended to comes out of the cache, as in generation.  With
+    --mode generate the exact model continues the beginning of each window, and its continuation is decoded token by
+    token through each cache: whether errors accumulate, and whether reading it in chunks would be better.
     """
     from ..evaluation import cut_windows, with_outlier_keys
     from ..evaluation.baselines import baseline, parse_baseline
-    from ..evaluation.figure import check_figure, draw
+    from ..evaluation.figure import check_figure, draw, draw_way
+    from ..evaluation.generate import check_prompt, decode, passes
     from ..evaluation.harness import check_step, paged
     from ..evaluation.harness import evaluate as measure
     from ..evaluation.text import read_dataset, read_file
@@ -74,6 +87,15 @@ def evaluate(
         raise InputError("--qparams is for calibrated policies; add int8-static to --policies.")
     for name in names:
         check_cache_options(name, page_size, qparams=parameters[name], sinks=sinks)
+    if mode not in (CHUNKS, GENERATE):
+        raise InputError(f"unknown mode {mode!r}; use {CHUNKS} or {GENERATE}.")
+    if mode == CHUNKS and prompt is not None:
+        raise InputError(f"--prompt goes with --mode {GENERATE}, the only one with a prompt; leave it out.")
+    if mode == GENERATE and step is not None:
+        raise InputError(f"--step goes with --mode {CHUNKS}, because {GENERATE} decodes one by one; leave it out.")
+    if mode == GENERATE:
+        step, prompt = 1, DEFAULT_PROMPT if prompt is None else prompt
+        check_prompt(prompt, context)
     step = page_size if step is None else step
     check_step(step, page_size)
     others = split_names(baselines)
@@ -101,10 +123,17 @@ def evaluate(
         paged(loaded.model, name, page_size=page_size, qparams=parameters[name], sinks=sinks) for name in names
     ]
     contenders += [baseline(loaded.model, name) for name in others]
-    batches = -(-windows // batch)
-    with progress((len(contenders) + 1) * batches * -(-context // step), hidden=as_json) as advance:
-        results = measure(loaded.model, ids, contenders, step=step, page_size=page_size, batch=batch, advance=advance)
+    total = passes(prompt, context, page_size) if prompt else -(-context // step)
+    results: Any
+    with progress((len(contenders) + 1) * -(-windows // batch) * total, hidden=as_json) as advance:
+        options: dict[str, Any] = {"page_size": page_size, "batch": batch, "advance": advance}
+        if prompt:
+            ids, results = decode(loaded.model, ids[:, :prompt], context, contenders, **options)
+        else:
+            results = measure(loaded.model, ids, contenders, step=step, **options)
     facts = text_conditions(loaded, described, ids) | {
+        "mode": mode,
+        "prompt_tokens": prompt,
         "step": step,
         "page_size": page_size,
         "sinks": sinks,
@@ -114,12 +143,16 @@ def evaluate(
     rows = {name: result.as_dict() for name, result in results.items()}
     if csv_file is not None:
         _write_csv(csv_file, facts, rows)
-    if figure is not None:
+    if figure is not None and prompt:
+        draw_way({name: result.result.scores.kld for name, result in results.items()}, prompt, _title(facts), figure)
+    elif figure is not None:
         draw(results, _title(facts), figure)
     if as_json:
         print_json(facts | {"caches": rows})
     else:
         _print_table(facts, rows)
+        if prompt:
+            _print_way(rows)
     _say_what_drowns(rows, facts["dtype"])
 
 
@@ -135,9 +168,10 @@ def text_conditions(loaded: LoadedModel, text: str, ids: Any) -> dict[str, Any]:
 
 def _title(facts: dict[str, Any]) -> str:
     keys = f", keys with outliers x{facts['outliers']:g}" if facts["outliers"] else ""
-    return f"{facts['model']}, {facts['dtype']}{keys}\n{facts['text']}, first {facts['windows']} windows of " + str(
-        facts["context_tokens"]
-    )
+    windows = f"first {facts['windows']} windows of {facts['context_tokens']}"
+    if facts["prompt_tokens"]:
+        windows += f", prompts of {facts['prompt_tokens']}"
+    return f"{facts['model']}, {facts['dtype']}{keys}\n{facts['text']}, {windows}"
 
 
 def _write_csv(path: str, facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
@@ -179,6 +213,29 @@ def _print_table(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None
     console.print(
         "\nbits: per key or value element in full pages; held: everything, the open page too\n"
         "KLD: KL(exact || cache), nats; top-1: the same most likely token; exact: the noise floor",
+        highlight=False,
+    )
+
+
+def _print_way(rows: dict[str, dict[str, Any]]) -> None:
+    """KLD along the way and in chunks, a line per cache, as wide as a terminal of 80 columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("cache", overflow="fold")
+    for heading in ("quarter 1", "2", "3", "4", "mean KLD", "chunked KLD"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    keys = (*(f"kld_mean_quarter_{i}" for i in range(1, 5)), "kld_mean", "kld_mean_chunked")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[key]:.2e}" for key in keys))
+    console.print()
+    console.print(table)
+    console.print(
+        "\nquarters: mean KLD of each quarter of the positions, in order\n"
+        "chunked KLD: of the same tokens, read a page at a time instead of one by one",
         highlight=False,
     )
 

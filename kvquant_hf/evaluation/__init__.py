@@ -1,13 +1,15 @@
 """How much accuracy a quantized cache costs, measured through the cache that generation uses.
 
-``harness.py`` reads text through caches, chunk by chunk beside the exact model; ``metrics.py`` compares next-token
-distributions; ``text.py`` cuts text into windows; ``outliers.py`` gives any model the outlier keys that make quantizing
-hard; ``baselines.py`` puts transformers' own quantized caches to the same test; ``figure.py`` draws the result.
+``harness.py`` reads text through caches, chunk by chunk beside the exact model; ``generate.py`` decodes a continuation
+through them, token by token; ``metrics.py`` compares next-token distributions; ``text.py`` cuts text into windows;
+``outliers.py`` gives any model the outlier keys that make quantizing hard; ``baselines.py`` puts transformers' own
+quantized caches to the same test; ``figure.py`` draws the result.
 
 ``needle.py`` asks for a fact in a long text, and ``heatmap.py`` draws where it was found.  ``lm_eval_model.py``, which
 nothing here imports, is a model for lm-eval.
 """
 
+from .generate import Decoded, decode
 from .harness import Contender, Result, Storage, evaluate, paged
 from .metrics import Accuracy
 from .needle import find_needles, hide_needles
@@ -17,9 +19,11 @@ from .text import cut_windows
 __all__ = [
     "Accuracy",
     "Contender",
+    "Decoded",
     "Result",
     "Storage",
     "cut_windows",
+    "decode",
     "evaluate",
     "find_needles",
     "hide_needles",

@@ -1,13 +1,16 @@
-"""Bits per element against mean KLD, as a picture."""
+"""Bits per element against mean KLD, or KLD along the way of a continuation, as a picture."""
 
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from ..errors import EvaluationInputError, MissingPackageError
 from .harness import EXACT, Result
 
 SUFFIXES = (".pdf", ".png", ".svg")
+_STEPS = 40  # of a curve along the way
 # Where a point's name stands, and its alignment; points that lie close to each other take them in turn.
 _PLACES = (((6, 4), "left"), ((-6, -4), "right"), ((6, -11), "left"))
 
@@ -69,4 +72,32 @@ def draw(results: Mapping[str, Result], title: str, path: str) -> None:
     axes.set_title(title)
     axes.margins(x=0.25, y=0.12)
     axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=150)
+
+
+def draw_way(klds: Mapping[str, torch.Tensor], prompt: int, title: str, path: str) -> None:
+    """A curve for every contender: KLD along a continuation, mean over windows and over a fortieth of the positions.
+
+    Args:
+        klds: float64 ``[windows, positions]`` by contender, in nats; the first position follows ``prompt`` tokens.
+        prompt: tokens before.
+        title: above the picture.
+        path: the file; ``check_figure`` says which names are possible.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever the machine has
+    axes = figure.add_subplot()
+    for name, kld in klds.items():
+        steps = kld.mean(dim=0).tensor_split(min(_STEPS, kld.shape[1]))
+        ends = torch.tensor([len(step) for step in steps]).cumsum(0)
+        axes.plot((prompt + ends).tolist(), [float(step.mean()) for step in steps], label=name)
+    axes.set_yscale("log")  # what rounding made negative is left out
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("mean KL(exact || quantized), nats")
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
     figure.savefig(path, dpi=150)

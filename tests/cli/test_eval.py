@@ -58,6 +58,38 @@ def test_files(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert drawn.startswith("<?xml") and "int8" in drawn
 
 
+def test_a_continuation_is_decoded(run: Run, tiny: Path, tmp_path: Path) -> None:
+    table, picture = tmp_path / "table.csv", tmp_path / "figure.svg"
+    options = ("--mode", "generate", "--prompt", "20", "--policies", "int4", "--csv", table, "--figure", picture)
+    code, out, _ = run("eval", "--model", tiny, *FAST, *options, "--json")
+    data = json.loads(out)
+    conditions = {"mode": "generate", "prompt_tokens": 20, "step": 1, "windows": 2, "context_tokens": 70}
+    assert code == 0 and conditions.items() <= data.items()
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = {row["cache"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(data["caches"]) == ["exact", "int4"]
+    for name, row in data["caches"].items():
+        assert row["positions"] == 2 * 50
+        for key in ("kld_mean", "kld_mean_chunked", *(f"kld_mean_quarter_{i}" for i in range(1, 5))):
+            assert float(rows[name][key]) == row[key]
+            assert (abs(row[key]) < 1e-9) == (name == "exact"), key
+    assert rows["int4"]["prompt_tokens"] == "20"
+    drawn = picture.read_text(encoding="utf-8")
+    assert drawn.startswith("<?xml") and "int4" in drawn and "tokens read" in drawn
+
+
+def test_a_continuation_as_tables_of_80_columns(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("eval", "--model", tiny, "--policies", "turboquant-qjl", *FAST, "--mode", "generate")
+    assert code == 0 and "first 2 windows of 70, prompts of 64, 12 positions" in out
+    _, _, way = out.partition("quarter 1")
+    headings, *lines = way.splitlines()
+    assert headings.split() == ["2", "3", "4", "mean", "KLD", "chunked", "KLD"]
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(("exact", "turbo"))}
+    assert list(rows) == ["exact", "turboquant-qjl"] and all(len(row) == 7 for row in rows.values())
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_rounding_is_told_from_quantization(run: Run, tiny: Path) -> None:
     """In bfloat16 the difference of two orders of summation is as large as int8's; the command says so."""
     code, _, err = run("eval", "--model", tiny, "--policies", "exact/int8,int4", *FAST, "--dtype", "bfloat16", "--json")
@@ -80,6 +112,11 @@ def test_rounding_is_told_from_quantization(run: Run, tiny: Path) -> None:
         (("--outliers", "3"), "power of two"),
         (("--csv", "/no/such/folder/x.csv"), "folder that exists"),
         (("--figure", "x.gif"), ".png"),
+        (("--mode", "decode"), "chunks or generate"),
+        (("--prompt", "32"), "--mode generate"),
+        (("--mode", "generate", "--step", "8"), "--mode chunks"),
+        (("--mode", "generate", "--context", "64"), "larger --context"),
+        (("--mode", "generate", "--prompt", "510"), "smaller --prompt"),
         (("--dtype", "int4"), "bfloat16"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models import OWN, prompt, tiny_gemma2, tiny_llama, tiny_qwen2
+from readings import Damaged, same
 from transformers import T5Config
 
 from kvquant_hf import QuantizedPagedCache
@@ -51,23 +52,12 @@ def test_the_exact_model_is_a_plain_forward_pass() -> None:
     assert torch.allclose(scores.loss, loss, rtol=1e-4, atol=1e-5)
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two runs of the same arithmetic in another order agree, position by position.
-
-    Models are in float64 here, so that no code falls on the other side of a boundary; attention over pages multiplies
-    in float32, whose noise in a KLD is about 1e-12.  Roots of small KLDs are distances, so noise of 1e-12 moves a root
-    by 1e-6 at most; ten times that is allowed.
-    """
-    a, b = (result.scores.kld.clamp(min=0).sqrt() for result in (one, other))
-    return float((a - b).abs().max()) < 1e-5
-
-
 def test_token_by_token_is_the_same() -> None:
     model = tiny_qwen2().double()
     policies = ("int8", "int4", "turboquant-qjl")
     chunked, stepped = measure(model, *policies), measure(model, *policies, step=1)
     for name in policies:
-        assert same(chunked[name], stepped[name]), name
+        assert same(chunked[name].scores.kld, stepped[name].scores.kld), name
         assert chunked[name].storage == stepped[name].storage
     assert chunked["int8"].accuracy.kld_mean > 1e-6
 
@@ -91,7 +81,7 @@ def test_windows_side_by_side_are_the_same(batch: int) -> None:
     model = tiny_llama().double()
     all_at_once, fewer = measure(model, "exact", "int4"), measure(model, "exact", "int4", batch=batch)
     for name in fewer:
-        assert same(all_at_once[name], fewer[name])
+        assert same(all_at_once[name].scores.kld, fewer[name].scores.kld)
         assert all_at_once[name].storage.page_bits_per_element == fewer[name].storage.page_bits_per_element
 
 
@@ -111,18 +101,6 @@ def test_bits_are_measured() -> None:
         )  # windows, tokens, layers, sides, heads, head_dim
         assert result.storage.bits_per_element > cost.bits_per_element
         assert result.as_dict()["page_bits_per_element"] == cost.bits_per_element
-
-
-class Damaged(QuantizedPagedCache):
-    """The first page of the second layer is full of zeros as soon as it is sealed."""
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        returned = super().update(keys, values, layer_idx, *args, **kwargs)
-        store = self.paged_layers[layer_idx].store
-        if layer_idx == 1 and store.sealed_pages:
-            for plane in store.pool.planes:
-                plane[store.page_table[:, 0].long()] = 0
-        return returned
 
 
 def test_a_damaged_page_is_seen() -> None:
