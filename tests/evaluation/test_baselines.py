@@ -8,7 +8,7 @@ from models import prompt, tiny_llama
 from transformers import cache_utils
 
 from kvquant_hf.errors import EvaluationInputError, MissingPackageError
-from kvquant_hf.evaluation import baselines, evaluate, paged
+from kvquant_hf.evaluation import baselines, decode, evaluate, paged
 from kvquant_hf.evaluation.baselines import baseline, parse_baseline
 from kvquant_hf.evaluation.figure import points_of
 
@@ -56,6 +56,16 @@ def test_a_baseline_is_measured_like_ours(hqq: None) -> None:
     elements = 2 * 2 * 3 * 2 * 32
     assert storage.elements == 200 * elements
     assert storage.bytes == elements * ((200 - exact) * 36 // 32 + 4 * exact)
+
+
+def test_a_baseline_decodes_like_ours(hqq: None) -> None:
+    model = tiny_llama()
+    _, results = decode(model, WINDOWS[:, :70], 200, [baseline(model, f"hqq-{bits}") for bits in (8, 4)], batch=2)
+    eight, four = results["hqq-8"], results["hqq-4"]
+    assert all(0 < a < b / 10 for a, b in zip(eight.quarters, four.quarters, strict=True))
+    assert 0 < eight.chunked < four.chunked / 10
+    storage = eight.result.storage
+    assert storage.page_bits_per_element is None and storage.elements == four.result.storage.elements
 
 
 @pytest.mark.parametrize("name", ["quanto-8", "hqq-5", "hqq", "fp8-8", "-", "int4"])
