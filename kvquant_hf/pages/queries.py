@@ -26,7 +26,7 @@ from ..triton_kernels.ops import Implementation, PagedSide, round_keys
 SAVED = ("keys.moments", "keys.correlations", "keys.queries")  # what they are called in a file
 _SAMPLE = 64  # tokens with whose queries correlations count half
 _SUMMED = 256  # tokens whose queries are multiplied out at a time
-_FOLDED = 64  # tokens of queries that are kept as they came, at most
+_FOLDED = 16  # tokens of queries that are kept as they came, at most: a query is as large as all its group shares
 
 
 @dataclass(frozen=True, eq=False)
