@@ -51,6 +51,15 @@ def config_of(policy: Any, **changes: Any) -> Any:
     return kvquant_hf.QuantizedBatchingConfig(policy=policy, **{"max_batch_tokens": 2048, **room, **changes})
 
 
+def next_result(manager: Any) -> Any:
+    """The next result, or None if there was none for a second.  What a run that ends says last may come just after."""
+    result = manager.get_result(timeout=1)
+    if result is None and not manager.is_running():
+        result = manager.get_result(timeout=1)
+        assert result is not None, "the run ended early"
+    return result
+
+
 def results_of(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
@@ -76,8 +85,7 @@ def results_of(
             wanted = [f"{name}__child#{i}" for name in names for i in range(each - 1)] + names
             before = len(found)
             while len(found) < before + len(wanted):
-                result = manager.get_result(timeout=1)
-                assert result is not None or manager.is_running(), "the run ended early"
+                result = next_result(manager)
                 if result is not None and (result.is_finished() or result.error is not None):
                     found[result.request_id] = result
     order = sorted(found, key=lambda name: (int(name.removeprefix("req_").partition("__")[0]), name))

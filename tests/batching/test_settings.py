@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from batching.runs import GREEDY, NEW, batched, config_of, one_by_one, prompts_of
+from batching.runs import GREEDY, NEW, batched, config_of, next_result, one_by_one, prompts_of
 from models import VOCAB, tiny_llama
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -39,8 +39,7 @@ def manager(model: PreTrainedModel) -> Iterator[Any]:
 def answers(manager: Any, names: list[str]) -> list[list[int]]:
     found: dict[str, list[int]] = {}
     while len(found) < len(names):
-        result = manager.get_result(timeout=1)
-        assert result is not None or manager.is_running(), "the run ended early"
+        result = next_result(manager)
         if result is not None and result.is_finished():
             assert result.error is None, result.error
             found[result.request_id] = result.generated_tokens
@@ -136,8 +135,7 @@ def test_settings_that_fail_in_a_step_end_their_request_alone(other: PreTrainedM
     names = {broken, manager.add_request(PROMPTS[1])}
     found = {}
     while names - found.keys():
-        result = manager.get_result(timeout=1)
-        assert result is not None or manager.is_running(), "the run ended early"
+        result = next_result(manager)
         if result is not None and result.is_finished():
             found[result.request_id] = result
     assert "out of range" in found[broken].error
