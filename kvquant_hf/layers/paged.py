@@ -166,7 +166,7 @@ class PagedLayer:
             self.log.prefill += exact
             self.log.open += not exact
             opened = (keys, values) if exact else opened
-            self._mark(opened[0], self._padding_of(keys) if exact else None)
+            self._mark(opened[0], self._padded(held, count))
             return opened
         self.store.claim = self.guard.claim
         sealed = self.store.pages_for(count) // keys.shape[0]  # by each sequence
@@ -178,12 +178,12 @@ class PagedLayer:
             self.store.claim = None
         if exact:
             self.log.prefill += 1
-            self._mark(keys, self.padding)
+            self._mark(keys, self._padded(held, count))
             return keys, values
         self.store.round_keys()
         dtypes = self.store.promoted(keys, values)
         packed = self._carrier("keys", dtypes[0]), self._carrier("values", dtypes[1])
-        self._mark(packed[0], None)
+        self._mark(packed[0], self._padded(held, count))
         return packed
 
     def _mark(self, keys: torch.Tensor, padding: np.ndarray | None) -> None:
@@ -191,6 +191,11 @@ class PagedLayer:
         if self.store is not None and self.store.seen is not None:
             self.store.seen.padding = padding
             mark(keys, self.store, self.store.seen)
+
+    def _padded(self, held: int, count: int) -> np.ndarray | None:
+        """Which of the ``count`` tokens after ``held`` others are padding, as far as it was said of all of them."""
+        part = None if self.padding is None else self.padding[:, held : held + count]
+        return part if part is not None and part.shape[1] == count and part.any() else None
 
     def _padding_of(self, keys: torch.Tensor) -> np.ndarray | None:
         """``padding`` of the open page and the new ``keys``, which are not stored yet.

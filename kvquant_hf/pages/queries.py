@@ -96,10 +96,15 @@ class SeenQueries:
         self._tokens = 0  # of these
 
     def see(self, query: torch.Tensor) -> None:
-        """Take the queries of a step, ``[batch, query_heads, tokens, head_dim]``."""
+        """Take the queries of a step, ``[batch, query_heads, tokens, head_dim]``; those of other heads, or of another
+        number of sequences, say nothing of these keys."""
+        if query.dim() != 4 or query.shape[1] % self.heads or query.shape[3] != self.head_dim:
+            return
+        if self._moments and len(self._moments) != query.shape[0]:
+            return
         if self.padding is not None and self.padding.shape == (query.shape[0], query.shape[2]):
-            real = torch.from_numpy(~self.padding).to(query.device)
-            query = query * real[:, None, :, None]
+            padded = torch.from_numpy(self.padding).to(query.device)
+            query = query.masked_fill(padded[:, None, :, None], 0.0)  # what padding computes may be no number
         self._recent.append(query.detach())
         self._tokens += query.shape[2]
         if self._tokens > _FOLDED:

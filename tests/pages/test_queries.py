@@ -1,0 +1,59 @@
+"""Moments of queries: what counts, what does not, and what is left of them in a quarter of their bytes."""
+
+import numpy as np
+import pytest
+import torch
+from models import ragged_prompts, tiny_llama
+
+from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.pages.queries import Moments, SeenQueries
+from kvquant_hf.transformers_api.names import with_cache
+
+
+def test_moments_come_back() -> None:
+    q = torch.randn(3, 200, 16)
+    q[:, :, 5] = 0  # a channel that no query has
+    matrix = q.transpose(1, 2) @ q
+    found = Moments.of(matrix).matrix()
+    assert not found[:, 5].any()
+    torch.testing.assert_close(found, matrix, rtol=0, atol=1e-3 * float(matrix.max()))
+
+
+def test_padding_says_nothing_even_if_it_is_no_number() -> None:
+    seen, alone = SeenQueries(2, 16), SeenQueries(2, 16)
+    q = torch.randn(1, 4, 30, 16)
+    alone.see(q[:, :, 10:])
+    padded = q.clone()
+    padded[:, :, :10] = float("nan")
+    seen.padding = np.arange(30)[None] < 10
+    seen.see(padded)
+    metric, expected = seen.metric(), alone.metric()
+    assert metric is not None and expected is not None
+    off = ~torch.eye(16, dtype=torch.bool)  # the diagonal knows how many tokens there were
+    torch.testing.assert_close(metric[..., off], expected[..., off])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 30, 16), (1, 4, 30, 8), (2, 4, 30, 16), (4, 30, 16)], ids=str)
+def test_queries_of_others_are_not_taken(shape: tuple[int, ...]) -> None:
+    seen = SeenQueries(2, 16)
+    seen.see(torch.randn(1, 4, 30, 16))
+    before = seen.metric()
+    seen.see(torch.randn(shape))
+    after = seen.metric()
+    assert before is not None and after is not None and torch.equal(before, after)
+
+
+@pytest.mark.parametrize("longest", [12, 40])  # within the open page, and beyond it
+def test_a_padded_prompt_has_the_moments_of_the_prompt_alone(longest: int) -> None:
+    model, length = tiny_llama(), 7
+    inputs = ragged_prompts((longest, length))
+    found = []
+    for ids, mask in (
+        (inputs["input_ids"], inputs["attention_mask"]),
+        (inputs["input_ids"][1:, -length:], inputs["attention_mask"][1:, -length:]),
+    ):
+        cache = QuantizedPagedCache(model.config, "kv3", page_size=16)
+        model.generate(ids, attention_mask=mask, **with_cache(cache), max_new_tokens=1, do_sample=False)
+        found.append(cache.stores[-1].seen.metric()[-1])
+    off = ~torch.eye(found[0].shape[-1], dtype=torch.bool)
+    torch.testing.assert_close(found[0][:, off], found[1][:, off], rtol=1e-3, atol=1e-3)
