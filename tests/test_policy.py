@@ -23,8 +23,8 @@ from kvquant_hf.triton_kernels.codecs import CODECS
     [
         ("exact", "exact", "exact", "exact"),
         ("int8", "int8-channel", "int8-affine", "int8"),
-        ("int4", "int4-channel", "int4-hadamard", "int4"),
-        ("turboquant", "int4-channel", "lloyd2", "turboquant"),
+        ("int4", "int4-ranked", "int4-hadamard", "int4"),
+        ("turboquant", "int4-ranked", "octet2", "turboquant"),
         (8, "int8-token", "int8-token", "int8-token"),
         (4, "int4-token", "int4-token", "int4-token"),
         (42, "lloyd3-sign", "lloyd2-plain", "turboquant-qjl"),
@@ -32,10 +32,11 @@ from kvquant_hf.triton_kernels.codecs import CODECS
         ("8", "int8-token", "int8-token", "int8-token"),
         ("42", "lloyd3-sign", "lloyd2-plain", "turboquant-qjl"),
         ("int8/int4", "int8-channel", "int4-hadamard", "int8-channel/int4-hadamard"),
-        ("int4/int4", "int4-channel", "int4-hadamard", "int4"),
-        ("exact/turboquant", "exact", "lloyd2", "exact/lloyd2"),
-        ("int4/turboquant", "int4-channel", "lloyd2", "turboquant"),
-        ("int4-channel/lloyd2", "int4-channel", "lloyd2", "turboquant"),
+        ("int4/int4", "int4-ranked", "int4-hadamard", "int4"),
+        ("exact/turboquant", "exact", "octet2", "exact/octet2"),
+        ("int4/turboquant", "int4-ranked", "octet2", "turboquant"),
+        ("int4-ranked/octet2", "int4-ranked", "octet2", "turboquant"),
+        ("int4-channel/lloyd2", "int4-channel", "lloyd2", "int4-channel/lloyd2"),
         ("kv3", "int3-ranked", "octet3", "kv3"),
         ("kv2.9", "int3-ranked", "octet2", "kv2.9"),
         ("kv2.4", "int2-ranked", "octet2", "kv2.4"),
@@ -129,9 +130,10 @@ def test_lmdeploy_bytes(policy: str, head_dim: int, per_dim: float, extra: int, 
         ("int8-static", 128),  # codes alone: what was calibrated is kept once per layer
         # codes of keys and values, two fp16 per channel and page of 64, two fp16 per token
         ("int8", 64 + 64 + 4 * 64 / 64 + 4),
-        ("int4", 32 + 32 + 4 * 64 / 64 + 4),
-        # 4 bit and 2 bit codes, two fp16 per channel and page of 64, one fp16 per token
-        ("turboquant", 32 + 16 + 4 * 64 / 64 + 2),
+        # an fp16 offset, a step and an order of a byte each per channel
+        ("int4", 32 + 32 + (2 + 1 + 1) * 64 / 64 + 4),
+        # 4 bit and 2 bit codes, the same per channel, one fp16 per token
+        ("turboquant", 32 + 16 + (2 + 1 + 1) * 64 / 64 + 2),
     ],
 )
 def test_our_bytes_at_head_dim_64(policy: str, bytes_per_token: float) -> None:

@@ -162,11 +162,11 @@ POLICIES: MappingProxyType[str, KVPolicy] = MappingProxyType(
     {
         "exact": KVPolicy("exact", "exact", "the baseline: same pages, same attention, nothing rounded"),
         "int8": KVPolicy("int8-channel", "int8-affine", "our best recipe at 8 bits"),
-        "int4": KVPolicy("int4-channel", "int4-hadamard", "4 bits for every key and value"),
+        "int4": KVPolicy("int4-ranked", "int4-hadamard", "4 bits for every key and value"),
         "kv3": KVPolicy("int3-ranked", "octet3", "3 bits on average, more for channels that count"),
         "kv2.9": KVPolicy("int3-ranked", "octet2", "the same keys, values in 2 bits"),
         "kv2.4": KVPolicy("int2-ranked", "octet2", "2 bits on average"),
-        "turboquant": KVPolicy("int4-channel", "lloyd2", "TurboQuant's values in 2 bits, keys as in int4"),
+        "turboquant": KVPolicy("int4-ranked", "octet2", "keys as in int4, values in 2 bits"),
         "int8-token": KVPolicy("int8-token", "int8-token", "LMDeploy quant_policy 8"),
         "int4-token": KVPolicy("int4-token", "int4-token", "LMDeploy quant_policy 4"),
         "turboquant-qjl": KVPolicy("lloyd3-sign", "lloyd2-plain", "LMDeploy quant_policy 42, as intended"),

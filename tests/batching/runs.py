@@ -1,6 +1,7 @@
 """The same prompts one by one and batched, greedily, with a look at how close a runner-up ever came."""
 
 import copy
+import unittest.mock
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from ties import Margins
 from transformers import GenerationConfig, PreTrainedModel
 
 import kvquant_hf
+from kvquant_hf.pages.queries import SeenQueries
 
 NEW = 24
 # Below, at and above a page, and a few pages.
@@ -31,15 +33,19 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 
 def one_by_one(model: PreTrainedModel, prompts: Sequence[list[int]], policy: str | None = None) -> list[list[int]]:
-    """The new tokens of each prompt by ``generate``, alone, with pages alone; None: with ``DynamicCache``."""
+    """The new tokens of each prompt by ``generate``, alone, with pages alone; None: with ``DynamicCache``.
+
+    Keys are rounded to the nearest codes, as in a batch, whose pages requests share.
+    """
     margins, found = Margins(), []
     pages = {"policy": policy, "sinks": 0}
     kvquant = {} if policy is None else {"cache_implementation": "kvquant", "cache_config": pages}
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY, **kvquant, **margins.options
-        )
+        with unittest.mock.patch.object(SeenQueries, "see", lambda self, query: None):
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY, **kvquant, **margins.options
+            )
         found.append(output[0, len(prompt) :].tolist())
     margins.check()
     return found

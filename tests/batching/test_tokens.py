@@ -10,7 +10,7 @@ from batching.runs import GREEDY, LENGTHS, batched, config_of, one_by_one, promp
 from models import tiny_gemma2, tiny_llama, tiny_windowed
 from transformers import PreTrainedModel
 
-PROMPTS = prompts_of(LENGTHS)
+PROMPTS = prompts_of(LENGTHS, seed=1)
 SHORT = prompts_of((3, 70, 130, 200))
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": tiny_llama,

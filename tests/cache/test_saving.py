@@ -342,7 +342,7 @@ def _tensor(name: str, change: Any) -> Any:
 HAND_MADE: dict[str, tuple[Any, str]] = {
     "codec gone": (_set("policy", "keys", to="fp5"), "needs 'fp5'.* install kvquant-hf .*"),
     "option of the future": (_set("options", "magic", to=1), "needs 'magic'.*install kvquant-hf"),
-    "codec changed": (_set("layers", 0, "state", "codecs", 0, 1, to=5), "layer 0 of .*with the codecs.*'int4-channel'"),
+    "codec changed": (_set("layers", 0, "state", "codecs", 0, 1, to=5), "layer 0 of .*with the codecs.*'int4-ranked'"),
     "other kind": (_set("layers", 1, "kind", to="Rolling"), "layer 1 of .* is a Rolling .*QuantizedPagedLayer"),
     "kind of the future": (_set("layers", 1, "version", to=2), r"\(version 2\), here.*\(version 1\)"),
     "integer of the future": (_set("layers", 0, "state", "integers", "dropped", to=1), "layer 0 of .* inconsistent"),

@@ -16,22 +16,20 @@ from kvquant_hf.triton_kernels import choice
 PAIRS = {
     "exact": ("exact", "exact"),
     "int8": ("int8-channel", "int8-affine"),
-    "int4": ("int4-channel", "int4-hadamard"),
-    "turboquant": ("int4-channel", "lloyd2"),
+    "int4": ("int4-ranked", "int4-hadamard"),
+    "turboquant": ("int4-ranked", "octet2"),
+    "kv3": ("int3-ranked", "octet3"),
+    "channel4": ("int4-channel", "int4-hadamard"),
+    "channel2": ("int4-channel", "lloyd2"),
     "lloyd4": ("lloyd4-centred", "lloyd2"),
     "lloyd3": ("lloyd3-channel", "lloyd3"),
     "int8-token": ("int8-token", "int8-token"),
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),
-    "octet2": ("int4-channel", "octet2"),
-    "octet3": ("int4-channel", "octet3"),
 }
-RANKED = {
-    "ranked4": ("int4-ranked", "int4-hadamard"),
-    "ranked3": ("int3-ranked", "lloyd3"),
-    "ranked2": ("int2-ranked", "lloyd2"),
-}
-ALL_PAIRS = PAIRS | RANKED
+# Of codecs that others of these have too.
+RARER = {"kv2.9": ("int3-ranked", "octet2"), "kv2.4": ("int2-ranked", "octet2")}
+ALL_PAIRS = PAIRS | RARER
 # Masks of several rows, float32 models and GPUs whose products run without tensor cores may use stack.
 UNTUNED = ("sm_7",)
 # With 3-bit codes on one side, as `kvquant tune` mixes them.
@@ -85,11 +83,11 @@ def trimmed(target: str) -> list[Case]:
     names = {
         "sm_70": ("int4",),
         "sm_75": ("turboquant",),
-        "sm_80": ("int8", "int4", "turboquant", "turboquant-qjl", "octet2"),
+        "sm_80": ("int8", "int4", "turboquant", "turboquant-qjl", "channel2"),
         "sm_86": ("int4",),
         "sm_89": ("turboquant",),
-        "sm_90": ("int8-token", "int4-token", "lloyd3", "octet3"),
-        "sm_120": ("int4", "octet2"),
+        "sm_90": ("int8-token", "int4-token", "lloyd3", "kv3", "channel4"),
+        "sm_120": ("int4", "kv3"),
     }
     cases = [Case(target, *PAIRS[name], dtype=half) for name in names.get(target, ("int4", "turboquant"))]
     mixed = {"sm_80": MIXED[3:4], "sm_90": MIXED[:1], "sm_120": MIXED[:1]}

@@ -22,15 +22,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from kernels import compiled, planted
 from kernels.compiler_process import call
 from kernels.covering import pairwise
-from kernels.test_compile_targets import PAIRS, RANKED
+from kernels.test_compile_targets import PAIRS, RARER
 from kernels.test_decode import Case
 
 from kvquant_hf.triton_kernels.codecs import CODECS
 
 PAGE = 64
-ALL_PAIRS = PAIRS | {"int8-static": ("int8-static", "int8-static")} | RANKED
-# Of these in the usual run: what is their own is one path for all widths, and ``test_ptx.py`` has their unpacking.
-RANKED_ALWAYS = {("attention", "ranked3", "bf16"), ("append", "ranked3", "fp16")}
+ALL_PAIRS = PAIRS | {"int8-static": ("int8-static", "int8-static")} | RARER
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TARGETS = {"fp16": (75, 80, 90), "bf16": (80, 90)}  # Turing has no bf16
 
@@ -98,7 +96,7 @@ def cases(kernel: str, usual: bool = False) -> list[Any]:
         chosen = quick[9 * i % len(quick)]  # neighbours are alike
         if kernel == "append" and (i + (dtype == "fp16")) % 2:
             chosen = -1
-        if policy in RANKED and (kernel, policy, dtype) not in RANKED_ALWAYS:
+        if policy in RARER:
             chosen = None
         for number, row in enumerate(rows):
             if number == chosen or not usual:
@@ -203,7 +201,7 @@ def test_blocks_go_on_where_others_ended(policy: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [p if p == "int4" else pytest.param(p, marks=pytest.mark.full) for p in (*PAIRS, *RANKED)]
+    "policy", [p if p == "int4" else pytest.param(p, marks=pytest.mark.full) for p in (*PAIRS, *RARER)]
 )
 def test_every_packed_byte_is_loaded_once(policy: str) -> None:
     """A page more costs ``decode`` its stored bytes, and the entry of the page table in each thread.

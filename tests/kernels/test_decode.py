@@ -29,10 +29,10 @@ PAIRS = (
     ("int4-channel", "int4-hadamard"),
     ("lloyd4-centred", "lloyd2"),
     ("lloyd3-channel", "lloyd3"),
-    ("octet2", "octet3"),
+    ("int4-channel", "octet2"),
     ("int4-ranked", "int4-hadamard"),
-    ("int3-ranked", "lloyd3"),
-    ("int2-ranked", "lloyd2"),
+    ("int3-ranked", "octet3"),
+    ("int2-ranked", "octet2"),
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
@@ -172,8 +172,8 @@ def attention(
 # In the usual run: all cases with these, two with and without padded dimensions with the others.
 WHOLE = (("int8-channel", "int8-affine"), ("int4-channel", "int4-hadamard"))
 BRIEF = (COMMON[2], COMMON[4])
-RARER = (("lloyd3-channel", "lloyd3"), ("octet2", "octet3"))
-RANKED = (("int4-ranked", "int4-hadamard"), ("int3-ranked", "lloyd3"), ("int2-ranked", "lloyd2"))
+RARER = (("lloyd3-channel", "lloyd3"), ("int4-channel", "octet2"))
+RANKED = (("int4-ranked", "int4-hadamard"), ("int3-ranked", "octet3"), ("int2-ranked", "octet2"))
 
 
 def marks(pair: tuple[str, str], repeats: bool = False) -> list[pytest.MarkDecorator]:

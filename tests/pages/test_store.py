@@ -19,10 +19,9 @@ PAGE = 64
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 1, 1000)
 PAIRS = (
     *POLICIES,
+    "int4-channel/lloyd2",
     "lloyd4-centred/lloyd3",
     "lloyd3-channel/lloyd2",
-    "int4-ranked/octet3",
-    "int3-ranked/octet2",
     "int2-ranked/lloyd2",
 )
 policies = pytest.mark.parametrize("policy", PAIRS)
@@ -223,9 +222,9 @@ def test_running_out_of_memory_changes_nothing(failing: int, monkeypatch: pytest
 def test_head_dim_that_a_codec_cannot_store() -> None:
     keys, values = vectors(1, 1, 1, 30), vectors(1, 1, 1, 30)
     with pytest.raises(UnsupportedModelError, match=r"'lloyd2' needs a head_dim that is a multiple of 4.*has 30"):
-        make_store("turboquant", keys, values)
+        make_store("int4-channel/lloyd2", keys, values)
     gc.collect()  # a store whose constructor failed must not complain when it goes
-    assert make_store("int4", keys, values).length == 0
+    assert make_store("int4-channel/int4-hadamard", keys, values).length == 0
 
 
 # -- crop --------------------------------------------------------------------------------------------------------------
