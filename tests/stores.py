@@ -1,10 +1,13 @@
 """Helpers around PagedStore that the tests of pages, attention and reports share."""
 
+import unittest.mock
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from calibrated import with_range
 
+from kvquant_hf.pages.queries import SeenQueries
 from kvquant_hf.pages.store import PagedStore
 from kvquant_hf.policies.table import POLICIES, KVPolicy, parse_policy
 from kvquant_hf.triton_kernels.codecs import CODECS
@@ -13,6 +16,11 @@ from kvquant_hf.triton_kernels.codecs import CODECS
 CPU_CODECS = [name for name, codec in CODECS.items() if codec.cpu(64) is not None]
 CPU_POLICIES = [name for name, policy in POLICIES.items() if {policy.keys, policy.values} <= set(CPU_CODECS)]
 ONLINE = [name for name, policy in POLICIES.items() if not policy.calibrated]  # nothing has to be measured beforehand
+
+
+def keys_to_the_nearest() -> Any:
+    """A context in which caches see no queries and round keys to the nearest codes, as static ones and batches do."""
+    return unittest.mock.patch.object(SeenQueries, "see", lambda self, query: None)
 
 
 def vectors(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

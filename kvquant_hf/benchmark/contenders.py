@@ -1,5 +1,6 @@
 """What is compared: transformers' own caches, and ours by policy; and what each is expected to take of memory."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ from transformers import cache_utils
 from ..cache import QuantizedPagedCache
 from ..errors import BenchmarkInputError, MissingPackageError
 from ..evaluation.baselines import BACKENDS, held_bytes, parse_baseline
+from ..pages.queries import SeenQueries
 from ..policies.cost import page_cost
 from ..policies.table import POLICIES, parse_policy
+from ..triton_kernels.codecs import CODECS
 
 DYNAMIC, EXACT = "dynamic", "exact"
 BASELINES = ("static", "quanto-4", "hqq-4", "fp8")
@@ -133,7 +136,7 @@ class Dimensions(NamedTuple):
 def expected_bytes(name: str, dims: Dimensions, tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
     """Upper bound of what a cache holds for ``batch`` sequences of ``tokens``; sliding windows count in full.
 
-    Ours: sealed pages, 1/32 of them (or one) reserved ahead, open pages and page tables.
+    Ours: sealed pages, 1/32 of them (or one) reserved ahead, open pages and page tables, and what is kept of queries.
     """
     elements = dims.elements_per_token()
     dense = batch * tokens * elements * dtype.itemsize
@@ -151,6 +154,10 @@ def expected_bytes(name: str, dims: Dimensions, tokens: int, dtype: torch.dtype,
         page = PAGE_SIZE * cost.bytes_per_token
         open_pages = batch * PAGE_SIZE * elements * dtype.itemsize
         per_layer = (pages * 33 / 32 + 1) * page + open_pages + 16 * pages + 64 * batch
+        if any(
+            CODECS[policy.keys].uses_queries for policy in itertools.islice(parse_policy(name).by_layer(), dims.layers)
+        ):
+            per_layer += batch * SeenQueries.most_bytes(dims.kv_heads, dims.head_dim, dims.query_heads, dtype.itemsize)
     return round(dims.layers * per_layer)
 
 

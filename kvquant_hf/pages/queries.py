@@ -211,6 +211,12 @@ class SeenQueries:
         self._moments = [Moments(*row) for row in zip(diagonals, correlations, strict=True)]
         self._recent, self._tokens, self.count = [], 0, int(count)
 
+    @staticmethod
+    def most_bytes(heads: int, head_dim: int, query_heads: int, itemsize: int) -> int:
+        """Bytes that are held of one sequence, at most, with queries of ``itemsize`` bytes an element."""
+        matrices = heads * (4 * head_dim + 2 * (head_dim * (head_dim - 1) // 2))
+        return matrices + _FOLDED * query_heads * head_dim * itemsize
+
     @property
     def nbytes(self) -> int:
         """Bytes held; what beams share counts once."""

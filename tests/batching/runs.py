@@ -1,17 +1,16 @@
 """The same prompts one by one and batched, greedily, with a look at how close a runner-up ever came."""
 
 import copy
-import unittest.mock
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from models import VOCAB
+from stores import keys_to_the_nearest
 from ties import Margins
 from transformers import GenerationConfig, PreTrainedModel
 
 import kvquant_hf
-from kvquant_hf.pages.queries import SeenQueries
 
 NEW = 24
 # Below, at and above a page, and a few pages.
@@ -42,7 +41,7 @@ def one_by_one(model: PreTrainedModel, prompts: Sequence[list[int]], policy: str
     kvquant = {} if policy is None else {"cache_implementation": "kvquant", "cache_config": pages}
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        with unittest.mock.patch.object(SeenQueries, "see", lambda self, query: None):
+        with keys_to_the_nearest():
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY, **kvquant, **margins.options
             )

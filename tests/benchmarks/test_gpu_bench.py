@@ -95,29 +95,32 @@ def test_red(pair, case, device):
 """
 
 
+INT4 = "int4-channel/int4-hadamard"
+
+
 def test_green_gate(tmp_path: Path) -> None:
     (tmp_path / "test_green.py").write_text(HEAD + GREEN)
     (tmp_path / "test_unmeasured.py").write_text(HEAD + UNMEASURED + "def test_elsewhere():\n    pass\n")
     (tmp_path / "test_needs.py").write_text("import a_package_that_nobody_has" + HEAD + GREEN)
     (tmp_path / "test_elsewhere.py").write_text("def test_elsewhere():\n    pass\n")
-    verdict = gate.run(Budget(60), tmp_path, ["int4"], processes=2)
+    verdict = gate.run(Budget(60), tmp_path, [INT4], processes=2)
     assert verdict.failures == [] and verdict.passed == {"test_green.py": 2}
     assert verdict.aside == {"codecs": 4, "device": 1} and verdict.by_codec == {"int4-channel": 1, "int4-hadamard": 1}
     assert verdict.left_out == {
         "test_needs.py": "needs a_package_that_nobody_has",
         "test_elsewhere.py": "runs nothing on the device",
     }
-    assert verdict.against("int4") == [] and verdict.against("exact") == ["no test of exact passed"]
+    assert verdict.against(INT4) == [] and verdict.against("exact") == ["no test of exact passed"]
 
 
 def test_a_red_test_speaks_for_its_codecs(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text(HEAD + GREEN + RED)
-    verdict = gate.run(Budget(60), tmp_path, ["int4", "int8", "exact"], processes=1)
+    verdict = gate.run(Budget(60), tmp_path, [INT4, "int8", "exact"], processes=1)
     assert verdict.passed.total() == 4 and "int8-channel" in verdict.output
     names = ["test_a.py::test_red[int8-channel/int8-affine-1]"]
     assert [failure.name for failure in verdict.failures] == verdict.against("int8") == names
     # Keys alone are enough.
-    assert verdict.against("int8/int4") == names and not verdict.against("int4") and not verdict.against("exact")
+    assert verdict.against("int8/int4") == names and not verdict.against(INT4) and not verdict.against("exact")
     verdict = gate.run(Budget(60), tmp_path, ["exact"], full=True, processes=1)
     assert (verdict.passed.total(), verdict.failures, verdict.aside["codecs"]) == (3, [], 4)
 

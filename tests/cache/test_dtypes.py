@@ -67,8 +67,8 @@ def test_exact_is_the_dynamic_cache_that_is_documented(first: bool, name: str, l
     # GPT-2 has no rotary keys: under autocast the first ones are bfloat16.
     theirs = (RoundedCache if first and name == "gpt2-own" else DynamicCache)(config=model.config)
     found, wanted = run(model, cache, calls), run(model, theirs, calls)
-    # Sums over as many tokens are equal; static caches read to max_length, and windows end at a page.  There a processor
-    # may add up bfloat16 in another order: twice the half step of a bfloat16 number as large as the largest logit.
+    # Sums over as many tokens are equal; static caches read to max_length, and windows end at a page.  There bfloat16
+    # may be added up in another order: twice half the step of a number as large as the largest logit.
     equal = layout == "paged" and "gemma" not in name
     torch.testing.assert_close(found, wanted, rtol=0, atol=0 if equal else 2**-8 * float(wanted.abs().max()))
 

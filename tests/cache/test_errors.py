@@ -110,7 +110,9 @@ def test_unknown_options(options: dict[str, Any], named: list[str], model: PreTr
 def test_head_dim_that_the_codec_cannot_store() -> None:
     model = tiny_llama(head_dim=30)
     cache = QuantizedPagedCache(model.config, "int4")
-    with refused(cache, errors.UnsupportedModelError, "'int4-ranked'", "multiple of 8", "has 30", "choose another policy"):
+    with refused(
+        cache, errors.UnsupportedModelError, "'int4-ranked'", "multiple of 8", "has 30", "choose another policy"
+    ):
         forward(model, cache, prompt())
     assert cache.get_seq_length() == 0
     assert forward(model, QuantizedPagedCache(model.config, "int4-channel/int4"), prompt()).isfinite().all()

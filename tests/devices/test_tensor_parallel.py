@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from batching.runs import batched, config_of, one_by_one, prompts_of
 from devices.launch import PROCESSES, torchrun
-from devices.sharded import BYTES, GATHERED, LENGTHS, NEW, ODD, POLICIES, WHOLE, batches, by_object, generate
+from devices.sharded import BYTES, CHANNEL, GATHERED, LENGTHS, NEW, ODD, POLICIES, WHOLE, batches, by_object, generate
 from models import build, tiny_llama
 from transformers import PreTrainedModel
 
@@ -51,7 +51,7 @@ def ranks(
 @pytest.fixture(scope="module")
 def alone(whole: PreTrainedModel) -> dict[str, Any]:
     """Tokens and report of one process, by policy; None: of ``DynamicCache``."""
-    return {None: {"tokens": generate(whole)}} | {policy: by_object(whole, policy) for policy in POLICIES}
+    return {None: {"tokens": generate(whole)}} | {policy: by_object(whole, policy) for policy in (*POLICIES, CHANNEL)}
 
 
 def test_generate_is_that_of_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def test_generate_is_that_of_one_process(ranks: list[dict[str, Any]], alone: dic
 
 def test_static_is_that_of_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for rank in ranks:
-        assert rank["static"] == {"exact": alone[None]["tokens"], "int4": alone["int4"]["tokens"]}
+        assert rank["static"] == {"exact": alone[None]["tokens"], CHANNEL: alone[CHANNEL]["tokens"]}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -11,6 +11,7 @@ import openai
 import torch
 import uvicorn
 from models import tiny_llama
+from stores import keys_to_the_nearest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -121,12 +122,13 @@ def alone(model: Any, tokenizer: Any, text: str, new: int, policy: str, **settin
         text: the message.
         new: tokens of the answer.
         policy: how the cache is stored.
-        settings: of the cache; without first tokens that are exact, as in a batch, unless they say otherwise.
+        settings: of the cache; without first tokens that are exact, as in a batch, unless they say otherwise.  Keys are
+            rounded to the nearest codes, as there.
     """
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     cache = QuantizedPagedCache(model.config, policy, **({"sinks": 0} | settings))
-    with torch.no_grad():
+    with torch.no_grad(), keys_to_the_nearest():
         output = model.generate(**prompt, **with_cache(cache), max_new_tokens=new, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
