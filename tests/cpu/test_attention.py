@@ -218,7 +218,8 @@ def test_narrower_vectors(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(append._search(x, levels), octet.search(x, levels))
     for policy in (*CPU_POLICIES, "octet3/octet2"):
         checked(make_problem(policy, Case(200, 80, 96, group=3, queries=2)))
-        checked(make_problem(policy, Case(100, group=1), torch.float16))
+        checked(make_problem(policy, Case(100, 8, 24, group=2, page_size=8)))
+        checked(make_problem(policy, Case(100, 128, 128, group=1), torch.float16))
         checked(make_problem(policy, Case(100, group=5), torch.bfloat16), softcap=5.0, other_scores=5.0)
 
 

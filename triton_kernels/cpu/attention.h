@@ -139,10 +139,11 @@ class Rows {
     const int batch_, head_, first_, rows_, stride_;
     const Side &keys_, &values_;
     Partial partial_;
-    int64_t ahead_ = 0;                       // bytes from the current page to the next
+    int64_t ahead_ = 0, next_ = 0;            // bytes from the current page to the next; its page-and-head
     int64_t total_ = 0, low_ = 0, high_ = 0;  // tokens of the sequence; range of those that some row sees
     int32_t* order_;  // channel of each column, where channels are ranked
     int64_t first_begin_ = 0, first_end_ = 0;  // range of those that are read as they came, and not in their page
+    uint8_t* work_;  // of unpacking
     float *query_, *scaled_, *query_sum_, *constant_, *scores_, *tile_, *channels_, *page_sum_;
     TokenFactors factors_;
 
@@ -154,7 +155,8 @@ class Rows {
         const size_t rows = ROWS, page = size_t(round_up(int(call.page_size), BLOCK));
         const size_t widest = size_t(std::max(std::max(call.keys.columns(), call.values.columns()),
                                               round_up(int(std::max(call.keys.dim, call.values.dim)), W)));
-        return rows * (3 * widest + page + 2) + BLOCK * widest + 3 * widest + 3 * page + 16 * 16;
+        return rows * (3 * widest + page + 2) + BLOCK * widest + 3 * widest + 3 * page +
+               work_bytes(int(widest)) / 4 + 17 * 16;
     }
 
     Rows(const Attention& call, int batch, int head, int first, int rows, Partial partial, Scratch& scratch)
@@ -171,6 +173,7 @@ class Rows {
         constant_ = scratch.take(rows);
         tile_ = scratch.take(size_t(BLOCK) * widest);
         channels_ = scratch.take(size_t(widest) * 2);
+        work_ = (uint8_t*)scratch.take(work_bytes(widest) / 4);
         order_ = (int32_t*)scratch.take(size_t(widest));
         factors_ = {scratch.take(stride_), scratch.take(stride_), scratch.take(stride_)};
         const int32_t* lengths = call.lengths + 2 * batch;
@@ -224,6 +227,7 @@ class Rows {
         for (int64_t page = first; page < last; page++) {
             const int64_t index = table[page] * call_.heads + head_;
             const int64_t next = page + 1 < last ? table[page + 1] * call_.heads + head_ : index;
+            next_ = next;
             const char* rows = keys_.codes + index * page_size * keys_.row_bytes();
             ahead_ = (next - index) * page_size * keys_.row_bytes();
             score(keys_, unpack_keys, rows, keys_.row_bytes(), index, page_size, true);
@@ -271,9 +275,28 @@ class Rows {
         return side;
     }
 
+    // GCC drops calls of functions that do nothing else: for it they have no effect.  It lets the empty statement be one.
+    static void prefetch_lines(const char* p, int64_t bytes) {
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+        __asm__ volatile("");
+    }
+
     // The same rows of the next page, which lies anywhere: the processor does not foresee it.
-    void prefetch(const char* rows, int64_t bytes) const {
-        for (int64_t i = 0; ahead_ && i < bytes; i += 64) __builtin_prefetch(rows + ahead_ + i, 0, 2);
+    void prefetch(const Side& side, const char* rows, int64_t bytes) const {
+        if (!ahead_) return;
+        prefetch_lines(rows + ahead_, bytes);
+        if (side.signs) prefetch_lines(side.signs + (rows + ahead_ - side.codes) / side.less(), bytes / side.less());
+    }
+
+    // What stands outside of the levels in the next page.
+    void prefetch_factors(const Side& side, int count) const {
+        if (!ahead_) return;
+        const auto one = [&](const Factor& factor, int64_t numbers) {
+            if (factor.data && !factor.heads) prefetch_lines(factor.at(next_, numbers), numbers * item_size(factor.dtype));
+        };
+        one(side.token_scale, count), one(side.token_offset, count), one(side.residual, count);
+        one(side.channel_scale, side.numbers(side.channel_scale)), one(side.channel_offset, side.dim);
+        if (side.order) prefetch_lines(side.order + next_ * side.dim, side.dim);
     }
 
     // Scores of `count` tokens, [rows, stride_].
@@ -281,15 +304,19 @@ class Rows {
                bool packed) {
         const int columns = side.columns();
         const float* query = query_;
+        prefetch_factors(side, count);
         if (packed) factors_.read(side, index, count);
         const bool scaled = packed && side.channel_scale.data, shifted = packed && side.channel_offset.data;
-        if (packed && side.ranked()) {
+        const bool ranked = packed && side.ranked();  // which have steps and offsets
+        if (ranked) {
+            float* offsets = channels_ + columns;
             ranked_channels(side, index, order_);
-            for (int r = 0; r < rows_; r++)
-                permute(query_ + int64_t(r) * columns, int(side.dim), order_, columns, scaled_ + int64_t(r) * columns);
+            channel_factor(side, side.channel_scale, index, channels_);
+            channel_factor(side, side.channel_offset, index, offsets);
+            auto* rank = columns == 64 ? rank_query<64> : columns == 128 ? rank_query<128> : rank_query<0>;
+            rank(query_, rows_, int(side.dim), order_, channels_, offsets, columns, scores_, scaled_, constant_);
             query = scaled_;
-        }
-        if (shifted) {
+        } else if (shifted) {
             channel_factor(side, side.channel_offset, index, channels_);
             for (int r = 0; r < rows_; r++) {
                 Floats total = {};
@@ -297,7 +324,7 @@ class Rows {
                 constant_[r] = sum(total);
             }
         }
-        if (scaled) {
+        if (scaled && !ranked) {
             channel_factor(side, side.channel_scale, index, channels_);
             for (int r = 0; r < rows_; r++)
                 for (int c = 0; c < columns; c += W) {
@@ -307,8 +334,9 @@ class Rows {
             query = scaled_;
         }
         for (int t = 0; t < count; t += BLOCK) {
-            prefetch(rows + t * row_bytes, BLOCK * row_bytes);
-            unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, std::min(BLOCK, count - t), tile_);
+            prefetch(side, rows + t * row_bytes, BLOCK * row_bytes);
+            unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, std::min(BLOCK, count - t), work_,
+                   tile_);
             score_block(query, rows_, tile_, columns, scores_ + t, stride_);
         }
         for (int r = 0; r < rows_; r++) {
@@ -395,6 +423,7 @@ class Rows {
         const int columns = side.columns();
         const bool scaled = packed && side.channel_scale.data, shifted = packed && side.channel_offset.data;
         const bool ranked = packed && side.ranked();  // what rows have summed is in the order of the channels
+        prefetch_factors(side, count);
         if (packed) factors_.read(side, index, count);
         if (ranked) ranked_channels(side, index, order_);
         if (shifted) channel_factor(side, side.channel_offset, index, channels_);
@@ -418,8 +447,8 @@ class Rows {
         if (scaled) std::memset(page_sum_, 0, size_t(rows_) * columns * 4);
         for (int t = 0; t < count; t += BLOCK) {
             const int some = std::min(BLOCK, count - t);
-            prefetch(rows + t * row_bytes, some * row_bytes);
-            unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, some, tile_);
+            prefetch(side, rows + t * row_bytes, some * row_bytes);
+            unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, some, work_, tile_);
             weigh_block(scores_ + t, rows_, stride_, tile_, columns, some, page_sum_);
         }
         if (scaled) channel_factor(side, side.channel_scale, index, channels_);

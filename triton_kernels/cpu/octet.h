@@ -8,49 +8,24 @@
 
 namespace kv {
 
-// Each lane's neighbour, 1 0 3 2 ...
-inline Ints neighbours(Ints x) {
-#if KV_WIDTH == 16
-    return (Ints)_mm512_shuffle_epi32((__m512i)x, _MM_PERM_CDAB);
-#elif KV_WIDTH == 8
-    return (Ints)_mm256_shuffle_epi32((__m256i)x, _MM_SHUFFLE(2, 3, 0, 1));
-#else
-    return Ints{x[1], x[0], x[3], x[2]};
-#endif
-}
-
-// One byte for two lanes, from W / 2 of them; the odd lane gets it moved down by one bit.
-inline Ints load_pairs(const uint8_t* p) {
-#if KV_WIDTH > 4
-    int64_t bytes = 0;
-    std::memcpy(&bytes, p, W / 2);
-    const __m128i twice = _mm_unpacklo_epi8(_mm_cvtsi64_si128(bytes), _mm_cvtsi64_si128(bytes));
-    const __m128i low = _mm_set1_epi16(0xff), moved = _mm_srli_epi16(twice, 1);
-    const __m128i apart = _mm_or_si128(_mm_and_si128(low, twice), _mm_andnot_si128(low, moved));
-#endif
-#if KV_WIDTH == 16
-    return (Ints)_mm512_cvtepu8_epi32(apart);
-#elif KV_WIDTH == 8
-    return (Ints)_mm256_cvtepu8_epi32(apart);
-#else
-    return Ints{p[0], p[0] >> 1, p[1], p[1] >> 1};
-#endif
-}
-
-// Indices of the levels of a lane's byte of codes in a table of levels and their negatives: fields 0 and 2 are the two
-// nibbles of `even`, 1 and 3 those of `odd`.  Of 2 bits the highest bit of a nibble means nothing.
-struct OctetIndices {
-    Ints even, odd;
-
-    static Ints choose(int mask, Ints yes, Ints no) { return (yes & mask) | (no & ~mask); }
-
-    OctetIndices(Ints codes, Ints high, bool three) {
-        const Ints differ = codes ^ neighbours(codes), again = differ | differ << 8;
-        const Ints signs = again >> 2 ^ again >> 4;  // of field f at bit 2 f
-        even = choose(0x33, codes, three ? choose(0x44, high << 2, signs << 3) : signs << 2);
-        odd = choose(0x33, codes >> 2, three ? choose(0x44, high, signs << 1) : signs);
+// Indices of the levels of words of codes in a table of levels and their negatives: fields 0 and 2 of a byte are the two
+// nibbles of `even`, 1 and 3 those of `odd`.  Of 2 bits the highest bit of a nibble means nothing.  `high` has a byte of
+// third bits in the lower half of each word.
+template <bool THREE>
+inline void octet_indices(Words codes, Words high, Words& even, Words& odd) {
+    const Words differ = codes ^ (codes << 8 | codes >> 8);  // in both bytes
+    const Words again = differ ^ differ >> 2;                // the sign of field f at bit 2 f + 2
+    if constexpr (THREE) {
+        const Words some = (again << 1 & 0x88) | (again >> 2 & 0x44), signs = some | some << 8;
+        const Words third = high | high << 7;
+        even = choose(0x3333, codes, choose(0x4444, third << 2, signs));
+        odd = choose(0x3333, codes >> 2, choose(0x4444, third, signs << 1));
+    } else {
+        const Words some = (again & 0x44) | (again >> 1 & 0x88), signs = some | some << 8;
+        even = choose(0x3333, codes, signs);
+        odd = choose(0x3333, codes >> 2, signs >> 1);
     }
-};
+}
 
 // Signed codes of the nearest levels of rows [rows, dim]: `octet.search`, which see.  In the order of `SEARCH` in
 // native.py.

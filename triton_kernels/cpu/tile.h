@@ -51,18 +51,28 @@ struct Side {
     // Channels are in the order of fields, each padded to whole vectors.
     int width() const { return round_up(part(), W); }
     int columns() const { return fields() * width(); }
+    // Bytes of codes for one of `signs`.
+    int less() const { return format == RANKED_4 ? 1 : 2; }
+    // Numbers of a channel vector of one page-and-head: quarters without bits have no steps.
+    int64_t numbers(const Factor& factor) const {
+        return int64_t(part()) * (format == RANKED_2 && factor.dtype == STEP ? 3 : fields());
+    }
     int row_bytes() const { return format == VECTORS ? int(dim) * item_size(dtype) : part(); }
 };
 
-// Rows of one page: `count` <= BLOCK tokens from `rows` on become `tile` [count, columns].
+// Rows of one page: `count` <= BLOCK tokens from `rows` on become `tile` [count, columns].  `work` is memory of
+// `work_bytes`.
 typedef void Unpack(const Side& side, const char* rows, int64_t row_bytes, const float* residual, int count,
-                    float* tile);
+                    uint8_t* work, float* tile);
+
+// Two bytes for each one of codes, and what stores and loads of whole vectors touch beyond them.
+inline size_t work_bytes(int columns) { return size_t(BLOCK) * columns / 2 + 8 * WORDS; }
 
 // How a level follows from its code, beside the table of levels.
 enum Kind { PLAIN, SLOPED, SIGNED, CENTRED };
 
 template <int BITS, Kind KIND>
-void unpack_codes(const Side& side, const char* rows, int64_t row_bytes, const float* residual, int count,
+void unpack_codes(const Side& side, const char* rows, int64_t row_bytes, const float* residual, int count, uint8_t*,
                   float* tile) {
     constexpr int FIELDS = 8 / BITS;
     static const float none[16] = {};
@@ -99,73 +109,94 @@ void unpack_codes(const Side& side, const char* rows, int64_t row_bytes, const f
     }
 }
 
-// Codes of ranked.py: each byte has one channel of every quarter.
-template <int FORMAT>
-void unpack_ranked(const Side& side, const char* rows, int64_t row_bytes, const float*, int count, float* tile) {
-    const int part = side.part(), width = side.width();
-    constexpr int LESS = FORMAT == RANKED_3 ? 2 : 1;  // bytes of codes for one of the second plane
-    const char* second = side.signs + (rows - side.codes) / LESS;
-    const auto expand = [&](Ints a, Ints b, float* out) {
-        const auto put = [&](int quarter, Ints code) {
-            store(out + quarter * width, __builtin_convertvector(code, Floats));
-        };
-        if constexpr (FORMAT == RANKED_4) {
-            put(0, (a & 15) << 2 | (b & 3)), put(1, a >> 4), put(2, b >> 2 & 7), put(3, b >> 5);
-        } else if constexpr (FORMAT == RANKED_3) {
-            put(0, a & 15), put(1, a >> 4), put(2, b & 3), put(3, b >> 2);
-        } else {
-            put(0, a & 15), put(1, a >> 4 & 3), put(2, a >> 6), put(3, Ints{});
+// W bytes, WORDS words, or WORDS bytes each in a word, from `p` on, where `bytes` are left.
+inline Ints load_bytes(const uint8_t* p, int bytes) {
+    if (bytes >= W) return load_bytes(p);
+    uint8_t some[W] = {};
+    std::memcpy(some, p, size_t(bytes));
+    return load_bytes(some);
+}
+
+inline Words load_words(const uint8_t* p, int bytes) {
+    if (bytes >= 2 * WORDS) return load_words(p);
+    uint8_t some[2 * WORDS] = {};
+    std::memcpy(some, p, size_t(bytes));
+    return load_words(some);
+}
+
+inline Words widen_bytes(const uint8_t* p, int bytes) {
+    if (bytes >= WORDS) return widen_bytes(p);
+    uint8_t some[WORDS] = {};
+    std::memcpy(some, p, size_t(bytes));
+    return widen_bytes(some);
+}
+
+// Codes of ranked.py: each byte has one channel of every quarter.  PART is their number where it is known to the
+// compiler, else 0.
+template <int FORMAT, int PART>
+void unpack_ranked(const Side& side, const char* rows, int64_t, const float*, int count, uint8_t* work, float* tile) {
+    const int part = PART ? PART : side.part(), width = PART ? PART : side.width();
+    const uint8_t *codes = (const uint8_t*)rows, *second = work;
+    if constexpr (FORMAT == RANKED_4) second = (const uint8_t*)side.signs + (rows - side.codes);
+    if constexpr (FORMAT == RANKED_3) {  // a byte for two channels becomes a byte with two nibbles for each
+        const uint8_t* pairs = (const uint8_t*)side.signs + (rows - side.codes) / 2;
+        for (int i = 0; i < count * part; i += 2 * WORDS) {
+            Words fields = widen_bytes(pairs + i / 2, (count * part - i) / 2);
+            fields = (fields | fields << 4) & 0x0f0f;
+            store_words(work + i, (fields | fields << 2) & 0x3333);
         }
-    };
-    const auto load_second = [](const uint8_t* p) {
-        if constexpr (FORMAT == RANKED_4) return load_bytes(p);
-        if constexpr (FORMAT == RANKED_3) return load_nibbles(p);
-        return Ints{};
-    };
+    }
     for (int t = 0; t < count; t++) {
-        const uint8_t *a = (const uint8_t*)rows + t * row_bytes, *b = (const uint8_t*)second + t * row_bytes / LESS;
         float* out = tile + int64_t(t) * 4 * width;
-        int j = 0;
-        for (; j + W <= part; j += W) expand(load_bytes(a + j), load_second(b + j / LESS), out + j);
-        if (j < part) {
-            uint8_t last[W] = {}, rest[W] = {};
-            std::memcpy(last, a + j, size_t(part - j));
-            if (FORMAT != RANKED_2) std::memcpy(rest, b + j / LESS, size_t(part - j) / LESS);
-            expand(load_bytes(last), load_second(rest), out + j);
+        for (int j = 0; j < part; j += W) {
+            const int at = t * part + j;
+            const Ints a = load_bytes(codes + at, part - j);
+            const auto put = [&](int quarter, Floats code) { store(out + quarter * width + j, code); };
+            if constexpr (FORMAT == RANKED_4) {
+                const Ints b = load_bytes(second + at, part - j);
+                put(0, numbers((a << 2 & 60) | (b & 3))), put(1, lowest<4>(a >> 4));
+                put(2, lowest<3>(b >> 2)), put(3, numbers(b >> 5));
+            } else if constexpr (FORMAT == RANKED_3) {
+                const Ints b = load_bytes(second + at);
+                put(0, lowest<4>(a)), put(1, numbers(a >> 4)), put(2, lowest<4>(b)), put(3, numbers(b >> 4));
+            } else {
+                put(0, lowest<4>(a)), put(1, lowest<2>(a >> 4)), put(2, numbers(a >> 6)), put(3, Floats{});
+            }
         }
     }
 }
 
 // Codes of octet.py, whose signs follow from the codes of a block.
-template <bool THREE>
-void unpack_octets(const Side& side, const char* rows, int64_t row_bytes, const float*, int count, float* tile) {
+template <bool THREE, int PART>
+void unpack_octets(const Side& side, const char* rows, int64_t, const float*, int count, uint8_t* work, float* tile) {
     const Table levels(side.levels);
-    const int part = side.part(), width = side.width();
-    const auto expand = [&](Ints codes, Ints high, float* out) {
-        const OctetIndices index(codes, high, THREE);
-        store(out, levels.at(index.even));
-        store(out + width, levels.at(index.odd));
-        store(out + 2 * width, levels.at(index.even >> 4));
-        store(out + 3 * width, levels.at(index.odd >> 4));
-    };
+    const int part = PART ? PART : side.part(), width = PART ? PART : side.width();
+    const uint8_t* codes = (const uint8_t*)rows;
+    const uint8_t* high = THREE ? (const uint8_t*)side.signs + (rows - side.codes) / 2 : codes;
+    uint8_t *even = work, *odd = work + BLOCK * part + 2 * WORDS;
+    for (int i = 0; i < count * part; i += 2 * WORDS) {
+        const int left = count * part - i;
+        const Words third = THREE ? widen_bytes(high + i / 2, left / 2) : Words{};
+        Words fields[2];
+        octet_indices<THREE>(load_words(codes + i, left), third, fields[0], fields[1]);
+        store_words(even + i, fields[0]);
+        store_words(odd + i, fields[1]);
+    }
     for (int t = 0; t < count; t++) {
-        const uint8_t* codes = (const uint8_t*)rows + t * row_bytes;
-        const uint8_t* high = THREE ? (const uint8_t*)side.signs + ((const char*)codes - side.codes) / 2 : codes;
         float* out = tile + int64_t(t) * 4 * width;
-        int j = 0;
-        for (; j + W <= part; j += W)
-            expand(load_bytes(codes + j), THREE ? load_pairs(high + j / 2) : Ints{}, out + j);
-        if (j < part) {
-            uint8_t last[W] = {}, some[W] = {};
-            std::memcpy(last, codes + j, size_t(part - j));
-            if (THREE) std::memcpy(some, high + j / 2, size_t(part - j) / 2);
-            expand(load_bytes(last), THREE ? load_pairs(some) : Ints{}, out + j);
+        for (int j = 0; j < part; j += W) {
+            const Ints a = load_bytes(even + t * part + j), b = load_bytes(odd + t * part + j);
+            store(out + j, levels.at(a));
+            store(out + width + j, levels.at(b));
+            store(out + 2 * width + j, levels.at(a >> 4));
+            store(out + 3 * width + j, levels.at(b >> 4));
         }
     }
 }
 
 template <int64_t DTYPE>
-void unpack_vectors(const Side& side, const char* rows, int64_t row_bytes, const float*, int count, float* tile) {
+void unpack_vectors(const Side& side, const char* rows, int64_t row_bytes, const float*, int count, uint8_t*,
+                    float* tile) {
     const int dim = int(side.dim), width = round_up(dim, W);
     for (int t = 0; t < count; t++) {
         float* out = tile + int64_t(t) * width;
@@ -180,18 +211,28 @@ inline Unpack* vectors_of(int64_t dtype) {
                                : unpack_vectors<FLOAT16>;
 }
 
+// Unpackers of octets and of ranked channels with their PART.
+template <int PART>
+inline Unpack* quartered(const Side& side) {
+    if (side.format == RANKED_4) return unpack_ranked<RANKED_4, PART>;
+    if (side.format == RANKED_3) return unpack_ranked<RANKED_3, PART>;
+    if (side.format == RANKED_2) return unpack_ranked<RANKED_2, PART>;
+    return side.signs ? unpack_octets<true, PART> : unpack_octets<false, PART>;
+}
+
 inline Unpack* unpacker(const Side& side) {
+    if (side.ranked() || (side.format == CODES_2 && side.octets)) {
+        if (side.part() == 16) return quartered<16>(side);
+        if (side.part() == 32) return quartered<32>(side);
+        return quartered<0>(side);
+    }
     switch (side.format) {
         case VECTORS: return vectors_of(side.dtype);
         case CODES_8: return side.middle ? unpack_codes<8, CENTRED> : unpack_codes<8, PLAIN>;
         case CODES_4: return side.slopes ? unpack_codes<4, SLOPED> : unpack_codes<4, PLAIN>;
         case CODES_2:
-            if (side.octets) return side.signs ? unpack_octets<true> : unpack_octets<false>;
             if (side.signs) return unpack_codes<2, SIGNED>;
             return side.slopes ? unpack_codes<2, SLOPED> : unpack_codes<2, PLAIN>;
-        case RANKED_4: return unpack_ranked<RANKED_4>;
-        case RANKED_3: return unpack_ranked<RANKED_3>;
-        case RANKED_2: return unpack_ranked<RANKED_2>;
         default: return side.slopes ? unpack_codes<1, SLOPED> : unpack_codes<1, PLAIN>;
     }
 }
@@ -213,9 +254,11 @@ inline void from_columns(const Side& side, const float* from, float* to) {
 // A channel vector of page-and-head `index` in the columns' order; zero for channels that have none.
 inline void channel_factor(const Side& side, const Factor& factor, int64_t index, float* to) {
     const int part = side.part(), width = side.width(), size = item_size(factor.dtype);
-    const int fields = side.format == RANKED_2 && factor.dtype == STEP ? 3 : side.fields();
-    const char* from = factor.at(index, int64_t(part) * fields);
+    const int64_t numbers = side.numbers(factor);
+    const int fields = int(numbers / part);
+    const char* from = factor.at(index, numbers);
     for (int c = fields * width; c < side.columns(); c++) to[c] = 0;
+    if (part == width) return to_floats(from, factor.dtype, int(numbers), to);
     for (int field = 0; field < fields; field++) {
         to_floats(from + int64_t(field) * part * size, factor.dtype, part, to + field * width);
         for (int j = part; j < width; j++) to[field * width + j] = 0;
@@ -230,23 +273,45 @@ inline void ranked_channels(const Side& side, int64_t index, int32_t* to) {
         for (int j = 0; j < width; j++) to[field * width + j] = j < part ? from[field * part + j] : 0;
 }
 
-// `from` [dim, padded to whole vectors] in the order of `channels` [columns].
-inline void permute(const float* from, int dim, const int32_t* channels, int columns, float* to) {
+// Those of the numbers `from` [dim, padded to whole vectors] that `channels` say.  DIM is their number where it is known
+// to the compiler, else 0.
+template <int DIM>
+inline Floats gather(const float* from, int width, Ints channels) {
 #if KV_WIDTH == 16
-    for (int c = 0; c < columns; c += W) {
-        const __m512i channel = _mm512_loadu_si512(channels + c), block = _mm512_srli_epi32(channel, 5);
-        __m512 some = _mm512_setzero_ps();
-        for (int first = 0; first < dim; first += 32) {
-            const __m512 low = _mm512_loadu_ps(from + first);
-            const __m512 high = first + 16 < dim ? _mm512_loadu_ps(from + first + 16) : low;
-            const __mmask16 here = _mm512_cmpeq_epi32_mask(block, _mm512_set1_epi32(first / 32));
-            some = _mm512_mask_mov_ps(some, here, _mm512_permutex2var_ps(low, channel, high));
-        }
-        _mm512_storeu_ps(to + c, some);
+    const int dim = DIM ? DIM : width;
+    const __m512i channel = (__m512i)channels, block = _mm512_srli_epi32(channel, 5);
+    __m512 some = _mm512_setzero_ps();
+    for (int first = 0; first < dim; first += 32) {
+        const __m512 low = _mm512_loadu_ps(from + first);
+        const __m512 high = first + 16 < dim ? _mm512_loadu_ps(from + first + 16) : low;
+        const __mmask16 here = _mm512_cmpeq_epi32_mask(block, _mm512_set1_epi32(first / 32));
+        some = _mm512_mask_mov_ps(some, here, _mm512_permutex2var_ps(low, channel, high));
     }
+    return (Floats)some;
 #else
-    for (int c = 0; c < columns; c++) to[c] = from[channels[c]];
+    Floats some;
+    for (int i = 0; i < W; i++) some[i] = from[channels[i]];
+    return some;
 #endif
+}
+
+// Rows of `query` [rows, columns], channels in their own order, become `scaled`: those of a page in its order, times its
+// steps.  `constant` [rows]: their products with its offsets.  `totals` [rows, W] is work memory.
+template <int DIM>
+void rank_query(const float* query, int rows, int dim, const int32_t* channels, const float* steps,
+                const float* offsets, int width, float* totals, float* scaled, float* constant) {
+    const int columns = DIM ? DIM : width;
+    std::memset(totals, 0, size_t(rows) * W * 4);
+    for (int c = 0; c < columns; c += W) {
+        const Ints some = (Ints)load((const float*)channels + c);
+        const Floats step = load(steps + c), offset = load(offsets + c);
+        for (int r = 0; r < rows; r++) {
+            const Floats x = gather<DIM>(query + int64_t(r) * columns, dim, some);
+            store(totals + r * W, load(totals + r * W) + x * offset);
+            store(scaled + int64_t(r) * columns + c, x * step);
+        }
+    }
+    for (int r = 0; r < rows; r++) constant[r] = sum(load(totals + r * W));
 }
 
 // Token vectors of page-and-head `index`, [page_size] each.

@@ -29,6 +29,10 @@ namespace kv {
 constexpr int W = KV_WIDTH;
 typedef float Floats __attribute__((vector_size(4 * KV_WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * KV_WIDTH)));
+typedef uint16_t Words __attribute__((vector_size(4 * KV_WIDTH)));
+typedef uint8_t Bytes __attribute__((vector_size(2 * KV_WIDTH)));
+
+constexpr int WORDS = 2 * W;  // in one vector of them
 
 // STEP: bits 14 to 7 of a FLOAT16, whose others are 0.
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3, STEP = 4 };
@@ -125,6 +129,27 @@ inline Ints load_nibbles(const uint8_t* p) {
 #endif
 }
 
+inline Words load_words(const uint8_t* p) {
+    Words v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// WORDS bytes, each in a word.
+inline Words widen_bytes(const uint8_t* p) {
+#if KV_WIDTH == 16
+    return (Words)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#else
+    Bytes v;
+    std::memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, Words);
+#endif
+}
+
+inline void store_words(uint8_t* p, Words v) { std::memcpy(p, &v, sizeof v); }
+
+inline Words choose(uint16_t mask, Words yes, Words no) { return (yes & mask) | (no & uint16_t(~mask)); }
+
 inline Floats load_halves(const uint16_t* p) {
 #if KV_WIDTH == 16
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -197,6 +222,19 @@ inline void from_floats(const float* from, int64_t dtype, int count, void* to) {
     } else {
         for (int i = 0; i < count; i++) ((uint16_t*)to)[i] = float_to_half(from[i]);
     }
+}
+
+inline Floats numbers(Ints x) { return __builtin_convertvector(x, Floats); }
+
+// Numbers of the lowest BITS of each lane, looked up where the processor does so beside shifts and conversions.
+template <int BITS>
+inline Floats lowest(Ints x) {
+#if KV_WIDTH == 16
+    const Ints all = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (Floats)_mm512_permutexvar_ps((__m512i)x, (__m512)numbers(all & ((1 << BITS) - 1)));
+#else
+    return numbers(x & ((1 << BITS) - 1));
+#endif
 }
 
 // Sixteen levels, and which one each lane wants; bits of an index above the fourth are ignored.
