@@ -9,7 +9,8 @@ fp8     code = the number of e4m3 next to x, ties to even, |x| above 448 stored 
 
 There is no scale, that is, it is 1: what engines store where nobody has calibrated them.  Nor would one for each page
 and head do much: it moves a grid of floating-point numbers and makes it no finer.  Between 2^-6 and 448 the error is a
-share of the number itself, wherever it lies.  Only what is beyond one of the ends gains by it.
+share of the number itself, wherever it lies.  Only what is beyond one of the ends gains by it: on SmolLM2 (WikiText-2,
+2 windows) the KLD is .00151, and .00148 with all numbers times 16.
 
 nvfp4   16 neighbouring channels of a token share a scale s in e4m3                           4 + 8/16 = 4.5 bits
 
@@ -28,7 +29,7 @@ nvfp4   16 neighbouring channels of a token share a scale s in e4m3             
 NVIDIA's recipe has a second scale, one float32 for a whole tensor, that brings the largest s to 448.  It is 1 here, as
 in an engine that nobody has calibrated: a cache has no whole tensor when it stores a page, and e4m3 reaches from 2^-9
 to 448 by itself.  Blocks whose largest number is between 0.1 and 2688 have an s of full precision, smaller ones a
-coarser one, below 0.006 none.
+coarser one, below 0.006 none.  With all numbers times 16 the KLD is .0168 instead of .0169.
 
 A product of code and scale has six significant bits: it is exact in fp16, so that kernels multiply by ``s`` before the
 product with a query, which no scale per token or channel could stand for.
