@@ -127,6 +127,8 @@ def test_lmdeploy_bytes(policy: str, head_dim: int, per_dim: float, extra: int, 
     ("policy", "bytes_per_token"),
     [
         ("exact", 256),
+        ("fp8", 128),
+        ("nvfp4", 64 + 8),  # an e4m3 scale for each of four blocks
         ("int8-static", 128),  # codes alone: what was calibrated is kept once per layer
         # codes of keys and values, two fp16 per channel and page of 64, two fp16 per token
         ("int8", 64 + 64 + 4 * 64 / 64 + 4),

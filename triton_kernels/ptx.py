@@ -12,7 +12,7 @@ Table levels    ``prmt`` looks up four bytes at once: its selector is four nibbl
 
 Instructions per level: whole bytes 0.5, nibbles 0.875, pairs of bits by table 1.375, with a sign 1.84, nibbles by table
 2.375; the codes of ``codecs/octet.py`` 1.66 with 2 bits and 2.19 with 3; ranked codes, which stay at the bits of their
-bytes where they are, 0.81 with 4 bits, 0.63 with 3, 0.58 with 2.
+bytes where they are, 0.81 with 4 bits, 0.63 with 3, 0.58 with 2; floating-point codes 1.75 with 8 bits, 1.88 with 4.
 ``tests/kernels/test_ptx.py`` runs these very strings over all inputs.
 """
 
@@ -35,6 +35,37 @@ NIBBLES = """{
     and.b32 $2, x4, 0x000f000f;
     and.b32 $3, x12, 0x000f000f;
 }"""
+
+# Sign, exponent and mantissa of ``codecs/small_float.py`` to their places in fp16: numbers times 2^-8 and times 2^-14.
+FLOAT8 = """{
+    .reg .b32 x, s;
+    shl.b32 s, $2, 8;
+    shl.b32 x, $2, 7;
+    and.b32 s, s, 0x80008000;
+    lop3.b32 $0, x, 0x3f803f80, s, 0xea;
+    and.b32 s, $2, 0x80008000;
+    shr.u32 x, $2, 1;
+    lop3.b32 $1, x, 0x3f803f80, s, 0xea;
+}"""
+
+
+def _float4() -> str:
+    lines = ["{", "    .reg .b32 x, s;"]
+    # Bits that the highest one of a nibble is moved by to the highest of its half, and the others.
+    for part, (sign, rest) in enumerate(
+        (
+            ("shl.b32 s, $4, 12", "shl.b32 x, $4, 9"),
+            ("shl.b32 s, $4, 4", "shl.b32 x, $4, 1"),
+            ("shl.b32 s, $4, 8", "shl.b32 x, $4, 5"),
+            ("mov.b32 s, $4", "shr.u32 x, $4, 3"),
+        )
+    ):
+        lines += [f"    {sign};", f"    {rest};", "    and.b32 s, s, 0x80008000;"]
+        lines.append(f"    lop3.b32 ${part}, x, 0x0e000e00, s, 0xea;")
+    return "\n".join([*lines, "}"])
+
+
+FLOAT4 = _float4()
 
 # Codes of ``codecs/ranked.py``: a step that is divided by a power of two takes the place of a shift.  Words of
 # ``codes`` are in $8, of ``rest`` in $9.

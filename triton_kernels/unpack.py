@@ -155,6 +155,26 @@ def unpack_codes(words, FIELDS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.const
 
 
 @triton.jit
+def unpack_floats(words, FIELDS: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Floating-point codes as a tuple of parts, each of the shape of ``words``: e4m3 times 2^-8, or e2m1 times 2^-14.
+
+    A sign, an exponent and a mantissa that lie in the places of fp16's, the exponent's lowest bit and the mantissa's
+    highest, are that number but for the difference of what exponents are counted from, subnormal ones too."""
+    if PTX:
+        return run_on_words(words, ASM, 2 * FIELDS)
+    else:
+        parts = ()
+        for part in tl.static_range(2 * FIELDS):
+            high = words << (16 - 8 // FIELDS - (part // 2 * (8 // FIELDS) + part % 2 * 8))
+            if FIELDS == 1:
+                half = ((high >> 1) & 0x3F80) | (high & -0x8000)
+            else:
+                half = ((high >> 3) & 0x0E00) | (high & -0x8000)
+            parts = parts + (half.to(tl.float16, bitcast=True).to(DTYPE),)
+        return parts
+
+
+@triton.jit
 def select_levels(codes, TABLE: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr):
     """``TABLE[codes]`` in ``DTYPE``, by selection among ``COUNT`` entries."""
     levels = tl.full(codes.shape, TABLE[0], DTYPE)

@@ -13,7 +13,7 @@ from ..errors import BenchmarkInputError, MissingPackageError
 from ..evaluation.baselines import BACKENDS, held_bytes, parse_baseline
 from ..pages.queries import SeenQueries
 from ..policies.cost import page_cost
-from ..policies.table import POLICIES, parse_policy
+from ..policies.table import POLICIES, KVPolicy, parse_policy
 from ..triton_kernels.codecs import CODECS
 
 DYNAMIC, EXACT = "dynamic", "exact"
@@ -70,6 +70,8 @@ def _ours(name: str) -> Contender:
         return cache
 
     shown = policy.name if policy.name in POLICIES else name
+    if shown in BASELINES and isinstance(policy, KVPolicy):
+        shown = f"{policy.keys}/{policy.values}"  # transformers has a cache of this name
     return Contender(shown, OURS, policy == POLICIES[EXACT], make)
 
 

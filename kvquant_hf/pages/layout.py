@@ -49,7 +49,7 @@ class StoreLayout:
         self.dtypes = held_dtypes(like_keys, like_values)
         self.plane_shapes: list[PlaneShape] = []
         # The first plane is what is stored of the elements, whole vectors with ``exact``; the others scale it.
-        self._scale_planes: list[tuple[int, int | None]] = []  # which, and the largest number of integers
+        self._scale_planes: list[tuple[int, int | None]] = []  # which, and the largest number of bytes
         for codec, (heads, head_dim), dtype in zip((keys, values), self.vectors, self.dtypes, strict=True):
             if head_dim % codec.head_dim_multiple:
                 raise UnsupportedModelError(
@@ -58,7 +58,7 @@ class StoreLayout:
                 )
             for i, plane in enumerate(in_pages(codec, head_dim)):
                 stored = plane.dtype or dtype
-                if i and (stored.is_floating_point or plane.largest):
+                if plane.largest or (i and stored.is_floating_point):
                     self._scale_planes.append((len(self.plane_shapes), plane.largest))
                 self.plane_shapes.append((stored, (heads, *plane.shape(page_size))))
         self._key_planes = len(in_pages(keys, self.vectors[0][1]))
@@ -146,12 +146,15 @@ class StoreLayout:
         """How many of ``pages`` have a scale or an offset at the end of its range, where codecs put what is beyond it;
         waits for the device.
 
-        Reads no codes: the scales are a 64th of a page, or less.  Values that are just as large as the end count too.
+        Reads no codes but those without scales: the scales are a 64th of a page, or a ninth.  Values that are just as
+        large as the end count too.
         """
         found, rows = np.zeros(len(pages), dtype=bool), torch.from_numpy(pages).long()
         for plane, largest in ((planes[i], largest) for i, largest in self._scale_planes if not planes[i].is_meta):
             held = plane[rows.to(plane.device)].cpu()
             if largest is not None:
+                if largest < 128:
+                    held &= 127  # a copy, without its signs
                 found |= (held >= largest).flatten(1).any(1).numpy()
                 continue
             end, infinity, size = _end_of_range(plane.dtype)

@@ -157,7 +157,8 @@ def policy_from_dict(described: dict[str, Any]) -> "KVPolicy | LayerwisePolicy":
     return KVPolicy(described["keys"], described["values"])
 
 
-# The table.  The first four are ours; the others are LMDeploy's formulae, for comparison to the bit.
+# The table.  The first are ours; from int8-token on they are the formulae of others, for comparison to the bit:
+# LMDeploy's, and what engines store in floating point.
 POLICIES: MappingProxyType[str, KVPolicy] = MappingProxyType(
     {
         "exact": KVPolicy("exact", "exact", "the baseline: same pages, same attention, nothing rounded"),
@@ -171,6 +172,8 @@ POLICIES: MappingProxyType[str, KVPolicy] = MappingProxyType(
         "int4-token": KVPolicy("int4-token", "int4-token", "LMDeploy quant_policy 4"),
         "turboquant-qjl": KVPolicy("lloyd3-sign", "lloyd2-plain", "LMDeploy quant_policy 42, as intended"),
         "int8-static": KVPolicy("int8-static", "int8-static", "LMDeploy's offline int8, calibrated beforehand"),
+        "fp8": KVPolicy("fp8", "fp8", "what vLLM's kv_cache_dtype fp8 stores"),
+        "nvfp4": KVPolicy("nvfp4", "nvfp4", "NVIDIA's 4-bit floating point, vLLM's kv_cache_dtype nvfp4"),
     }
 )
 

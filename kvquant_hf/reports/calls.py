@@ -50,9 +50,9 @@ class CallLog:
         if pages and not self.out_of_range:
             self.out_of_range = True
             warnings.warn(
-                "keys or values are beyond the range of fp16 (65504), in which the scales of quantized pages are "
-                "stored, and were cut off at its ends; cache.report() counts such pages; use policy='exact', or a "
-                "policy by layer that keeps these layers exact.",
+                "keys or values are beyond the range in which quantized pages store them (65504, the end of the fp16 "
+                "scales of most policies; 448 with fp8, 2688 with nvfp4) and were cut off at its ends; cache.report() "
+                "counts such pages; use policy='exact', or a policy by layer that keeps these layers exact.",
                 KVQuantRangeWarning,
                 stacklevel=2,
             )

@@ -20,6 +20,7 @@ from kvquant_hf.benchmark.speed.apart import Job, Peak, measure_apart
 from kvquant_hf.benchmark.speed.race import CHECKED, Lane, race
 from kvquant_hf.benchmark.speed.rows import Row
 from kvquant_hf.errors import BenchmarkError, BenchmarkInputError, UnknownPolicyError
+from kvquant_hf.policies.table import POLICIES, parse_policy
 from kvquant_hf.transformers_api.names import with_cache
 
 FAST = {"contexts": (48, 90), "rounds": 4, "prefill_chunk": 32, "peak": False}
@@ -184,6 +185,12 @@ def test_wrong_input() -> None:
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_and_a_cache_of_the_same_name() -> None:
+    names = [contender.name for contender in choose(["fp8", "int4"], ["fp8"])]
+    assert names == ["dynamic", "fp8", "exact", "fp8/fp8", "int4"]
+    assert parse_policy("fp8/fp8") == POLICIES["fp8"]
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static", "fp8", "exact", "int8", "int4", "turboquant"])

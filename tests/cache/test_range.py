@@ -1,4 +1,4 @@
-"""Keys and values beyond what fp16 scales hold are said once, and counted."""
+"""Keys and values beyond what scales, or codes without one, hold are said once, and counted."""
 
 import copy
 import warnings
@@ -15,7 +15,8 @@ from kvquant_hf.errors import KVQuantRangeWarning
 PAGE, HEADS, DIM = 16, 2, 32
 CONFIG = tiny_llama().config
 QUANTIZED = [name for name in ONLINE if name != "exact"]
-FP16_SCALES = ["int8", "int4", "turboquant"]  # others keep scales in the model's dtype
+ENDS = {"fp8": 448.0, "nvfp4": 2688.0}  # of floating point; others keep scales in fp16 or in the model's dtype
+BOUNDED = ["int8", "int4", "turboquant", *ENDS]
 
 
 def new_cache(policy: str, **options: Any) -> QuantizedPagedCache:
@@ -35,7 +36,7 @@ def update(cache: QuantizedPagedCache, keys: torch.Tensor, values: torch.Tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("policy", FP16_SCALES)
+@pytest.mark.parametrize("policy", BOUNDED)
 @pytest.mark.parametrize("side", ["keys", "values"])
 def test_said_once_when_a_page_is_sealed(side: str, policy: str, dtype: torch.dtype) -> None:
     cache = new_cache(policy)
@@ -57,8 +58,19 @@ def test_nothing_is_said_within_the_range(policy: str) -> None:
     cache = new_cache(policy)
     x = vectors(1, HEADS, 3 * PAGE, DIM)
     x = x / x.abs().max()
-    assert caught(lambda: (update(cache, 6e4 * x / DIM**0.5, x), update(cache, 0 * x, 1e-30 * x), cache.report())) == []
+    large = 0.95 * ENDS.get(policy, 6e4 * DIM**-0.5) * x
+    assert caught(lambda: (update(cache, large, x), update(cache, 0 * x, 1e-30 * x), cache.report())) == []
     assert cache.report().saturated_pages == 0 and "out of range" not in dict(cache.report().rows())
+
+
+@pytest.mark.parametrize("policy", ENDS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_where_floating_point_ends(policy: str, sign: int) -> None:
+    cache = new_cache(policy)
+    x = vectors(1, HEADS, PAGE + 1, DIM)
+    x[0, 1, 3, 5] = sign * ENDS[policy] * 1.01
+    assert len(caught(lambda: update(cache, x, 0 * x))) == 1
+    assert cache.report().saturated_pages == len(cache.layers)
 
 
 def test_exact_holds_anything() -> None:
@@ -70,7 +82,7 @@ def test_exact_holds_anything() -> None:
     assert caught(lambda: (update(half, ends, ends), half.report())) == []
 
 
-@pytest.mark.parametrize("policy", FP16_SCALES)
+@pytest.mark.parametrize("policy", BOUNDED)
 def test_decoding_into_a_page_that_is_sealed_later(policy: str) -> None:
     cache = new_cache(policy)
     x = 1e8 * vectors(1, HEADS, PAGE + 1, DIM)
@@ -79,7 +91,7 @@ def test_decoding_into_a_page_that_is_sealed_later(policy: str) -> None:
     assert len(caught(lambda: update(cache, x[:, :, PAGE:], x[:, :, PAGE:]))) == 1
 
 
-@pytest.mark.parametrize("policy", FP16_SCALES)
+@pytest.mark.parametrize("policy", BOUNDED)
 def test_static_caches_say_it_with_the_report(policy: str) -> None:
     cache = new_cache(policy, static=True, max_length=100)
     x = 1e8 * vectors(2, HEADS, 2 * PAGE + 1, DIM)

@@ -15,7 +15,7 @@ from kvquant_hf.triton_kernels.cpu import append
 
 PAGE = 64
 DECLARED = {name: cpu for name, codec in CODECS.items() if (cpu := codec.cpu(64)) is not None}
-ENCODED = [name for name, cpu in DECLARED.items() if cpu.affine or cpu.given or cpu.covered]
+ENCODED = [name for name, cpu in DECLARED.items() if cpu.affine or cpu.given or cpu.floats or cpu.covered]
 SHARED = [name for name, cpu in DECLARED.items() if name not in ENCODED and (cpu.bucketed or CODECS[name].rotated)]
 
 
@@ -54,8 +54,9 @@ def encoded(codec_name: str, x: torch.Tensor, encode: Any) -> list[torch.Tensor]
 
 
 def test_codecs_that_are_encoded_here() -> None:
-    ranked = {"int4-ranked", "int3-ranked", "int2-ranked"}
-    assert set(ENCODED) == {"int8-channel", "int8-affine", "int4-channel", "int4-hadamard", "int8-static"} | ranked
+    ranked, floats = {"int4-ranked", "int3-ranked", "int2-ranked"}, {"fp8", "nvfp4"}
+    affine = {"int8-channel", "int8-affine", "int4-channel", "int4-hadamard", "int8-static"}
+    assert set(ENCODED) == affine | floats | ranked
     assert set(SHARED) == {
         *("lloyd4-centred", "lloyd3-channel", "lloyd3", "lloyd2", "octet3", "octet2"),
         *("lloyd3-sign", "lloyd2-plain"),

@@ -39,6 +39,8 @@ PAIRS = (
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
+    ("fp8", "fp8"),
+    ("nvfp4", "nvfp4"),
     ("int8-static", "int8-static"),
 )
 # (new tokens, tokens held by the sequences of a batch)

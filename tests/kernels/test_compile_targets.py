@@ -26,6 +26,8 @@ PAIRS = {
     "int8-token": ("int8-token", "int8-token"),
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),
+    "fp8": ("fp8", "fp8"),
+    "nvfp4": ("nvfp4", "nvfp4"),
 }
 # Of codecs that others of these have too.
 RARER = {"kv2.9": ("int3-ranked", "octet2"), "kv2.4": ("int2-ranked", "octet2")}
@@ -83,10 +85,10 @@ def trimmed(target: str) -> list[Case]:
     names = {
         "sm_70": ("int4",),
         "sm_75": ("turboquant",),
-        "sm_80": ("int8", "int4", "turboquant", "turboquant-qjl", "channel2"),
+        "sm_80": ("int8", "int4", "turboquant", "turboquant-qjl", "nvfp4", "channel2"),
         "sm_86": ("int4",),
         "sm_89": ("turboquant",),
-        "sm_90": ("int8-token", "int4-token", "lloyd3", "kv3", "channel4"),
+        "sm_90": ("int8-token", "int4-token", "fp8", "nvfp4", "lloyd3", "kv3", "channel4"),
         "sm_120": ("int4", "kv3"),
     }
     cases = [Case(target, *PAIRS[name], dtype=half) for name in names.get(target, ("int4", "turboquant"))]

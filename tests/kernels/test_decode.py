@@ -36,6 +36,8 @@ PAIRS = (
     ("int8-token", "int8-token"),
     ("int4-token", "int4-token"),
     ("lloyd3-sign", "lloyd2-plain"),
+    ("fp8", "fp8"),
+    ("nvfp4", "nvfp4"),
 )
 PAGE = 64
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from kernels.ptx_text import evaluate
 
 from kvquant_hf.triton_kernels import ptx, unpack
-from kvquant_hf.triton_kernels.codecs import lloyd_max, octet, turboquant_qjl
+from kvquant_hf.triton_kernels.codecs import lloyd_max, octet, small_float, turboquant_qjl
 
 WORDS = np.arange(1 << 16, dtype=np.uint32)
 # The word in the upper half: all of them too, in another order.
@@ -42,6 +42,16 @@ def test_integer_codes_are_subnormal(asm: str, fields: int) -> None:
     table = (codes * 2.0**-24).astype(np.float16)
     np.testing.assert_array_equal(table.astype(np.float64) * 2.0**24, codes)
     check(asm, fields, table)
+
+
+def test_floating_point_codes() -> None:
+    """Times 2^-8 and 2^-14, signs of zeros kept; codes of e4m3 that are no number are never stored."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, (codes & 7) / 8
+    numbers = np.where(exponent, 2.0 ** (exponent - 7) * (1 + mantissa), 2.0**-6 * mantissa)
+    check(ptx.FLOAT8, 1, (np.where(codes & 128, -numbers, numbers) * 2.0**-8).astype(np.float16))
+    magnitudes = np.array(small_float.E2M1)
+    check(ptx.FLOAT4, 2, (np.concatenate([magnitudes, -magnitudes]) * 2.0**-14).astype(np.float16))
 
 
 @pytest.mark.parametrize("levels", [lloyd_max.LEVELS[2], turboquant_qjl.LEVELS[2]], ids=["lloyd", "lmdeploy"])

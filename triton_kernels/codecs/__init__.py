@@ -6,6 +6,7 @@ from .integer import INT4_CHANNEL, INT4_HADAMARD, INT8_AFFINE, INT8_CHANNEL
 from .lmdeploy_token import INT4_TOKEN, INT8_TOKEN
 from .octet import OCTET2, OCTET3
 from .ranked import INT2_RANKED, INT3_RANKED, INT4_RANKED
+from .small_float import FP8, NVFP4
 from .static import INT8_STATIC
 from .three_bit import LLOYD3, LLOYD3_CHANNEL
 from .turboquant import LLOYD2, LLOYD4_CENTRED
@@ -36,6 +37,9 @@ CODECS: dict[str, Codec] = {
         LLOYD3_SIGN,
         LLOYD2_PLAIN,
         INT8_STATIC,
+        # What other engines ship.
+        FP8,
+        NVFP4,
     )
 }
 

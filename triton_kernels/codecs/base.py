@@ -40,7 +40,8 @@ class Plane:
         per: ``"token"``: ``width`` elements for every token and head; ``"page"``: ``width`` for every page and head;
             ``"layer"``: ``width`` for every head, the same in all pages, so that no page stores them.
         width: number of elements.
-        largest: of scales that are stored as integers, the largest of these; what is beyond it is cut off.
+        largest: of scales, or of numbers without one, that are stored as bytes, the largest of these; what is beyond it
+            is cut off.  Below 128 the highest bit is a sign.
     """
 
     name: str

@@ -24,6 +24,8 @@ class CpuCodec:
         given: pages are encoded by the rule of ``static.py``, in a range that is there already.
         order: plane of the channel of each rank, where channels are ranked.
         covered: of ranked channels, how much of a range the grids of each quarter cover (``ranked.py``).
+        floats: codes are those of ``small_float.py``, and pages are encoded by its rule.
+        block_scale: plane of a scale for every 16 channels.
         bucketed: ``Codec._encode`` takes the keyword ``bucket``, a function like ``lloyd_max.bucket``, or,
             with ``octets``, like ``octet.search``.
     """
@@ -43,4 +45,6 @@ class CpuCodec:
     zero_point: bool = False
     affine: bool = False
     given: bool = False
+    floats: bool = False
+    block_scale: int | None = None
     bucketed: bool = False

@@ -41,6 +41,7 @@ class KernelCodec:
         byte_codes: whether levels are unpacked from bytes; otherwise they are vectors in the model's dtype.
         token_scale, token_offset, channel_scale, channel_offset: which parts of ``Tile`` exist.
         integer_codes: whether levels are the codes themselves, as ``unpack_codes`` gives them: subnormal in PTX.
+        unit: what levels are to be multiplied by.
         layer_planes: whether the codec has planes per layer.
         channel_of: reads the order of the channels of one page, where each has its own: for keys only, whose query can
             be read in that order.  What values add up has one order for all pages.
@@ -58,6 +59,7 @@ class KernelCodec:
     channel_scale: bool = False
     channel_offset: bool = False
     integer_codes: bool = False
+    unit: float = 1.0
     layer_planes: bool = False
     channel_of: Any = None
     empty_parts: int = 0
@@ -104,7 +106,7 @@ class KernelCodec:
             f"{side}_WORDS": max(least, triton.next_power_of_2(head_dim // self.parts)),
             f"{side}_DTYPE": level.get(dtype, tl.float32),
             # Integer codes from PTX are subnormal (``ptx.py``).
-            f"{side}_UNIT": 2.0**24 if ptx and self.integer_codes else 1.0,
+            f"{side}_UNIT": 2.0**24 if ptx and self.integer_codes else self.unit,
         }
 
     def arguments(self, planes: Sequence[Any], heads: int) -> tuple[Any, ...]:

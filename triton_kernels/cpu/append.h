@@ -236,6 +236,11 @@ inline void encode(const Encode& call) {
                           call.metric ? call.metric + (batch * call.heads + head) * dim * dim : nullptr);
         else if (call.given)
             encode_given(call, x, index, low, high);
+        else if (call.side.format == E4M3)
+            encode_e4m3(x, int64_t(page_size) * dim, (uint8_t*)call.side.codes + index * page_size * dim);
+        else if (call.side.block_scale)
+            encode_blocks(x, page_size, dim, (uint8_t*)call.side.codes + index * page_size * call.side.part(),
+                          (uint8_t*)call.side.block_scale + index * page_size * call.side.blocks());
         else if (call.side.format == CODES_8)
             encode_affine<8>(call, x, index, low, high);
         else

@@ -1,4 +1,4 @@
-"""Append by the compiled kernels: tokens into open pages, and pages of affine codes.
+"""Append by the compiled kernels: tokens into open pages, and pages of affine and of floating-point codes.
 
 Of other codecs the kernels do the rotation and the choice of the codes, where results are exact; the sums between them
 remain torch's, so that the stored bytes are the same.
@@ -71,7 +71,7 @@ def _encode(
 ) -> None:
     """``append_reference.encode_pages``, which see."""
     cpu = codec.cpu(x.shape[4])
-    whole = cpu is not None and (cpu.affine or cpu.given or cpu.covered is not None)
+    whole = cpu is not None and (cpu.affine or cpu.given or cpu.floats or cpu.covered is not None)
     if cpu is None or x.dtype not in DTYPES or not (whole or cpu.bucketed or codec.rotated):
         return encode_pages(codec, planes, x, ids, metric)
     if x.stride(4) != 1:

@@ -20,10 +20,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 _STEP = 4  # uint8, where a factor has it: an fp16 number of 8 bits
 _FORMATS = {16: 0, 8: 1, 4: 2, 2: 3, 3: 3, 1: 4}  # 3 bits are 2 and a sign in another plane
 _RANKED = {4: 5, 3: 6, 2: 7}
+_FLOATS = {8: 8, 4: 2}
 
-# format dim rotated codes dtype levels slopes signs middle octets; 5 x (data dtype heads); order; zero_point; tail,
-# strides; first
-_SIDE = struct.Struct("33q")
+# format dim rotated codes dtype levels slopes signs middle octets block_scale; 5 x (data dtype heads); order;
+# zero_point; tail, strides; first
+_SIDE = struct.Struct("34q")
 ATTENTION = struct.Struct("14q 2d 14q")  # and two sides
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
@@ -102,7 +103,7 @@ def _described(codec: Codec, head_dim: int) -> tuple[CpuCodec, tuple[int, int, i
     assert cpu is not None, "choose() lets no other codec through"
     tables = [None if levels is None else _table(levels) for levels in (cpu.levels, cpu.slopes)]
     addresses = tuple(0 if table is None else ctypes.addressof(table) for table in tables)
-    formats = _FORMATS if cpu.order is None else _RANKED
+    formats = _FLOATS if cpu.floats else _FORMATS if cpu.order is None else _RANKED
     return cpu, (formats[codec.bits], head_dim, int(codec.rotated)), (addresses[0], addresses[1]), tables
 
 
@@ -124,6 +125,7 @@ def side(codec: Codec, planes: Sequence[torch.Tensor], tail: torch.Tensor, first
     cpu, head, addresses, _ = _described(codec, tail.shape[3])
     members = [*head, planes[0].data_ptr(), DTYPES.get(planes[0].dtype, 0), *addresses]
     members += (0 if cpu.signs is None else planes[cpu.signs].data_ptr(), cpu.middle, cpu.octets)
+    members.append(0 if cpu.block_scale is None else planes[cpu.block_scale].data_ptr())
     for index in (cpu.token_scale, cpu.token_offset, cpu.residual, cpu.channel_scale, cpu.channel_offset):
         members += (0, 0, 0) if index is None else _factor(planes[index])
     batch, head_stride, token, _ = tail.stride()

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "octet.h"
+#include "small_float.h"
 #include "vector.h"
 
 namespace kv {
@@ -13,7 +14,8 @@ constexpr int MIDDLE = 128;  // of 8-bit codes that stand for -128 to 127
 
 enum Format : int64_t {
     VECTORS = 0, CODES_8 = 1, CODES_4 = 2, CODES_2 = 3, CODES_1 = 4,
-    RANKED_4 = 5, RANKED_3 = 6, RANKED_2 = 7  // of ranked.py: four quarters of channels in the order of a page
+    RANKED_4 = 5, RANKED_3 = 6, RANKED_2 = 7,  // of ranked.py: four quarters of channels in the order of a page
+    E4M3 = 8                                   // of small_float.py
 };
 
 // One of the vectors that stand outside of the levels; `data` is null where the codec has none.
@@ -38,6 +40,7 @@ struct Side {
                           // of RANKED_4 and RANKED_3, the second plane
     int64_t middle;       // MIDDLE or 0
     int64_t octets;       // whether codes are those of octet.py; `signs` are then their third bits, or null
+    const char* block_scale;  // of CODES_4, as in small_float.py: an e4m3 scale for FLOAT_BLOCK channels; or null
     Factor token_scale, token_offset, residual, channel_scale, channel_offset;
     const char* order;   // of ranked channels, uint8: the channel of each rank in each page; or null
     int64_t zero_point;  // whether token_offset is a zero point: the offset is then -zero * scale
@@ -45,8 +48,8 @@ struct Side {
     int64_t tail_dtype, tail_batch, tail_head, tail_token;  // strides in elements
     const char* first;  // tokens that are read as they came, [batch, heads, n, dim] in tail_dtype; or null
 
-    bool ranked() const { return format >= RANKED_4; }
-    int fields() const { return format == VECTORS ? 1 : ranked() ? 4 : 1 << (format - 1); }
+    bool ranked() const { return format >= RANKED_4 && format <= RANKED_2; }
+    int fields() const { return format == VECTORS || format == E4M3 ? 1 : ranked() ? 4 : 1 << (format - 1); }
     int part() const { return int(dim) / fields(); }
     // Channels are in the order of fields, each padded to whole vectors.
     int width() const { return round_up(part(), W); }
@@ -57,6 +60,7 @@ struct Side {
     int64_t numbers(const Factor& factor) const {
         return int64_t(part()) * (format == RANKED_2 && factor.dtype == STEP ? 3 : fields());
     }
+    int blocks() const { return (int(dim) + FLOAT_BLOCK - 1) / FLOAT_BLOCK; }
     int row_bytes() const { return format == VECTORS ? int(dim) * item_size(dtype) : part(); }
 };
 
@@ -69,7 +73,7 @@ typedef void Unpack(const Side& side, const char* rows, int64_t row_bytes, const
 inline size_t work_bytes(int columns) { return size_t(BLOCK) * columns / 2 + 8 * WORDS; }
 
 // How a level follows from its code, beside the table of levels.
-enum Kind { PLAIN, SLOPED, SIGNED, CENTRED };
+enum Kind { PLAIN, SLOPED, SIGNED, CENTRED, FLOATING, BLOCKED };
 
 template <int BITS, Kind KIND>
 void unpack_codes(const Side& side, const char* rows, int64_t row_bytes, const float* residual, int count, uint8_t*,
@@ -78,18 +82,29 @@ void unpack_codes(const Side& side, const char* rows, int64_t row_bytes, const f
     static const float none[16] = {};
     const Table levels(BITS == 8 ? none : side.levels), slopes(KIND == SLOPED ? side.slopes : none);
     const int part = side.part(), width = side.width();
+    const bool whole = part % FLOAT_BLOCK == 0;  // no block lies in two fields, nor two in a vector
+    const float* numbers = nullptr;
+    const uint8_t* scales = nullptr;  // of the blocks of a token
+    if (KIND == BLOCKED) {
+        numbers = e4m3_numbers();
+        scales = (const uint8_t*)side.block_scale + (rows - side.codes) / row_bytes * side.blocks();
+    }
     // `signs` of a lane: bit f is that of its channel in field f.
-    const auto expand = [&](Ints bytes, float* out, Floats rest, Ints signs) {
+    const auto expand = [&](Ints bytes, int j, float* out, Floats rest, Ints signs) {
         for (int field = 0; field < FIELDS; field++) {
             Floats level;
-            if constexpr (BITS == 8) {
+            if constexpr (KIND == FLOATING) {
+                level = from_e4m3(bytes);
+            } else if constexpr (BITS == 8) {
                 level = __builtin_convertvector(KIND == CENTRED ? bytes - MIDDLE : bytes, Floats);
             } else {
                 level = levels.at(bytes >> (field * BITS));
                 if constexpr (KIND == SLOPED) level += rest * slopes.at(bytes >> (field * BITS));
                 if constexpr (KIND == SIGNED) level = (Floats)((Ints)level ^ (signs << (31 - field) & INT32_MIN));
+                if constexpr (KIND == BLOCKED)
+                    if (whole) level *= numbers[scales[(field * part + j) / FLOAT_BLOCK]];
             }
-            store(out + field * width, level);
+            store(out + field * width + j, level);
         }
     };
     for (int t = 0; t < count; t++) {
@@ -99,12 +114,16 @@ void unpack_codes(const Side& side, const char* rows, int64_t row_bytes, const f
         const Floats rest = KIND == SLOPED ? splat(residual[t]) : Floats{};
         int j = 0;
         for (; j + W <= part; j += W)
-            expand(load_bytes(bytes + j), out + j, rest, KIND == SIGNED ? load_nibbles(signs + j / 2) : Ints{});
+            expand(load_bytes(bytes + j), j, out, rest, KIND == SIGNED ? load_nibbles(signs + j / 2) : Ints{});
         if (j < part) {
             uint8_t last[W] = {}, some[W] = {};
             std::memcpy(last, bytes + j, size_t(part - j));
             if (KIND == SIGNED) std::memcpy(some, signs + j / 2, size_t(part - j) / 2);
-            expand(load_bytes(last), out + j, rest, KIND == SIGNED ? load_nibbles(some) : Ints{});
+            expand(load_bytes(last), j, out, rest, KIND == SIGNED ? load_nibbles(some) : Ints{});
+        }
+        if (KIND == BLOCKED) {
+            if (!whole) scale_blocks(scales, numbers, part, width, out);
+            scales += side.blocks();
         }
     }
 }
@@ -229,7 +248,10 @@ inline Unpack* unpacker(const Side& side) {
     switch (side.format) {
         case VECTORS: return vectors_of(side.dtype);
         case CODES_8: return side.middle ? unpack_codes<8, CENTRED> : unpack_codes<8, PLAIN>;
-        case CODES_4: return side.slopes ? unpack_codes<4, SLOPED> : unpack_codes<4, PLAIN>;
+        case E4M3: return unpack_codes<8, FLOATING>;
+        case CODES_4:
+            if (side.block_scale) return unpack_codes<4, BLOCKED>;
+            return side.slopes ? unpack_codes<4, SLOPED> : unpack_codes<4, PLAIN>;
         case CODES_2:
             if (side.signs) return unpack_codes<2, SIGNED>;
             return side.slopes ? unpack_codes<2, SLOPED> : unpack_codes<2, PLAIN>;
