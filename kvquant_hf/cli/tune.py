@@ -13,8 +13,6 @@ from .measuring import progress
 from .models import check_cache_options, load_model
 from .terminal import InputError, print_json, say, stage
 
-UNIFORM = ("turboquant", "int4")
-
 
 def tune(
     out: Annotated[str, typer.Option(help="The policy file to write; it ends with .json.")],
@@ -36,7 +34,7 @@ def tune(
     """
     from ..evaluation import cut_windows, evaluate, paged
     from ..evaluation.text import read_file
-    from ..evaluation.tune import Part, choose, find_parts, mean_bits, measure, passes
+    from ..evaluation.tune import Part, choose, find_parts, mean_bits, measure, passes, uniform
     from ..policies.fingerprint import fingerprint
 
     check_cache_options("exact", page_size)
@@ -54,7 +52,7 @@ def tune(
     policy = choose(sensitivity, parts, budget, page_size)
     with stage("measuring the result", hidden=as_json):
         contenders = [paged(loaded.model, policy, page_size=page_size)._replace(name="tuned")]
-        contenders += [paged(loaded.model, name, page_size=page_size) for name in UNIFORM]
+        contenders += [paged(loaded.model, name, page_size=page_size) for name in uniform(parts)]
         results = evaluate(loaded.model, ids, contenders, step=page_size, page_size=page_size, batch=batch)
     described: dict[str, Any] = {
         "bits_per_element": mean_bits(policy, parts, page_size),

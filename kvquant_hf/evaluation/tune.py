@@ -26,13 +26,15 @@ import torch
 
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationInputError
-from ..policies.table import KVPolicy, LayerwisePolicy
+from ..policies.table import POLICIES, KVPolicy, LayerwisePolicy
 from ..transformers_api.names import with_cache
 from ..triton_kernels.codecs import CODECS
 from .harness import evaluate, paged
 
-KEYS = ("lloyd3-channel", "int4-channel", "int8-channel")
-VALUES = ("lloyd2", "lloyd3", "int4-hadamard", "int8-affine")
+KEYS = ("int2-ranked", "int3-ranked", "int4-ranked", "int8-channel")
+VALUES = ("octet2", "octet3", "int4-hadamard", "int8-affine")
+_INSTEAD = {"int4-ranked": "int4-channel", "octet2": "lloyd2"}  # of vectors that do not come in eights
+UNIFORM = ("kv2.9", "kv3", "int4")  # policies to compare with
 _SIDES = ("keys", "values")
 _ABREAST = 8  # contenders beside one run of the exact model: what it costs is shared, and their caches fit in memory
 
@@ -88,9 +90,21 @@ def ladders(parts: Parts) -> dict[str, list[str]]:
     """The rungs of each side that can store its vectors, coarsest first."""
     found = {}
     for side, rungs in zip(_SIDES, (KEYS, VALUES), strict=True):
-        dims = {vectors.head_dim for part, vectors in parts.items() if part.side == side}
-        found[side] = [rung for rung in rungs if not any(dim % CODECS[rung].head_dim_multiple for dim in dims)]
+        stored = (rung if can_store(parts, side, rung) else _INSTEAD.get(rung, rung) for rung in rungs)
+        found[side] = [rung for rung in stored if can_store(parts, side, rung)]
     return found
+
+
+def can_store(parts: Parts, side: str, codec: str) -> bool:
+    """Whether ``codec`` takes the vectors of a side."""
+    return not any(
+        vectors.head_dim % CODECS[codec].head_dim_multiple for part, vectors in parts.items() if part.side == side
+    )
+
+
+def uniform(parts: Parts) -> list[str]:
+    """The policies of ``UNIFORM`` that can store the parts."""
+    return [name for name in UNIFORM if all(can_store(parts, side, getattr(POLICIES[name], side)) for side in _SIDES)]
 
 
 def _on(parts: Parts, side: str, rung: str, layers: Sequence[int]) -> LayerwisePolicy:
