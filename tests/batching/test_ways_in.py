@@ -108,7 +108,7 @@ def test_a_budget_chooses_the_policy(by_name: bool, made: list[QuantizedBatching
 
 
 def test_budgets_that_cannot_be() -> None:
-    with pytest.raises(UnknownPolicyError, match="auto:3.5"):
+    with pytest.raises(UnknownPolicyError, match=r"auto:3\.5"):
         config_of("auto")
     with pytest.raises(UnknownPolicyError, match="leave bits out"):
         config_of("int4", bits=3.5)
