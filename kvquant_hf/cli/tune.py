@@ -60,6 +60,7 @@ def tune(
         "page_size": page_size,
         "measured": {
             "on": text_conditions(loaded, DEFAULT_TEXT if text is None else Path(text).name, ids),
+            "rung_of_one_part": sensitivity.probes,
             "kld_of_one_part": [
                 {side: sensitivity.parts[Part(side, i)] for side in ("keys", "values")}
                 for i in range(len(policy.layers))
@@ -89,8 +90,7 @@ def _print_table(policy: LayerwisePolicy, described: dict[str, Any]) -> None:
     for heading in ("layer", "keys", "values"):
         table.add_column(heading, no_wrap=True)
     for side in ("keys", "values"):
-        coarsest = next(iter(measured["kld_of_rungs"][side]))
-        table.add_column(f"KLD, {side} in {coarsest}", justify="right")
+        table.add_column(f"KLD, {side} in {measured['rung_of_one_part'][side]}", justify="right")
     for i, (layer, kld) in enumerate(zip(policy.layers, measured["kld_of_one_part"], strict=True)):
         table.add_row(str(i), layer.keys, layer.values, f"{kld['keys']:.1e}", f"{kld['values']:.1e}")
     console.print(table)
@@ -104,6 +104,6 @@ def _print_table(policy: LayerwisePolicy, described: dict[str, Any]) -> None:
     where = f"{on['model']}, {on['dtype']}, {on['text']}, first {on['windows']} windows of {on['context_tokens']}"
     console.print(
         f"\n{where}, which it was tuned on\n"
-        "KLD of a layer: that part coarse, everything else exact; bits: per element in full pages",
+        "KLD of a layer: that part so, everything else exact; bits: per element in full pages",
         highlight=False,
     )

@@ -165,9 +165,10 @@ def test_head_dims_decide() -> None:
     """A head_dim of 20 has no codecs that want eights."""
     config = tiny_qwen2(hidden_size=80).config
     assert head_dims(config) == [(20, 20)]
-    names = {policy_for(config, "auto", bits=bits).name for bits in (5, 6, 9, 31)}
-    assert names == {"int4", "int8"}
-    with pytest.raises(UnknownPolicyError, match="the smallest, 'int4'"):
+    rungs = ladder(20, 20, 64, torch.float32)
+    assert not {"kv3", "kv2.9", "kv2.4"} & set(rungs) and "int8" in rungs
+    assert {policy_for(config, "auto", bits=bits).name for bits in (*rungs.values(), 31)} == set(rungs)
+    with pytest.raises(UnknownPolicyError, match=f"the smallest, '{list(rungs)[-1]}'"):
         policy_for(config, "auto:3.5")
 
 
