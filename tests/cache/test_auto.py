@@ -214,7 +214,8 @@ def test_kv_budget_holds_what_it_promises(make: Any) -> None:
     """What each policy's pages of 200 tokens really take decides which budget is enough for it."""
     model, tokens, options = make(), 200, {"max_length": 200}
     for name in LADDER:
-        pages = filled(model, name, tokens).pools.budget.pools
+        known = filled(model, name, tokens)  # pools live as long as their cache
+        pages = known.pools.budget.pools
         held = sum(pool.used * pool.page_bytes for pool in pages)
         page = sum(pool.page_bytes for pool in pages)
         budget = held + 3 * page  # a full last page, and two more of a window
