@@ -36,7 +36,7 @@ class AutoPolicy:
     @property
     def name(self) -> str:
         """As it is written: ``"auto:3.5"``."""
-        return f"{AUTO}:{self.bits}"
+        return f"{AUTO}:{self.bits}".removesuffix(".0")
 
 
 def parse_auto(policy: Any, bits: float | None) -> AutoPolicy | None:

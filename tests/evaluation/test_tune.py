@@ -75,7 +75,7 @@ def test_the_choice_is_as_good_as_its_bits_allow(klds: list[float], budget: floa
 def test_bits_go_to_the_layer_that_needs_them() -> None:
     klds = dict.fromkeys(PARTS, 1e-5) | {Part("keys", 1): 1.0}
     policy = choose(Sensitivity(klds, RUNGS, PROBES), PARTS, 4.2)
-    assert policy.layers[1].keys == KEYS[-1] and policy.layers[0].keys == KEYS[0]
+    assert policy.layers[1].keys == KEYS[-1] and policy.layers[0].keys in KEYS[:2]
     assert mean_bits(policy, PARTS, 64) <= 4.2
 
 
