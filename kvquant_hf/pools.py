@@ -105,7 +105,7 @@ class PagePools:
         given = {"max_pages": max_pages, "max_bytes": max_bytes, "kv_budget": kv_budget}
         names = [name for name, bound in given.items() if bound is not None]
         if len(names) > 1:
-            raise UnknownPolicyError(f"{' and '.join(names)} are ways to give one budget; leave all but one of them out.")
+            raise UnknownPolicyError(f"{' and '.join(names)} are ways to give a budget; leave all but one of them out.")
         if kv_budget is not None:
             kv_budget = max_bytes = budget_in_bytes(kv_budget)
         elif max_length is not None:
