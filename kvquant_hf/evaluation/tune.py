@@ -11,7 +11,7 @@ is the assignment with the least KLD at a given number of bits.
 
        KLD(assignment) = sum over parts of  KLD(part, probe) * KLD(all, rung) / KLD(all, probe)
 
-   The coarsest rung is no probe: two bits for keys are beyond what is quadratic.  SmolLM2's first layer has 160 times
+   The coarsest rung is no probe: two bits for keys are beyond what is quadratic.  SmolLM2's first layer has 150 times
    the KLD with ``int2-ranked`` that it has with ``int3-ranked``, the third one 6 times, all layers together 11 times.
 
 3. Choose.  Every part begins on the coarsest rung; the step with the most KLD saved per bit spent is taken, as long as
