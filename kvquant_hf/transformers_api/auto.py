@@ -5,6 +5,7 @@ has to keep to the budget in each of them.  Only what ``exact`` takes depends on
 none stands for float32.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,10 +79,18 @@ def head_dims(config: Any) -> list[tuple[int, int]]:
             f"policy {AUTO!r} counts bits of heads, and model type {decoder.model_type!r} caches latents (MLA); name a "
             "policy, and look at report()."
         )
-    first = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-    others = (getattr(decoder, name, None) for name in _OTHER_DIMS)
-    keys = dict.fromkeys([first, *(dim for dim in others if dim)])
-    return [(dim, getattr(decoder, "v_head_dim", None) or dim) for dim in keys]
+    found: dict[tuple[int, int], None] = {}
+    for layer in _layer_configs(decoder):
+        first = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for dim in (first, *(getattr(layer, name, None) for name in _OTHER_DIMS)):
+            if dim:
+                found[dim, getattr(layer, "v_head_dim", None) or dim] = None
+    return list(found)
+
+
+def _layer_configs(decoder: Any) -> Sequence[Any]:
+    """The config of each layer where transformers has them, which then is the only one to ask; or the one for all."""
+    return getattr(decoder, "per_layer_config", None) or [decoder]
 
 
 def _rungs(config: Any, page_size: int) -> dict[str, float]:
@@ -102,7 +111,7 @@ def _within(config: Any, page_size: int, budget: int, max_length: int | None) ->
         )
     full = -(-tokens // page_size)
     pages = sum(min(full, -(-window // page_size) + 2) if window else full for window in windows_of(config))
-    heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
+    heads = max(getattr(x, "num_key_value_heads", None) or x.num_attention_heads for x in _layer_configs(decoder))
     elements = pages * page_size * heads * max(map(sum, head_dims(config)))
     stored = {name: round(bits * elements / 8) for name, bits in _rungs(config, page_size).items()}
     for name, needed in stored.items():
