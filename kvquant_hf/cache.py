@@ -22,11 +22,7 @@ from .pools import PagePools
 from .reports.calls import CallLog
 from .reports.inventory import take_inventory
 from .reports.report import CacheReport
-from .transformers_api.layers import (
-    build_layers,
-    check_crop,
-    check_rollback,
-)
+from .transformers_api.layers import build_layers, check_crop, check_rollback
 from .triton_kernels.ops import Implementation
 
 
@@ -39,7 +35,9 @@ class QuantizedPagedCache(DynamicCache):
     Args:
         config: the model's config.
         policy: a name (``"int4"``), ``"<keys>/<values>"``, one of LMDeploy's integers, a ``KVPolicy``, or by layer: a
-            ``LayerwisePolicy`` or a file of ``kvquant tune``; by default that of ``pool``, or ``"int4"``.
+            ``LayerwisePolicy`` or a file of ``kvquant tune``; by default that of ``pool``, or ``"int4"``.  ``"auto"``:
+            the most accurate of ours within ``bits`` per element of full pages (``"auto:3.5"``), or ``kv_budget`` bytes
+            (``"2GiB"``; a ``max_bytes`` too) for ``max_length`` tokens, by default as many as the model has positions.
         page_size: tokens per page, and the most tokens that are held exact; a multiple of 8; by default that of
             ``pool``, or 64.
         prefill: ``"exact"``: the first prompt attends to its exact keys and values while they are stored;
@@ -57,7 +55,7 @@ class QuantizedPagedCache(DynamicCache):
             more raises ``OutOfPages`` before it changes anything.  Forks (``copy.deepcopy``) share the budget.
         pool: a ``PagePools`` that several caches of one model draw from, with a budget of its own.
         offload: keep the pages in the CPU's memory and bring each layer's to the device ahead of its turn.
-        qparams: what ``kvquant qparams`` wrote, a folder or a file, for ``int8-static``; or a ``calibration.QParams``.
+        qparams: for ``int8-static``, what ``kvquant qparams`` wrote; or a ``calibration.QParams``.
         static: reserve everything for ``max_length`` tokens with the first prompt, for ``torch.compile`` and CUDA
             graphs: ``generate`` compiles by itself on a GPU.  More tokens raise ``CacheFullError``.
 
@@ -90,13 +88,15 @@ class QuantizedPagedCache(DynamicCache):
         qparams: str | os.PathLike[str] | QParams | None = None,
         static: bool = False,
         max_length: int | None = None,
+        bits: float | None = None,
+        kv_budget: int | str | None = None,
         **unknown: Any,
     ) -> None:
         check_options(unknown, prefill=prefill, impl=impl, sliding=sliding)
-        dynamic = {"max_pages": max_pages, "max_bytes": max_bytes, "pool": pool, "offload": offload}
-        self.max_length = check_static(static, max_length, dynamic)
-        options: dict[str, Any] = {"policy": policy, "page_size": page_size, "offload": offload}
-        options |= {"max_pages": max_pages, "max_bytes": max_bytes}
+        dynamic = {"max_pages": max_pages, "max_bytes": max_bytes, "kv_budget": kv_budget, "offload": offload}
+        self.max_length = check_static(static, max_length, dynamic | {"pool": pool})
+        options: dict[str, Any] = dynamic | {"policy": policy, "page_size": page_size, "bits": bits}
+        options |= {} if static else {"max_length": max_length}
         options = {name: value for name, value in options.items() if value is not None}
         self.pools = PagePools(config, **options) if pool is None else pool.check(config, **options)
         self._pools_shared = pool is not None

@@ -22,8 +22,8 @@ def check_options(unknown: Mapping[str, Any], **given: Any) -> None:
     """
     if unknown:
         raise UnknownPolicyError(
-            f"unknown cache option {', '.join(map(repr, unknown))}; use policy, page_size, prefill, impl, sliding, "
-            "sinks, max_pages, max_bytes, pool, offload, static, max_length or qparams."
+            f"unknown cache option {', '.join(map(repr, unknown))}; use policy, bits, kv_budget, page_size, prefill, "
+            "impl, sliding, sinks, max_pages, max_bytes, pool, offload, static, max_length or qparams."
         )
     for name, value in given.items():
         if value not in _CHOICES[name]:
@@ -53,7 +53,7 @@ def check_static(static: bool, max_length: int | None, dynamic: Mapping[str, Any
 
     Args:
         static: whether it is.
-        max_length: tokens.
+        max_length: tokens; of a cache that is not static, those for which it has a ``kv_budget``.
         dynamic: options that decide how pages come and go, by name; a static cache has none of them.
 
     Raises:
@@ -62,8 +62,11 @@ def check_static(static: bool, max_length: int | None, dynamic: Mapping[str, Any
     if not isinstance(static, bool):
         raise UnknownPolicyError(f"static must be True or False, got {static!r}.")
     if not static:
-        if max_length is not None:
-            raise UnknownPolicyError("max_length is what a static cache reserves; add static=True, or leave it out.")
+        if max_length is not None and dynamic["kv_budget"] is None:
+            raise UnknownPolicyError(
+                "max_length is what a static cache reserves, or what a kv_budget is for; add static=True or a "
+                "kv_budget, or leave it out."
+            )
         return None
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
         raise UnknownPolicyError(

@@ -11,8 +11,9 @@ from .errors import PoolMismatchError, UnknownPolicyError
 from .pages.budget import Budget
 from .pages.pool import LayerPool
 from .policies.fingerprint import fingerprint
-from .policies.table import PolicyLike, parse_policy
+from .policies.table import PolicyLike
 from .reports.report import format_size
+from .transformers_api.auto import budget_in_bytes, policy_for
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ class PagePools:
         max_bytes: bytes of the packed pages of all layers and caches, reserved ones included; not counted are open
             pages and page tables.  Give one of the two, or neither for no bound.
         offload: keep the pages in the CPU's memory and bring each layer's to the device ahead of its turn.
+        bits, kv_budget, max_length: as for ``QuantizedPagedCache``; ``kv_budget`` is ``max_bytes`` too.
 
     Raises:
         UnknownPolicyError: unknown policy, or an option that is out of range.
+        UnsupportedModelError: ``"auto"`` for a model whose config does not say what a page holds.
         WrongModelError: a policy by layer that was tuned for another model.
 
     Example:
@@ -90,17 +93,27 @@ class PagePools:
         max_pages: int | None = None,
         max_bytes: int | None = None,
         offload: bool = False,
+        bits: float | None = None,
+        kv_budget: int | str | None = None,
+        max_length: int | None = None,
     ) -> None:
         if not isinstance(page_size, int) or page_size < 8 or page_size % 8:
             raise UnknownPolicyError(f"page_size must be a positive multiple of 8, got {page_size!r}.")
         for name, bound in (("max_pages", max_pages), ("max_bytes", max_bytes)):
             if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool) or bound < 1):
                 raise UnknownPolicyError(f"{name} must be a positive integer, got {bound!r}.")
-        if max_pages is not None and max_bytes is not None:
-            raise UnknownPolicyError("max_pages and max_bytes are two ways to give one budget; leave one of them out.")
+        given = {"max_pages": max_pages, "max_bytes": max_bytes, "kv_budget": kv_budget}
+        names = [name for name, bound in given.items() if bound is not None]
+        if len(names) > 1:
+            raise UnknownPolicyError(f"{' and '.join(names)} are ways to give a budget; leave all but one of them out.")
+        if kv_budget is not None:
+            kv_budget = max_bytes = budget_in_bytes(kv_budget)
+        elif max_length is not None:
+            raise UnknownPolicyError("max_length says for how many tokens a kv_budget is; leave it out without one.")
         if not isinstance(offload, bool):
             raise UnknownPolicyError(f"offload must be True or False, got {offload!r}.")
-        self.policy = parse_policy(policy)
+        budget = {"bits": bits, "kv_budget": kv_budget, "max_length": max_length}
+        self.policy = policy_for(config, policy, page_size, **budget)  # type: ignore[arg-type]
         self.page_size = page_size
         self.offload = offload
         self.budget = Budget(max_pages, max_bytes)
@@ -119,12 +132,13 @@ class PagePools:
                 f"these pools were made for the config {self._fingerprint}, the cache is for {fingerprint(config)}; "
                 "make pools of its own for each model."
             )
-        if "policy" in options:
-            options["policy"] = parse_policy(options["policy"])
+        bits = options.pop("bits", None) if "policy" in options else None
         held = {"policy": self.policy, "page_size": self.page_size, "offload": self.offload}
         for name, value in options.items():
             if name not in held:
                 raise PoolMismatchError(f"{name} belongs to shared pools as a whole; give it to PagePools instead.")
+            if name == "policy":
+                value = policy_for(config, value, self.page_size, bits=bits)
             if value != held[name]:
                 raise PoolMismatchError(
                     f"these pools have {name}={getattr(held[name], 'name', held[name])!r}, the cache asks for "

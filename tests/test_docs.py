@@ -46,7 +46,7 @@ def test_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr(kvquant_hf, "pipeline", lambda name, **options: tiny(**options), raising=False)
     monkeypatch.chdir(tmp_path)  # they save a file
     namespace: dict[str, Any] = {}
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
     try:
         for snippet in SNIPPETS:
             if "generate_batch" in snippet and unsupported():

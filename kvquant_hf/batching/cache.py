@@ -10,6 +10,7 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 from ..errors import BatchingError, UnsupportedModelError
 from ..pages.layout import StoreLayout, without_autocast
 from ..reports.calls import CallLog
+from ..transformers_api.auto import policy_for
 from ..transformers_api.heads import shards_of_heads
 from ..triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
 from .allocator import allocators_of
@@ -38,7 +39,7 @@ class QuantizedBatchingCache(PagedAttentionCache):
     Raises:
         UnsupportedModelError: a layer that is neither full attention nor a sliding window, or a head_dim that a codec
             cannot store, or key/value heads that the processes cannot share.
-        WrongModelError: a policy by layer, or parameters, of another model.
+        UnknownPolicyError: no policy in a budget.  WrongModelError: a policy by layer, or parameters, of another model.
         QParamsError: parameters are missing, cannot be read, or not taken.
         OutOfPages: the memory has no room for a block beside the open pages.
     """
@@ -55,12 +56,12 @@ class QuantizedBatchingCache(PagedAttentionCache):
         cb = continuous_batching_config
         check_layers(config)
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        self.policy, self.impl, self.exact_prefill = cb.policy, cb.impl, cb.prefill == "exact"
+        self.policy, self.impl = policy_for(config, cb.policy, cb.page_size), cb.impl
+        self.exact_prefill = cb.prefill == "exact"
         heads = find_num_key_value_heads(config)
         shards = shards_of_heads(distributed_helper.tp_plan, heads, distributed_helper.tp_size)
         like = torch.empty(1, heads // shards, 0, find_head_dim(config), dtype=dtype, device=self.device)
-        layouts = layouts_of(config, cb, like)
-        self.layouts = layouts
+        self.layouts = layouts = layouts_of(config, self.policy, cb, like)
         self.places, windows = places_of(config, layouts)
         self.cache_allocators = allocators_of(self.places, windows, layouts, cb.allow_block_sharing)
         self.lanes: dict[int, int] = {}  # of each layer, over all kinds of blocks
@@ -109,13 +110,12 @@ class QuantizedBatchingCache(PagedAttentionCache):
         self.max_blocks_per_request = self.max_decode_fast_path_length = self.read_cache_limit = 0
         self.max_tokens_read = 1
 
-        self._first = min(layouts)
+        self._first, self.log = min(layouts), CallLog()
         self._noted: Any = None  # the step that ``_rows`` belong to
         self._rows: list[tuple[str, int, int]] = []
         self._groups: list[Group] | None = None
         self._copies: tuple[list[int], list[int]] = ([], [])  # slots, from and to
         self._sides: dict[tuple[int, int, int], tuple[PagedSide, PagedSide]] = {}
-        self.log = CallLog()
 
     # -- who may come in -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from ..policies.table import PolicyLike, parse_policy
 from ..triton_kernels.ops import Implementation
 
 # What may stand in the ``cache_config`` of a generation config.
-CACHE_OPTIONS = ("policy", "page_size", "prefill", "impl", "qparams", "max_bytes", "max_requests")
+CACHE_OPTIONS = ("policy", "bits", "page_size", "prefill", "impl", "qparams", "max_bytes", "max_requests")
 
 
 @dataclass
@@ -26,7 +26,7 @@ class QuantizedBatchingConfig(ContinuousBatchingConfig):
     ``page_size`` tokens in the model's dtype, in which more quantized ones find room.
 
     Args:
-        policy: as for ``QuantizedPagedCache``.
+        policy, bits: as for ``QuantizedPagedCache``; ``"auto"`` takes bits, and no ``kv_budget``.
         page_size: tokens per page and block, and the most tokens of a request that are exact; a multiple of 8.
         prefill: ``"exact"``: a prompt that is read in one step attends to its exact keys and values while they are
             stored; ``"quantized"``: it attends to what was stored, as one does that shares its first pages with an
@@ -53,6 +53,7 @@ class QuantizedBatchingConfig(ContinuousBatchingConfig):
     qparams: str | os.PathLike[str] | QParams | None = None
     max_bytes: int | None = None
     max_requests: int | None = None
+    bits: float | None = None
     max_blocks_per_request: int | None = 0  # of FlashAttention's block tables
     use_cuda_graph: bool | tuple[bool, bool] | None = False
     use_async_batching: bool | None = False
@@ -60,7 +61,7 @@ class QuantizedBatchingConfig(ContinuousBatchingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.policy = parse_policy(self.policy)
+        self.policy, self.bits = parse_policy(self.policy, self.bits), None  # a budget is in the policy now
         check_options({}, prefill=self.prefill, impl=self.impl)
         if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:
             raise UnknownPolicyError(f"page_size must be a positive multiple of 8, got {self.page_size!r}.")

@@ -19,6 +19,7 @@ from ..errors import UnsupportedModelError
 from ..files.calibration import calibrated_codecs
 from ..pages.layout import StoreLayout
 from ..policies.fingerprint import fingerprint
+from ..policies.table import AnyPolicy
 from ..triton_kernels.codecs import CODECS
 from .config import QuantizedBatchingConfig
 
@@ -70,10 +71,11 @@ def check_model(model: Any) -> None:
         )
 
 
-def layouts_of(config: Any, cb: QuantizedBatchingConfig, like: torch.Tensor) -> dict[int, StoreLayout]:
-    """What each layer stores; ``like`` is a key or value tensor ``[1, heads, 0, head_dim]``."""
+def layouts_of(
+    config: Any, policy: AnyPolicy, cb: QuantizedBatchingConfig, like: torch.Tensor
+) -> dict[int, StoreLayout]:
+    """What each layer stores with ``policy``; ``like`` is a key or value tensor ``[1, heads, 0, head_dim]``."""
     count, model = config.num_hidden_layers, fingerprint(config)
-    policy: Any = cb.policy
     policy.check_layers(count)
     policy.check_model(model)
     codecs = {i: (CODECS[p.keys], CODECS[p.values]) for i, p in zip(range(count), policy.by_layer(), strict=False)}

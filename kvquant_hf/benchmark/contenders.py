@@ -12,6 +12,7 @@ from ..cache import QuantizedPagedCache
 from ..errors import BenchmarkInputError, MissingPackageError
 from ..evaluation.baselines import BACKENDS, held_bytes, parse_baseline
 from ..pages.queries import SeenQueries
+from ..policies.auto import AutoPolicy
 from ..policies.cost import page_cost
 from ..policies.table import POLICIES, KVPolicy, parse_policy
 from ..triton_kernels.codecs import CODECS
@@ -62,7 +63,9 @@ def choose(policies: Sequence[str] = USUAL_POLICIES, baselines: Sequence[str] = 
 
 
 def _ours(name: str) -> Contender:
-    policy = parse_policy(name)
+    policy = parse_policy(name)  # of a budget, what it stands for is decided for each model, which no row would say
+    if isinstance(policy, AutoPolicy):
+        raise BenchmarkInputError(f"a row is one policy, and {name!r} is a budget; name the policy that it stands for.")
 
     def make(model: Any, tokens: int) -> QuantizedPagedCache:
         cache = QuantizedPagedCache(model.config, policy, page_size=PAGE_SIZE)

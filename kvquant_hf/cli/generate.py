@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .models import check_cache_options, encode_prompt, load_model
+from ..policies.auto import AUTO
+from ..policies.table import parse_policy
+from .models import BITS_HELP, check_cache_options, encode_prompt, load_model
+from .sizes import bytes_of
 from .terminal import InputError, print_json, stage
 
 
@@ -17,6 +20,10 @@ def generate(
         str | None, typer.Option(help="Folder, .gguf file or hub name; default: the built-in SmolLM2-135M-Instruct.")
     ] = None,
     policy: Annotated[str, typer.Option(help="What to store the cache in; see `kvquant policies`.")] = "int4",
+    bits: Annotated[float | None, typer.Option(help=BITS_HELP)] = None,
+    kv_budget: Annotated[
+        str | None, typer.Option(help="With --policy auto, instead of --bits: all pages of prompt and answer: 500MB.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -42,7 +49,11 @@ def generate(
     from ..transformers_api.names import with_cache
 
     text = _read_prompt(prompt, file)
-    check_cache_options(policy, page_size, prefill, qparams, sinks)
+    budget = None if kv_budget is None else bytes_of(kv_budget)
+    if budget is not None and (policy != AUTO or bits is not None):
+        raise InputError("--kv-budget goes with --policy auto, in the place of --bits; leave it out.")
+    known = "exact" if budget is not None else parse_policy(policy, bits)
+    check_cache_options(known, page_size, prefill, qparams, sinks)
     loaded = load_model(model, dtype, hidden=as_json)
     inputs = encode_prompt(loaded, text, chat=chat)
     length = inputs["input_ids"].shape[1]
@@ -52,6 +63,8 @@ def generate(
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature}
     settings: dict[str, Any] = {"page_size": page_size, "prefill": prefill, "qparams": qparams, "sinks": sinks}
+    settings |= {"bits": bits, "kv_budget": budget}
+    settings |= {} if budget is None else {"max_length": length + max_new_tokens}
     cache = QuantizedPagedCache(loaded.model.config, policy, **settings)
     options |= {**with_cache(cache), "max_new_tokens": max_new_tokens}
     if as_json:

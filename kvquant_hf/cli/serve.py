@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UnsupportedModelError
-from .models import check_cache_options, load_model, locate
+from ..policies.table import parse_policy
+from .models import BITS_HELP, check_cache_options, load_model, locate
 from .sizes import bytes_of
 from .terminal import CommandError, InputError
 
@@ -27,6 +28,7 @@ def serve(
         typer.Argument(help="Folder, .gguf file or hub name; default: the built-in SmolLM2-135M-Instruct."),
     ] = None,
     policy: Annotated[str, typer.Option(help="What to store the cache in; LMDeploy's 8, 4 and 42 too.")] = "int4",
+    bits: Annotated[float | None, typer.Option(help=BITS_HELP)] = None,
     host: Annotated[str, typer.Option(help="Where to listen; by default only this machine can ask.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 8000,
     kv_budget: Annotated[
@@ -76,7 +78,7 @@ def serve(
 
     if log_level not in LOG_LEVELS:
         raise InputError(f"unknown log level {log_level!r}; use one of {', '.join(LOG_LEVELS)}.")
-    chosen = policy_of(policy)
+    chosen = policy_of(policy, bits)
     check_cache_options(chosen, page_size, prefill, qparams)
     options = ServeOptions(
         policy=chosen,
@@ -154,8 +156,10 @@ def _run_replicas(make: "Callable[[], Application]", replicas: int, host: str, p
     print("stopped.", file=sys.stderr)
 
 
-def policy_of(text: str) -> str | int:
-    """A policy as it is written on a command line: LMDeploy's numbers are numbers."""
+def policy_of(text: str, bits: float | None = None) -> str | int:
+    """A policy as it is written on a command line: LMDeploy's numbers are numbers, and bits go with ``auto``."""
+    if bits is not None:
+        return parse_policy(text, bits).name
     return int(text) if text.isdecimal() else text
 
 

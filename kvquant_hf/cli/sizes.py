@@ -1,8 +1,7 @@
 """Sizes as they are written on a command line."""
 
+from ..policies.sizes import parse_size
 from .terminal import InputError
-
-UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def bytes_of(text: str) -> int:
@@ -11,12 +10,10 @@ def bytes_of(text: str) -> int:
     Raises:
         InputError: not that.
     """
-    word = text.strip().lower()
-    for unit, factor in UNITS.items():
-        digits = word.removesuffix(unit).strip()
-        if word.endswith(unit) and digits.replace(".", "", 1).isdecimal() and float(digits) > 0:
-            return round(float(digits) * factor)
-    raise InputError(f"{text!r} is no size; use --kv-budget 500MB or 1GB.")
+    size = parse_size(text)
+    if size is None:
+        raise InputError(f"{text!r} is no size; use --kv-budget 500MB or 1GB.")
+    return size
 
 
 def times_of(text: str) -> float | None:

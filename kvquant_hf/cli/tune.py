@@ -13,8 +13,6 @@ from .measuring import progress
 from .models import check_cache_options, load_model
 from .terminal import InputError, print_json, say, stage
 
-UNIFORM = ("turboquant", "int4")
-
 
 def tune(
     out: Annotated[str, typer.Option(help="The policy file to write; it ends with .json.")],
@@ -36,7 +34,7 @@ def tune(
     """
     from ..evaluation import cut_windows, evaluate, paged
     from ..evaluation.text import read_file
-    from ..evaluation.tune import Part, choose, find_parts, mean_bits, measure, passes
+    from ..evaluation.tune import Part, choose, find_parts, mean_bits, measure, passes, uniform
     from ..policies.fingerprint import fingerprint
 
     check_cache_options("exact", page_size)
@@ -54,7 +52,7 @@ def tune(
     policy = choose(sensitivity, parts, budget, page_size)
     with stage("measuring the result", hidden=as_json):
         contenders = [paged(loaded.model, policy, page_size=page_size)._replace(name="tuned")]
-        contenders += [paged(loaded.model, name, page_size=page_size) for name in UNIFORM]
+        contenders += [paged(loaded.model, name, page_size=page_size) for name in uniform(parts)]
         results = evaluate(loaded.model, ids, contenders, step=page_size, page_size=page_size, batch=batch)
     described: dict[str, Any] = {
         "bits_per_element": mean_bits(policy, parts, page_size),
@@ -62,6 +60,7 @@ def tune(
         "page_size": page_size,
         "measured": {
             "on": text_conditions(loaded, DEFAULT_TEXT if text is None else Path(text).name, ids),
+            "rung_of_one_part": sensitivity.probes,
             "kld_of_one_part": [
                 {side: sensitivity.parts[Part(side, i)] for side in ("keys", "values")}
                 for i in range(len(policy.layers))
@@ -91,8 +90,7 @@ def _print_table(policy: LayerwisePolicy, described: dict[str, Any]) -> None:
     for heading in ("layer", "keys", "values"):
         table.add_column(heading, no_wrap=True)
     for side in ("keys", "values"):
-        coarsest = next(iter(measured["kld_of_rungs"][side]))
-        table.add_column(f"KLD, {side} in {coarsest}", justify="right")
+        table.add_column(f"KLD, {side} in {measured['rung_of_one_part'][side]}", justify="right")
     for i, (layer, kld) in enumerate(zip(policy.layers, measured["kld_of_one_part"], strict=True)):
         table.add_row(str(i), layer.keys, layer.values, f"{kld['keys']:.1e}", f"{kld['values']:.1e}")
     console.print(table)
@@ -106,6 +104,6 @@ def _print_table(policy: LayerwisePolicy, described: dict[str, Any]) -> None:
     where = f"{on['model']}, {on['dtype']}, {on['text']}, first {on['windows']} windows of {on['context_tokens']}"
     console.print(
         f"\n{where}, which it was tuned on\n"
-        "KLD of a layer: that part coarse, everything else exact; bits: per element in full pages",
+        "KLD of a layer: that part so, everything else exact; bits: per element in full pages",
         highlight=False,
     )

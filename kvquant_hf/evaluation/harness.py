@@ -20,6 +20,7 @@ from ..cache import QuantizedPagedCache
 from ..errors import EvaluationError, EvaluationInputError, UnsupportedModelError
 from ..policies.table import POLICIES, PolicyLike, parse_policy
 from ..reports.report import CacheReport
+from ..transformers_api.auto import policy_for
 from ..transformers_api.names import cache_in, with_cache
 from .metrics import Accuracy, Scores, compare, join, summarize
 
@@ -92,8 +93,7 @@ def paged(
     model: Any, policy: PolicyLike, *, page_size: int = 64, qparams: Any = None, sinks: int | None = None
 ) -> Contender:
     """A contender that is our cache with ``policy``, as generation has it except that a prompt attends to what was
-    stored.  Its name is the one of ``POLICIES``, or else ``policy`` as it was written.  ``qparams`` and ``sinks`` are
-    the cache's.
+    stored.  Its name is what :func:`written` says.  ``qparams`` and ``sinks`` are the cache's.
 
     Raises:
         UnknownPolicyError: unknown policy or page size.
@@ -105,8 +105,20 @@ def paged(
         cache.bind(model)
         return cache
 
+    return Contender(written(policy, model, page_size), make, weigh_paged)
+
+
+def written(policy: PolicyLike, model: Any, page_size: int) -> str:
+    """What tables call a policy: its name in ``POLICIES``, or else what was written; of a budget, what was chosen too.
+
+    Raises:
+        UnknownPolicyError: unknown policy, or none within a budget.
+    """
     name = parse_policy(policy).name
-    return Contender(policy if name not in POLICIES and isinstance(policy, str) else name, make, weigh_paged)
+    chosen = policy_for(model.config, policy, page_size).name
+    if chosen != name:
+        return f"{name} ({chosen})"
+    return policy if name not in POLICIES and isinstance(policy, str) else name
 
 
 def check_was_read(report: CacheReport, tokens: int) -> None:

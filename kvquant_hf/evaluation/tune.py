@@ -1,15 +1,18 @@
-"""A policy for each layer, from what a coarser codec does to the model in that layer alone.
+"""A policy for each layer, from what a coarse codec does to the model in that layer alone.
 
 Keys and values of a layer are two *parts*; each can have one of a few codecs, the *rungs* of a ladder.  What is wanted
 is the assignment with the least KLD at a given number of bits.
 
-1. Measure.  For each part, the mean KLD against the exact model when this part has the coarsest rung and everything
-   else is exact; for each other rung, the KLD when all keys, or all values, have it.  Everything goes through the real
-   cache (``harness.py``).
+1. Measure.  For each part, the mean KLD against the exact model when this part has the second rung, the *probe*, and
+   everything else is exact; for each rung, the KLD when all keys, or all values, have it.  Everything goes through the
+   real cache (``harness.py``).
 2. Model.  KLD is zero and flat at the exact model, so that small errors of independent parts add up, and it is
    quadratic in their size, so that going from one rung to another changes it by about the same ratio in every layer:
 
-       KLD(assignment) = sum over parts of  KLD(part, coarsest) * KLD(all, rung) / KLD(all, coarsest)
+       KLD(assignment) = sum over parts of  KLD(part, probe) * KLD(all, rung) / KLD(all, probe)
+
+   The coarsest rung is no probe: two bits for keys are beyond what is quadratic.  SmolLM2's first layer has 150 times
+   the KLD with ``int2-ranked`` that it has with ``int3-ranked``, the third one 6 times, all layers together 11 times.
 
 3. Choose.  Every part begins on the coarsest rung; the step with the most KLD saved per bit spent is taken, as long as
    the budget lasts.  A step may skip rungs, which makes the ladder of each part convex; the last few bits that fit no
@@ -26,13 +29,15 @@ import torch
 
 from ..cache import QuantizedPagedCache
 from ..errors import EvaluationInputError
-from ..policies.table import KVPolicy, LayerwisePolicy
+from ..policies.table import POLICIES, KVPolicy, LayerwisePolicy
 from ..transformers_api.names import with_cache
 from ..triton_kernels.codecs import CODECS
 from .harness import evaluate, paged
 
-KEYS = ("lloyd3-channel", "int4-channel", "int8-channel")
-VALUES = ("lloyd2", "lloyd3", "int4-hadamard", "int8-affine")
+KEYS = ("int2-ranked", "int3-ranked", "int4-ranked", "int8-channel")
+VALUES = ("octet2", "octet3", "int4-hadamard", "int8-affine")
+_INSTEAD = {"int4-ranked": "int4-channel", "octet2": "lloyd2"}  # of vectors that do not come in eights
+UNIFORM = ("kv2.9", "kv3", "int4")  # policies to compare with
 _SIDES = ("keys", "values")
 _ABREAST = 8  # contenders beside one run of the exact model: what it costs is shared, and their caches fit in memory
 
@@ -59,17 +64,19 @@ class Sensitivity:
     """What was measured, mean KLD in nats.
 
     Args:
-        parts: of each part on its coarsest rung, all else exact.
+        parts: of each part on the probe of its side, all else exact.
         rungs: of each rung of a side in all layers, the other side exact; coarsest first.
+        probes: of each side, one of its rungs.
     """
 
     parts: dict[Part, float]
     rungs: dict[str, dict[str, float]]
+    probes: dict[str, str]
 
     def predicted(self, part: Part, rung: str) -> float:
         """KLD that ``part`` adds on ``rung``, by the model above."""
         of_side = self.rungs[part.side]
-        return self.parts[part] * of_side[rung] / next(iter(of_side.values()))
+        return self.parts[part] * of_side[rung] / of_side[self.probes[part.side]]
 
 
 def find_parts(model: Any) -> Parts:
@@ -88,9 +95,26 @@ def ladders(parts: Parts) -> dict[str, list[str]]:
     """The rungs of each side that can store its vectors, coarsest first."""
     found = {}
     for side, rungs in zip(_SIDES, (KEYS, VALUES), strict=True):
-        dims = {vectors.head_dim for part, vectors in parts.items() if part.side == side}
-        found[side] = [rung for rung in rungs if not any(dim % CODECS[rung].head_dim_multiple for dim in dims)]
+        stored = (rung if can_store(parts, side, rung) else _INSTEAD.get(rung, rung) for rung in rungs)
+        found[side] = [rung for rung in stored if can_store(parts, side, rung)]
     return found
+
+
+def probe_of(rungs: Sequence[str]) -> str:
+    """The rung on which each part of a side is measured: the second; the first of two, as the finest shows little."""
+    return rungs[1] if len(rungs) > 2 else rungs[0]
+
+
+def can_store(parts: Parts, side: str, codec: str) -> bool:
+    """Whether ``codec`` takes the vectors of a side."""
+    return not any(
+        vectors.head_dim % CODECS[codec].head_dim_multiple for part, vectors in parts.items() if part.side == side
+    )
+
+
+def uniform(parts: Parts) -> list[str]:
+    """The policies of ``UNIFORM`` that can store the parts."""
+    return [name for name in UNIFORM if all(can_store(parts, side, getattr(POLICIES[name], side)) for side in _SIDES)]
 
 
 def _on(parts: Parts, side: str, rung: str, layers: Sequence[int]) -> LayerwisePolicy:
@@ -105,7 +129,7 @@ def questions(parts: Parts) -> dict[tuple[str, str | int], LayerwisePolicy]:
     every = range(len(parts) // 2)
     for side, rungs in ladders(parts).items():
         asked |= {(side, rung): _on(parts, side, rung, every) for rung in rungs}
-        asked |= {(side, layer): _on(parts, side, rungs[0], [layer]) for layer in every}
+        asked |= {(side, layer): _on(parts, side, probe_of(rungs), [layer]) for layer in every}
     return asked
 
 
@@ -157,9 +181,11 @@ def measure(
             advance=advance,
         )
         kld |= {names[name]: result.accuracy.kld_mean for name, result in results.items()}
+    found = ladders(parts)
     return Sensitivity(
         {part: kld[part] for part in parts},
-        {side: {rung: kld[side, rung] for rung in rungs} for side, rungs in ladders(parts).items()},
+        {side: {rung: kld[side, rung] for rung in rungs} for side, rungs in found.items()},
+        {side: probe_of(rungs) for side, rungs in found.items()},
     )
 
 

@@ -1,11 +1,14 @@
-"""Bytes per token, derived from the planes that the codecs declare and from nothing else."""
+"""Bytes per token, from the planes that the codecs declare and from nothing else; what ``auto`` makes of them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from ..errors import UnknownPolicyError
 from ..triton_kernels.codecs import CODECS
-from .table import LayerwisePolicy, PolicyLike, parse_policy
+from .auto import LADDER, AutoPolicy
+from .table import POLICIES, KVPolicy, LayerwisePolicy, PolicyLike, parse_policy
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,45 @@ def page_cost(
         dtype: the model's dtype, for the ratio and for planes stored in it.
     """
     parsed = parse_policy(policy)
-    layers = parsed.layers if isinstance(parsed, LayerwisePolicy) else (parsed,)
     value_head_dim = value_head_dim or head_dim
+    if isinstance(parsed, AutoPolicy):
+        parsed = choose(parsed, ladder(head_dim, value_head_dim, page_size, dtype))
+    layers = parsed.layers if isinstance(parsed, LayerwisePolicy) else (parsed,)
     stored = 0.0
     for layer in layers:
         stored += CODECS[layer.keys].bytes_per_token(head_dim, page_size, dtype) / len(layers)
         stored += CODECS[layer.values].bytes_per_token(value_head_dim, page_size, dtype) / len(layers)
     elements = heads * (head_dim + value_head_dim)
     return PageCost(heads * stored, elements * dtype.itemsize, elements)
+
+
+def ladder(head_dim: int, value_head_dim: int, page_size: int, dtype: torch.dtype) -> dict[str, float]:
+    """Bits per element in full pages of each policy of ``LADDER`` that can store such vectors, the most accurate first;
+    arguments as of :func:`page_cost`."""
+    found = {}
+    for name in LADDER:
+        sides = CODECS[POLICIES[name].keys], CODECS[POLICIES[name].values]
+        if not any(dim % codec.head_dim_multiple for dim, codec in zip((head_dim, value_head_dim), sides, strict=True)):
+            cost = page_cost(name, head_dim, value_head_dim=value_head_dim, page_size=page_size, dtype=dtype)
+            found[name] = cost.bits_per_element
+    return found
+
+
+def choose(policy: AutoPolicy, rungs: dict[str, float]) -> KVPolicy:
+    """The most accurate policy within the budget.
+
+    Args:
+        policy: the budget.
+        rungs: of :func:`ladder`.
+
+    Raises:
+        UnknownPolicyError: the smallest one takes more; the message says how much.
+    """
+    for name, bits in rungs.items():
+        if bits <= policy.bits:
+            return POLICIES[name]
+    smallest = min(rungs, key=lambda name: rungs[name])
+    raise UnknownPolicyError(
+        f"no policy has {policy.bits:g} bits per element or fewer with this model's pages; the smallest, {smallest!r}, "
+        f"takes {rungs[smallest]:.3f}: give at least {math.ceil(100 * rungs[smallest]) / 100:g}."
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UnknownPolicyError, WrongModelError
 from ..triton_kernels.codecs import CODECS
+from .auto import AUTO, AutoPolicy, parse_auto
 from .file import SUFFIX, read_layers
 
 
@@ -96,7 +97,7 @@ class LayerwisePolicy:
         parsed = []
         for layer in layers:
             policy = parse_policy(layer)
-            if isinstance(policy, LayerwisePolicy):
+            if not isinstance(policy, KVPolicy):
                 raise UnknownPolicyError("a layer of a LayerwisePolicy has one policy; give a name or a KVPolicy.")
             parsed.append(policy)
         object.__setattr__(self, "layers", tuple(parsed))
@@ -180,24 +181,29 @@ POLICIES: MappingProxyType[str, KVPolicy] = MappingProxyType(
 # LMDeploy's integers.
 QUANT_POLICY = MappingProxyType({0: "exact", 8: "int8-token", 4: "int4-token", 42: "turboquant-qjl"})
 
-AnyPolicy = KVPolicy | LayerwisePolicy
+AnyPolicy = KVPolicy | LayerwisePolicy  # for one model
 OnePolicyLike = str | int | KVPolicy
-PolicyLike = OnePolicyLike | LayerwisePolicy | Path
+PolicyLike = OnePolicyLike | LayerwisePolicy | AutoPolicy | Path
 
 
-def parse_policy(policy: PolicyLike) -> AnyPolicy:
+def parse_policy(policy: PolicyLike, bits: float | None = None) -> AnyPolicy | AutoPolicy:
     """Turn what a user writes into a policy.
 
     Args:
         policy: a name of ``POLICIES``; ``"<keys>/<values>"`` where each side is a policy name (its keys, its values) or
             a codec name; one of LMDeploy's integers 0, 4, 8, 42 (also as text); a ``KVPolicy``; a ``LayerwisePolicy``;
-            or a file that ends with ``.json``, as ``kvquant tune`` writes it.
+            a file that ends with ``.json``, as ``kvquant tune`` writes it; or ``"auto:3.5"``, whose policy is chosen
+            when the model is known.
+        bits: the number behind ``"auto"``, where it stands beside it.
 
     Raises:
-        UnknownPolicyError: nothing of that name; the message lists what there is.
+        UnknownPolicyError: nothing of that name; the message lists what there is.  ``"auto"`` without a budget.
         PolicyFileError: a file that is no such file.
     """
-    if isinstance(policy, AnyPolicy):
+    auto = parse_auto(policy, bits)
+    if auto is not None:
+        return auto
+    if isinstance(policy, AnyPolicy | AutoPolicy):
         return policy
     if isinstance(policy, Path) or (isinstance(policy, str) and policy.endswith(SUFFIX)):
         pairs, model = read_layers(policy)
@@ -214,7 +220,7 @@ def parse_policy(policy: PolicyLike) -> AnyPolicy:
             return KVPolicy(_side(keys, "keys"), _side(values, "values"))
     raise UnknownPolicyError(
         f"unknown policy {policy!r}; use one of {', '.join(POLICIES)}, '<keys>/<values>' of two of them, "
-        f"LMDeploy's {', '.join(map(str, QUANT_POLICY))}, or a {SUFFIX} file of `kvquant tune`."
+        f"LMDeploy's {', '.join(map(str, QUANT_POLICY))}, {AUTO}:<bits>, or a {SUFFIX} file of `kvquant tune`."
     )
 
 

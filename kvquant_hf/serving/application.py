@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException  # fastapi's is one, and so is th
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
-from ..policies.table import parse_policy
 from ..reports.report import format_size
+from ..transformers_api.auto import policy_for
 from .batched import BatchedEngine
 from .gate import Gate, error_body
 from .handlers import Chats, Completions, Responses
@@ -50,6 +50,7 @@ class Application(Gate):
 
     def __init__(self, name: str, model: Any, processor: Any, options: ServeOptions) -> None:
         self.name, self.options, self.replica = name, options, ""
+        self._policy = policy_for(model.config, options.policy, options.page_size)
         metrics = Metrics()
         ledger = Ledger(metrics.closed, metrics.refused)
         in_turn = SequentialEngine(options, ledger)
@@ -81,9 +82,8 @@ class Application(Gate):
 
     def report(self) -> dict[str, Any]:
         """What ``/kvquant/report`` says; see ``metrics.overview``."""
-        policy: Any = parse_policy(self.options.policy)
         which = {"replica": self.replica} if self.replica else {}
-        return which | {"model": self.name, "policy": policy.name} | overview(self.ledger, self.engine)
+        return which | {"model": self.name, "policy": self._policy.name} | overview(self.ledger, self.engine)
 
     def _add_routes(self, app: FastAPI, metrics: Metrics) -> None:
         @app.get("/kvquant/report")

@@ -16,7 +16,7 @@ class ServeOptions:
     """The options of ``kvquant serve``.
 
     Args:
-        policy, page_size, prefill, qparams: as for ``QuantizedPagedCache``.
+        policy, page_size, prefill, qparams: as for ``QuantizedPagedCache``; a budget of ``"auto"`` is in the policy.
         kv_budget: bytes of all pages (int), or a share of the memory that is free (float); None: half of it.
         max_concurrent: requests that are computed at a time; None: as many of 256 tokens as find room, at most 64.
         queue: requests that may wait beside them.

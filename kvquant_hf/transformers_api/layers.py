@@ -116,6 +116,21 @@ class QuantizedStaticSlidingLayer(QuantizedStaticLayer):
 _WINDOWED = ("sliding_attention", "chunked_attention")
 
 
+def _kinds_of(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Kind and options of each layer of the decoder, as transformers names them."""
+    types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    if isinstance(kwargs, dict):  # 5.17 returns one dict for all layers
+        kwargs = [kwargs] * len(types)
+    return list(zip(types, kwargs, strict=True))
+
+
+def windows_of(config: PreTrainedConfig) -> list[int]:
+    """Tokens that each layer with keys and values of its own sees; 0: all of them."""
+    kinds = _kinds_of(config)
+    paged = [(kind, options) for kind, options in kinds if kind == "full_attention" or kind in _WINDOWED]
+    return [options["sliding_window"] if kind in _WINDOWED else 0 for kind, options in paged]
+
+
 def build_layers(
     config: PreTrainedConfig,
     policies: Iterator[KVPolicy],
@@ -137,12 +152,9 @@ def build_layers(
     Raises:
         UnsupportedModelError: no layer could be ours.
     """
-    decoder = config.get_text_config(decoder=True)
-    types, kwargs = get_layer_types_and_kwargs(decoder)
-    if isinstance(kwargs, dict):  # 5.17 returns one dict for all layers
-        kwargs = [kwargs] * len(types)
+    kinds = _kinds_of(config)
     layers: list[Any] = []
-    for kind, options in zip(types, kwargs, strict=True):
+    for kind, options in kinds:
         window = options["sliding_window"] if kind in _WINDOWED else 0
         if kind != "full_attention" and not (window and quantize_windows):
             reserved = {} if max_length is None else {"max_cache_len": max_length}
@@ -156,10 +168,11 @@ def build_layers(
             drawing = (next(policies), *arguments, next(pools))
             layers.append(QuantizedSlidingLayer(window, *drawing) if window else QuantizedPagedLayer(*drawing))
     if not any(isinstance(layer, PagedLayer) for layer in layers):
+        types = {kind for kind, _ in kinds}
         remedy = "sliding='quantized'" if any(kind in _WINDOWED for kind in types) else "transformers' own cache"
         raise UnsupportedModelError(
-            f"model type {decoder.model_type!r} has no layer to quantize (its layers are "
-            f"{', '.join(sorted(set(types)))}); use {remedy}."
+            f"model type {config.get_text_config(decoder=True).model_type!r} has no layer to quantize (its layers are "
+            f"{', '.join(sorted(types))}); use {remedy}."
         )
     first = next(layer for layer in layers if isinstance(layer, PagedLayer))
     if isinstance(first, StaticPagedLayer):

@@ -93,6 +93,32 @@ def test_by_a_config_of_ours(made: list[QuantizedBatchingCache]) -> None:
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_budget_chooses_the_policy(by_name: bool, made: list[QuantizedBatchingCache]) -> None:
+    """What is chosen is named, and answers as if it had been named."""
+    model = tiny_llama()
+    if by_name:
+        config = named(cache_implementation="kvquant", cache_config={"policy": "auto", "bits": 5.5})
+        results = model.generate_batch(PROMPTS, config, continuous_batching_config=PLAIN)
+    else:
+        results = model.generate_batch(PROMPTS, GREEDY, continuous_batching_config=config_of("auto:5.5"))
+    assert [result.generated_tokens for result in results.values()] == one_by_one(model, PROMPTS, "int4")
+    (cache,) = made
+    assert cache.policy.name == "int4"
+
+
+def test_budgets_that_cannot_be() -> None:
+    with pytest.raises(UnknownPolicyError, match=r"auto:3\.5"):
+        config_of("auto")
+    with pytest.raises(UnknownPolicyError, match="leave bits out"):
+        config_of("int4", bits=3.5)
+    with pytest.raises(
+        UnknownPolicyError, match="unknown cache option 'kv_budget' for continuous batching; use policy"
+    ):
+        config = named(cache_implementation="kvquant", cache_config={"policy": "auto", "kv_budget": "1GB"})
+        tiny_llama().generate_batch(PROMPTS, config, continuous_batching_config=PLAIN)
+
+
 def test_others_are_left_alone(made: list[QuantizedBatchingCache]) -> None:
     model = tiny_llama()
     assert type(model.init_continuous_batching(GREEDY, PLAIN)) is continuous_api.ContinuousBatchingManager

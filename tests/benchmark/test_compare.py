@@ -174,6 +174,7 @@ def test_an_interruption_leaves_what_was_measured(moment: int, monkeypatch: pyte
 def test_wrong_input() -> None:
     for options, error in (
         ({"policies": ["int5"]}, UnknownPolicyError),
+        ({"policies": ["auto:3.5"]}, BenchmarkInputError),
         ({"baselines": ["hqq-5"]}, BenchmarkInputError),
         ({"contexts": (8,)}, BenchmarkInputError),
         ({"contexts": ()}, BenchmarkInputError),

@@ -119,6 +119,32 @@ def test_generate_as_json(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert report["tokens"] == 100 + data["new_tokens"] - 1
 
 
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        (("--policy", "auto", "--bits", "5.5"), "int4"),
+        (("--policy", "auto:5.5"), "int4"),
+        (("--policy", "auto", "--kv-budget", "11kB"), "int4"),  # 2 pages of 2 heads in 2 layers, 5.25 bits: 10,752
+        (("--policy", "auto", "--kv-budget", "21kB"), "int8"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_generate_within_a_budget(run: Run, tiny: Path, options: tuple[str, ...], chosen: str) -> None:
+    """Of 120 and 5 tokens, pages of 64; the report names what was chosen."""
+    command = ("generate", "--model", tiny, "--prompt", "x" * 120, "--max-new-tokens", "5", *options)
+    code, out, _ = run(*command, "--json")
+    assert code == 0 and json.loads(out)["report"]["policy"] == chosen
+    code, _, err = run(*command)
+    assert code == 0 and f"{chosen}, pages of 64 tokens" in err
+
+
+def test_generate_without_room(run: Run, tiny: Path) -> None:
+    command = ("generate", "--model", tiny, "--prompt", "x" * 120, "--policy", "auto")
+    for options, word in ((("--bits", "1"), "'kv2.4'"), (("--kv-budget", "1kB"), "at least that as kv_budget")):
+        code, out, err = run(*command, *options, "--json")
+        assert code == 2 and out == "" and is_one_sentence(err) and word in err
+
+
 # -- demo --------------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +203,11 @@ def test_demo_on_the_built_in_model(run: Run) -> None:
         (("demo", "--model", "/no/such/folder"), "/no/such/folder"),
         (("demo", "--dtype", "int4"), "bfloat16"),
         (("generate", "--prompt", "x", "--policy", "int5"), "int8-token"),
+        (("generate", "--prompt", "x", "--policy", "auto"), "auto:3.5"),
+        (("generate", "--prompt", "x", "--bits", "3"), "policy='auto'"),
+        (("generate", "--prompt", "x", "--kv-budget", "1GB"), "--policy auto"),
+        (("generate", "--prompt", "x", "--policy", "auto", "--kv-budget", "1GB", "--bits", "3"), "in the place of"),
+        (("generate", "--prompt", "x", "--policy", "auto", "--kv-budget", "1"), "no size"),
         (("generate", "--prompt", "x", "--page-size", "7"), "multiple of 8"),
         (("generate", "--prompt", "x", "--prefill", "sometimes"), "'quantized'"),
         (("generate", "--prompt", "x", "--model", "no-such-file.gguf"), "no-such-file.gguf"),

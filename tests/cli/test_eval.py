@@ -41,6 +41,15 @@ def test_as_a_table_of_80_columns(run: Run, tiny: Path, monkeypatch: pytest.Monk
     assert "measuring" in err and "measuring" not in out
 
 
+def test_a_budget_is_named_with_what_it_chose(run: Run, tiny: Path) -> None:
+    code, out, err = run("eval", "--model", tiny, "--policies", "auto:7.5,auto:30,int8", *FAST, "--json")
+    rows = json.loads(out)["caches"]
+    assert (code, err) == (0, "") and list(rows) == ["exact", "auto:7.5 (int4)", "auto:30 (int8)", "int8"]
+    assert rows["auto:30 (int8)"] == rows["int8"] and rows["auto:7.5 (int4)"]["page_bits_per_element"] <= 7.5
+    code, out, err = run("eval", "--model", tiny, "--policies", "auto:2", *FAST)
+    assert code == 2 and out == "" and "'kv2.4'" in err.splitlines()[-1]
+
+
 def test_files(run: Run, tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")

@@ -28,6 +28,12 @@ def test_as_json(run: Run, tiny: Path) -> None:
         assert cache["equal_to_exact"] == sum(cell["found"] == other["found"] for cell, other in pairs)
 
 
+def test_a_budget_is_named_with_what_it_chose(run: Run, tiny: Path) -> None:
+    options = ("--lengths", "200", "--depths", "50", "--page-size", "16", "--json")
+    code, out, _ = run("needle", "--model", tiny, "--policies", "auto:7.5", *options)
+    assert code == 0 and list(json.loads(out)["caches"]) == ["exact", "auto:7.5 (int4)"]
+
+
 def test_as_a_table_of_80_columns(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     picture = tmp_path / "map.svg"

@@ -16,7 +16,8 @@ import pytest
 from command import Run, is_one_sentence
 
 from kvquant_hf.batching.hooks import unsupported
-from kvquant_hf.cli.serve import budget_of
+from kvquant_hf.cli.serve import budget_of, policy_of
+from kvquant_hf.errors import UnknownPolicyError
 
 pytestmark = pytest.mark.skipif(bool(unsupported()), reason="this transformers is too old for a server")
 PROMPT = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
@@ -108,6 +109,10 @@ def test_without_the_packages_of_a_server(run: Run, tiny: Path, monkeypatch: pyt
 
 
 def test_budgets() -> None:
+    assert [policy_of(*words) for words in (("int4",), ("8",), ("auto:3.5",))] == ["int4", 8, "auto:3.5"]
+    assert policy_of("auto", 3.5) == "auto:3.5"
+    with pytest.raises(UnknownPolicyError, match="leave bits out"):
+        policy_of("int4", 3.5)
     assert [budget_of(text) for text in ("500MB", "0.3", "30%", "1.5GB")] == [500_000_000, 0.3, 0.3, 1_500_000_000]
 
 

@@ -20,12 +20,13 @@ def test_command(run: Run, tiny: Path, tmp_path: Path) -> None:
     policy = parse_policy(out)
     assert policy.as_dict()["layers"] == file["layers"] == data["layers"] and len(file["layers"]) == 2
     assert data["bits_per_element"] <= 6 and data["measured"]["on"]["windows"] == 2
-    assert set(data["measured"]["kld"]) == {"tuned", "turboquant", "int4"}
+    assert set(data["measured"]["kld"]) == {"tuned", "kv2.9", "kv3", "int4"}
+    assert data["measured"]["rung_of_one_part"] == {"keys": "int3-ranked", "values": "octet3"}
     code, printed, _ = run("eval", "--model", tiny, "--policies", f"{out},int8", *options[:6], "--json")
     row = json.loads(printed)["caches"][str(out)]
     assert code == 0 and row["page_bits_per_element"] == pytest.approx(data["bits_per_element"], rel=1e-12)
     code, printed, err = run("tune", "--model", tiny, "--out", out, *options)
-    assert code == 0 and "lloyd" in printed and "turboquant" in printed and str(out) in err
+    assert code == 0 and "octet3" in printed and "kv2.9" in printed and str(out) in err
 
 
 @pytest.mark.parametrize(

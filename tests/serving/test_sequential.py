@@ -43,6 +43,14 @@ def test_as_generate_alone() -> None:
             ask(model=NAME, messages=MESSAGES, max_tokens=600)
 
 
+@pytest.mark.parametrize("batching", [False, True])
+def test_a_budget_chooses_the_policy(batching: bool) -> None:
+    with serving(policy="auto:5.5", continuous_batching=batching) as served:
+        answer = served.client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=2)
+        assert answer.usage.completion_tokens == 2
+        assert served.app.report()["policy"] == "int4"
+
+
 def test_a_model_that_cannot_be_batched_says_so() -> None:
     """Falcon before it runs, GPT-NeoX in the step that is tried first: nobody is served by a run that has ended."""
     models = [tiny_falcon()]
