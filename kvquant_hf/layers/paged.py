@@ -126,8 +126,8 @@ class PagedLayer:
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""
         with plain_tensors():
-            options = self.impl, self.pool.make, self.sinks, self.prior
-            self.store = self.store_type(*self.codecs, self.page_size, keys, values, *options)
+            make, sinks, prior = self.pool.make, self.sinks, self.prior
+            self.store = self.store_type(*self.codecs, self.page_size, keys, values, self.impl, make, sinks, prior)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens and return what attention is to read.

@@ -82,4 +82,4 @@ def damped(metric: torch.Tensor, count: int) -> torch.Tensor:
 
 def metric_of(prior: Moments) -> torch.Tensor:
     """The metric of one who has a ``prior`` and has seen nothing; float32 ``[heads, head_dim, head_dim]``."""
-    return damped(prior.matrix(), PRIOR_TOKENS)
+    return damped(prior.times(PRIOR_TOKENS).matrix(), PRIOR_TOKENS)
