@@ -55,7 +55,8 @@ class QuantizedPagedCache(DynamicCache):
             more raises ``OutOfPages`` before it changes anything.  Forks (``copy.deepcopy``) share the budget.
         pool: a ``PagePools`` that several caches of one model draw from, with a budget of its own.
         offload: keep the pages in the CPU's memory and bring each layer's to the device ahead of its turn.
-        qparams: for ``int8-static``, what ``kvquant qparams`` wrote; or a ``calibration.QParams``.
+        qparams: what ``kvquant qparams`` wrote, a folder or a file, or a ``calibration.QParams``: for ``int8-static``,
+            and for policies that round keys by queries, such as ``kv3``, what is known of these beforehand.
         static: reserve everything for ``max_length`` tokens with the first prompt, for ``torch.compile`` and CUDA
             graphs: ``generate`` compiles by itself on a GPU.  More tokens raise ``CacheFullError``.
 

@@ -12,11 +12,12 @@ from ..pages.layout import StoreLayout, without_autocast
 from ..reports.calls import CallLog
 from ..transformers_api.auto import policy_for
 from ..transformers_api.heads import shards_of_heads
-from ..triton_kernels.ops import PagedSide, append_pages, choose, paged_attention
+from ..triton_kernels.ops import PagedSide, choose, paged_attention
 from .allocator import allocators_of
 from .config import QuantizedBatchingConfig
 from .model import FULL, check_layers, layouts_of, places_of, rotary_limit
 from .prompt import attend_to_itself
+from .rounding import append
 from .sizing import TYPICAL_TOKENS, PageMemory
 from .slots import OpenPages, zeros
 from .step import Group, Row, group_rows
@@ -251,10 +252,8 @@ class QuantizedBatchingCache(PagedAttentionCache):
                 )
         new_keys, new_values = (x.to(dtype) for x, dtype in zip((key_states, value_states), layout.dtypes, strict=True))
         for group in self._groups:
-            keys, values = self._sides_of(layer_idx, group)
-            parts = group.pick(new_keys), group.pick(new_values)
-            table = group.tables[self.lanes[layer_idx]]
-            append_pages(*parts, keys, values, table, group.lengths, group.after, impl=self.impl)
+            sides, parts = self._sides_of(layer_idx, group), (group.pick(new_keys), group.pick(new_values))
+            append(parts, sides, group, self.lanes[layer_idx], layout, self.impl)
             self._look_at(layout, layer_idx, group)
         kwargs["cache"], kwargs["stored"] = self, True
         return key_states, value_states

@@ -80,7 +80,7 @@ def layouts_of(
     policy.check_model(model)
     codecs = {i: (CODECS[p.keys], CODECS[p.values]) for i, p in zip(range(count), policy.by_layer(), strict=False)}
     _, given = calibrated_codecs(cb.qparams, policy.name, codecs, model)
-    return {i: StoreLayout(*pair, cb.page_size, like, like, cb.impl) for i, pair in given.items()}
+    return {i: StoreLayout(*x[:2], cb.page_size, like, like, cb.impl, x.prior) for i, x in given.items()}
 
 
 def rotary_limit(config: Any) -> int | None:

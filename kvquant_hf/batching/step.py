@@ -37,7 +37,9 @@ class Group(NamedTuple):
         tables: int32 ``[rows, blocks]`` for each lane of layers.
         lengths: int32 ``[rows, 2]``: sealed pages and tokens in the open page before the step.
         after: the same after it; written by the first layer, and by each other with the same numbers.
-        sealed: pages that the step seals, for each lane of layers, on the host.
+        sealed: pages that the step seals, for each lane of layers, on the host, row after row.
+        sealing: rows that seal pages, each as many.
+        held: tokens in the open pages of these.
         exact: whether this is a first prompt that attends to its exact keys and values.
     """
 
@@ -48,6 +50,8 @@ class Group(NamedTuple):
     lengths: torch.Tensor
     after: torch.Tensor
     sealed: list[np.ndarray]
+    sealing: np.ndarray
+    held: int
     exact: bool
 
     def pick(self, packed: torch.Tensor) -> torch.Tensor:
@@ -90,6 +94,7 @@ def _group(run: list[Row], page_size: int, exact_prefill: bool, device: torch.de
         tables.append(to_device(table, device))
         new = [ids[row.sealed : (row.past + row.new - 1) // page_size] for ids, row in zip(lane, run, strict=True)]
         sealed.append(np.array([page for pages in new for page in pages], dtype=np.int64))
+    full = [i for i, row in enumerate(run) if (row.past + row.new - 1) // page_size > row.sealed]
     held = [(row.sealed, row.past - row.sealed * page_size) for row in run]
     lengths = to_device(np.array(held, dtype=np.int32), device)
     at: slice | torch.Tensor = slice(first.start, first.start + count * first.new)
@@ -104,5 +109,7 @@ def _group(run: list[Row], page_size: int, exact_prefill: bool, device: torch.de
         lengths=lengths,
         after=torch.empty_like(lengths),
         sealed=sealed,
+        sealing=np.array(full, dtype=np.int64),
+        held=held[full[0]][1] if full else 0,
         exact=exact_prefill and first.past == 0 and first.new > 1,
     )

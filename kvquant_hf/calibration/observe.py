@@ -1,7 +1,8 @@
-"""Read text through a model and keep the extremes of its keys and values, as attention gets them.
+"""Read text through a model and keep the extremes of its keys and values, and the second moments of its queries.
 
-Keys are those after the rotary embedding.  What is kept is two numbers per channel and nothing of the text, not even of
-the window that is being read: the cache that observes hands keys and values on and forgets them.
+Keys and queries are those that attention gets, after the rotary embedding.  What is kept is two numbers per channel and
+one matrix per head, and nothing of the text, not even of the window that is being read: the cache that observes hands
+keys and values on and forgets them.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError, UnsupportedModelError
-from ..files.calibration import SIDES, Statistics
+from ..files.calibration import SIDES, Statistics, names_of_moments
+from ..pages.moments import Moments, products, takes
 from ..policies.fingerprint import fingerprint
 from ..transformers_api.names import with_cache
 from ..transformers_api.observe import ObservingCache
@@ -44,10 +46,44 @@ class _Extremes:
                 raise CalibrationError(f"{side} of layer {layer} are not finite; calibrate with --dtype float32.")
 
 
+class _Queries:
+    """Running sums of q q^T per layer, float32 ``[heads, head_dim, head_dim]`` where the model is, and their tokens."""
+
+    def __init__(self, extremes: _Extremes) -> None:
+        self._extremes = extremes  # whose keys have come before
+        self.held: dict[int, torch.Tensor] = {}
+        self._tokens: dict[int, int] = {}
+
+    def add(self, layer: int, query: torch.Tensor) -> None:
+        """Take queries ``[batch, query_heads, tokens, head_dim]`` of one layer into account; those of other heads than
+        its keys say nothing of these."""
+        heads, head_dim = self._extremes.held[layer, SIDES[0]][0].shape
+        if takes(query, heads, head_dim):
+            new = products(query, heads).sum(0)
+            self.held[layer] = self.held[layer] + new if layer in self.held else new
+            self._tokens[layer] = self._tokens.get(layer, 0) + query.shape[0] * query.shape[2]
+
+    def check(self) -> None:
+        """Refuse to go on with what is no number.
+
+        Raises:
+            CalibrationError: there is NaN or infinity in it.
+        """
+        for layer, total in self.held.items():
+            if not bool(total.isfinite().all()):
+                raise CalibrationError(f"queries of layer {layer} are not finite; calibrate with --dtype float32.")
+
+    def moments(self) -> dict[int, Moments]:
+        """Those of one token, of every layer that has keys, on the CPU; none where a layer's queries were not seen."""
+        if {layer for layer, _ in self._extremes.held} != self.held.keys():
+            return {}
+        return {layer: Moments.of(total.cpu() / self._tokens[layer]) for layer, total in self.held.items()}
+
+
 def collect(
     model: Any, windows: torch.Tensor, facts: dict[str, Any] | None = None, advance: Callable[[], object] = lambda: None
 ) -> Statistics:
-    """Extremes of every channel of the keys and values that ``model`` makes of a text.
+    """Extremes of every channel of the keys and values that ``model`` makes of a text, and moments of the queries.
 
     Args:
         model: a causal language model in eval mode.
@@ -56,11 +92,11 @@ def collect(
         advance: called after each window.
 
     Returns:
-        The statistics, on the CPU.
+        The statistics, on the CPU; without moments if the model's attention does not show the queries of all layers.
 
     Raises:
         UnsupportedModelError: not a decoder-only model.
-        CalibrationError: keys or values are not finite, or there are none.
+        CalibrationError: keys, values or queries are not finite, or there are none.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -69,15 +105,19 @@ def collect(
     # Logits of a whole window would be the largest tensor of all.
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     extremes = _Extremes()
+    queries = _Queries(extremes)
     with torch.inference_mode():
         for row in windows.split(1):
-            cache = ObservingCache(model.config, extremes.add)
+            cache = ObservingCache(model.config, extremes.add, queries.add)
             model(row.to(model.device), use_cache=True, **with_cache(cache), **options)
             extremes.check()
+            queries.check()
             advance()
     tensors = {}
     for (layer, side), (low, high) in extremes.held.items():
         absmax = torch.maximum(low.abs(), high.abs())
         for name, x in (("min", low), ("max", high), ("absmax", absmax)):
             tensors[f"layers.{layer}.{side}.{name}"] = x.cpu().clone()
+    for layer, moments in queries.moments().items():
+        tensors |= dict(zip(names_of_moments(layer), moments, strict=True))
     return Statistics(tensors, list(fingerprint(model.config)), facts or {})

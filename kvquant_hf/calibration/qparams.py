@@ -43,7 +43,7 @@ def _overall(extremes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def compute(statistics: Statistics, *, per: str = "tensor", symmetric: bool = False) -> QParams:
-    """Quantization parameters from statistics.
+    """Quantization parameters from statistics; moments of queries go with them as they are.
 
     Args:
         statistics: of a calibration.
@@ -55,7 +55,7 @@ def compute(statistics: Statistics, *, per: str = "tensor", symmetric: bool = Fa
     """
     if per not in PER:
         raise QParamsError(f"unknown per={per!r}; use {' or '.join(map(repr, PER))}.")
-    tensors = {}
+    tensors = dict(statistics.queries)
     for layer in statistics.layers:
         for side in SIDES:
             extremes = statistics.of(layer, side)

@@ -1,4 +1,5 @@
-"""``kvquant calibrate``: the extremes of a model's keys and values over a text, for ``kvquant qparams``."""
+"""``kvquant calibrate``: extremes of a model's keys and values over a text, moments of its queries; for ``kvquant
+qparams``."""
 
 import hashlib
 from typing import Annotated
@@ -25,7 +26,8 @@ def calibrate(
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
 ) -> None:
-    """Read a text and keep the smallest and largest element of each channel of keys and values.
+    """Read a text and keep the smallest and largest element of each channel of keys and values, and what is usual of
+    queries.
 
     Windows are read one by one, and nothing of them is kept.  The path of the file is printed on stdout.
     """

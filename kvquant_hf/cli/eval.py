@@ -57,7 +57,8 @@ def evaluate(
         float | None, typer.Option(help="Give the keys outlier channels, so many times larger; a power of two.")
     ] = None,
     qparams: Annotated[
-        str | None, typer.Option(help="What `kvquant qparams` wrote, for policy int8-static: a folder or a file.")
+        str | None,
+        typer.Option(help="Folder or file of `kvquant qparams`: for int8-static, a prior for kv3 and others."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
     csv_file: Annotated[str | None, typer.Option("--csv", help="Write the numbers to a CSV file too.")] = None,
@@ -82,9 +83,10 @@ def evaluate(
     # Whatever can be wrong is said before a model is loaded or hours of measuring are lost.
     names = [EXACT, *(name for name in split_names(policies) if parse_policy(name).name != EXACT)]
     names = list({parse_policy(name): name for name in names}.values())
-    parameters = {name: qparams if parse_policy(name).calibrated else None for name in names}
+    parsed = {name: parse_policy(name) for name in names}
+    parameters = {name: qparams if x.calibrated or x.uses_queries else None for name, x in parsed.items()}
     if qparams is not None and not any(parameters.values()):
-        raise InputError("--qparams is for calibrated policies; add int8-static to --policies.")
+        raise InputError("--qparams is for policies that a calibration helps; add int8-static to --policies, or kv3.")
     for name in names:
         check_cache_options(name, page_size, qparams=parameters[name], sinks=sinks)
     if mode not in (CHUNKS, GENERATE):

@@ -34,7 +34,8 @@ def generate(
     prefill: Annotated[str, typer.Option(help="exact or quantized: what the prompt attends to in itself.")] = "exact",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     qparams: Annotated[
-        str | None, typer.Option(help="What `kvquant qparams` wrote, for policy int8-static: a folder or a file.")
+        str | None,
+        typer.Option(help="Folder or file of `kvquant qparams`: for int8-static, a prior for kv3 and others."),
     ] = None,
     report: Annotated[bool, typer.Option(help="Print at the end what the cache held, on stderr.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the text and the report.")] = False,

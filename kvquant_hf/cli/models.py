@@ -186,7 +186,8 @@ def check_cache_options(
 
     parsed = parse_policy(policy)
     one = parsed.layers[0] if isinstance(parsed, LayerwisePolicy) else parsed  # for which model, the model will tell
-    if read_qparams(qparams, parsed.name, parsed.calibrated) is not None or isinstance(parsed, AutoPolicy):
+    found = read_qparams(qparams, parsed.name, parsed.calibrated, parsed.uses_queries)
+    if found is not None or isinstance(parsed, AutoPolicy):
         one = POLICIES["exact"]  # the parameters are not of the model below, nor is a budget
     options: dict[str, Any] = {"page_size": page_size, "prefill": prefill, "sinks": sinks}
     QuantizedPagedCache(LlamaConfig(num_hidden_layers=1), one, **options)

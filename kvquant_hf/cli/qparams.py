@@ -19,7 +19,8 @@ def qparams(
     turbomind: Annotated[bool, typer.Option("--turbomind", help="LMDeploy's raw files too (per tensor).")] = False,
     tp: Annotated[int, typer.Option(min=1, help="Ranks of tensor parallelism in LMDeploy's files.")] = 1,
 ) -> None:
-    """Turn a calibration into quantization parameters; use them with --policy int8-static --qparams FOLDER.
+    """Turn a calibration into quantization parameters; use them with --policy int8-static --qparams FOLDER, or as a
+    prior with policies that round keys by queries, such as kv3.
 
     The paths of the files are printed on stdout.
     """

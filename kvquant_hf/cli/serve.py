@@ -47,7 +47,8 @@ def serve(
     page_size: Annotated[int, typer.Option(help="Tokens per page, a multiple of 8.")] = 64,
     prefill: Annotated[str, typer.Option(help="exact or quantized: what a prompt attends to in itself.")] = "exact",
     qparams: Annotated[
-        str | None, typer.Option(help="What `kvquant qparams` wrote, for policy int8-static: a folder or a file.")
+        str | None,
+        typer.Option(help="Folder or file of `kvquant qparams`: for int8-static, a prior for kv3 and others."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     name: Annotated[str | None, typer.Option(help="What requests call the model; default: its own name.")] = None,

@@ -2,8 +2,12 @@
 
     statistics.safetensors   layers.<i>.<side>.min, .max, .absmax   float32 [heads, head_dim]
     qparams.safetensors      layers.<i>.<side>.scale, .zero         float32 [heads, head_dim]
+    both                     layers.<i>.queries.moments             float32 [heads, head_dim]
+                             layers.<i>.queries.correlations        fp16 [heads, head_dim (head_dim - 1) / 2]
 
-``<side>`` is ``keys`` or ``values``.  The header holds the writer's versions, the model's fingerprint, and ``facts``:
+``<side>`` is ``keys`` or ``values``.  Of queries there are the second moments of one token, of each key/value head, as
+``pages/moments.py`` keeps them: of all layers, or of none, where the model's attention shows no queries and in files of
+before there were any.  The header holds the writer's versions, the model's fingerprint, and ``facts``:
 how they came about.  What is checked on reading is in ``checked.py``.
 """
 
@@ -15,16 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
 from ..errors import QParamsError, WrongModelError
 from ..layers.paged import PagedLayer
+from ..pages.moments import Moments
 from ..triton_kernels.codecs import Codec
 from .checked import CheckedFile, Tensors, check_model
 
 SIDES = ("keys", "values")
+QUERIES = "queries"
 REMEDY = "run kvquant calibrate and kvquant qparams"
 
 _Self = TypeVar("_Self", bound="LayerTensors")
@@ -35,7 +41,8 @@ class LayerTensors:
     """Named tensors of layers, of one model.
 
     Args:
-        tensors: ``layers.<i>.<side>.<name>``, float32 ``[heads, head_dim]`` on the CPU, for every name of ``NAMES``.
+        tensors: ``layers.<i>.<side>.<name>``, float32 ``[heads, head_dim]`` on the CPU, for every name of ``NAMES``;
+            and, of all layers or of none, ``layers.<i>.queries.moments`` and ``.correlations``, see the module.
         model: the model's fingerprint.
         facts: how they came about; JSON.
 
@@ -53,8 +60,10 @@ class LayerTensors:
 
     def __post_init__(self) -> None:
         expected = {f"layers.{i}.{side}.{name}" for i in self.layers for side in SIDES for name in self.NAMES}
-        fits = all(x.dtype == torch.float32 and x.ndim == 2 and bool(x.isfinite().all()) for x in self.tensors.values())
-        if not expected or self.tensors.keys() != expected or not fits:
+        of_queries = {name for i in self.layers for name in names_of_moments(i)} if self.knows_queries else set()
+        fits = expected and self.tensors.keys() == expected | of_queries
+        fits = fits and all(_is_plane(self.tensors[name]) for name in expected)
+        if not fits or (of_queries and not all(map(self._moments_fit, self.layers))):
             raise QParamsError(f"the tensors are not those of {self.KIND.title}; {self.KIND.remedy}.")
 
     @property
@@ -62,6 +71,35 @@ class LayerTensors:
         """Indices of the layers that it has."""
         parts = [name.split(".") for name in self.tensors]
         return sorted({int(p[1]) for p in parts if len(p) == 4 and p[0] == "layers" and p[1].isdecimal()})
+
+    @property
+    def queries(self) -> Tensors:
+        """The tensors of queries."""
+        return {name: x for name, x in self.tensors.items() if name.split(".")[2:3] == [QUERIES]}
+
+    @property
+    def knows_queries(self) -> bool:
+        """Whether it has moments of queries."""
+        return bool(self.queries)
+
+    def moments(self, layer: int) -> Moments | None:
+        """Those of the queries of one token in one layer, if it has any."""
+        if not self.knows_queries:
+            return None
+        return Moments(*(self.tensors[name] for name in names_of_moments(layer)))
+
+    def _moments_fit(self, layer: int) -> bool:
+        """Whether the moments of a layer are those of its keys."""
+        heads, dim = self.of(layer, SIDES[0])[0].shape
+        diagonal, correlations = (self.tensors[name] for name in names_of_moments(layer))
+        return (
+            _is_plane(diagonal)
+            and diagonal.shape == (heads, dim)
+            and bool((diagonal >= 0).all())
+            and correlations.dtype == torch.float16
+            and correlations.shape == (heads, dim * (dim - 1) // 2)
+            and bool((correlations.abs() <= 1.01).all())  # no number is refused, too
+        )
 
     def of(self, layer: int, side: str) -> tuple[torch.Tensor, ...]:
         """The tensors of one side of one layer, in the order of ``NAMES``."""
@@ -148,16 +186,29 @@ class QParams(LayerTensors):
 # -- what a cache does with them ---------------------------------------------------------------------------------------
 
 
-def read_qparams(qparams: str | os.PathLike[str] | QParams | None, policy: str, needed: bool) -> QParams | None:
-    """The parameters for a policy that needs them, None for one that does not.
+def names_of_moments(layer: int) -> tuple[str, str]:
+    """What the moments of a layer's queries are called, in the order of ``Moments``."""
+    return f"layers.{layer}.{QUERIES}.moments", f"layers.{layer}.{QUERIES}.correlations"
+
+
+def _is_plane(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.ndim == 2 and bool(x.isfinite().all())
+
+
+def read_qparams(
+    qparams: str | os.PathLike[str] | QParams | None, policy: str, needed: bool, useful: bool = False
+) -> QParams | None:
+    """The parameters for a policy that needs or uses them; None for one that does not need them and is given none.
 
     Args:
         qparams: a file, a folder that has it, or what was read from one.
         policy: name of the policy.
         needed: whether it has a calibrated codec.
+        useful: whether it rounds keys by queries, for which moments of queries are a prior.
 
     Raises:
-        QParamsError: they are missing, cannot be read, or the policy takes none.
+        QParamsError: they are missing, cannot be read, the policy takes none, or could use nothing but moments of
+            queries, and there are none.
     """
     if qparams is None:
         if needed:
@@ -165,9 +216,23 @@ def read_qparams(qparams: str | os.PathLike[str] | QParams | None, policy: str, 
                 f"policy {policy!r} needs calibrated parameters: {REMEDY}, and give the folder as qparams."
             )
         return None
-    if not needed:
+    if not needed and not useful:
         raise QParamsError(f"policy {policy!r} takes no qparams; leave them out, or use policy='int8-static'.")
-    return qparams if isinstance(qparams, QParams) else QParams.load(qparams)
+    found = qparams if isinstance(qparams, QParams) else QParams.load(qparams)
+    if not needed and not found.knows_queries:
+        raise QParamsError(
+            f"policy {policy!r} could use nothing but moments of queries, and these qparams have none (they are of an "
+            f"older version, or the model's attention shows no queries); leave them out, or {REMEDY}."
+        )
+    return found
+
+
+class Calibrated(NamedTuple):
+    """What a calibration gives to one layer."""
+
+    keys: Codec
+    values: Codec
+    prior: Moments | None  # of queries; None where keys are not rounded by them, or nothing is known
 
 
 def calibrated_codecs(
@@ -175,8 +240,8 @@ def calibrated_codecs(
     policy: str,
     codecs: Mapping[int, tuple[Codec, Codec]],
     fingerprint: tuple[Any, ...],
-) -> tuple[QParams | None, dict[int, tuple[Codec, Codec]]]:
-    """What was given, and the codecs of keys and values of each layer with their parameters.
+) -> tuple[QParams | None, dict[int, Calibrated]]:
+    """What was given, and for each layer the codecs of keys and values with their parameters, and its prior.
 
     Args:
         qparams: see :func:`read_qparams`.
@@ -185,23 +250,24 @@ def calibrated_codecs(
         fingerprint: of the model.
 
     Raises:
-        QParamsError: they are missing, cannot be read, or the policy takes none.
+        QParamsError: see :func:`read_qparams`.
         WrongModelError: they are of another model.
     """
-    found = read_qparams(qparams, policy, any(codec.calibrated for pair in codecs.values() for codec in pair))
+    needed = any(codec.calibrated for pair in codecs.values() for codec in pair)
+    found = read_qparams(qparams, policy, needed, any(keys.uses_queries for keys, _ in codecs.values()))
     if found is None:
-        return None, dict(codecs)
+        return None, {i: Calibrated(*pair, None) for i, pair in codecs.items()}
     where = "the file of parameters" if isinstance(qparams, QParams) else qparams
     check_model(where, found.model, fingerprint, "calibrated with")
     if missing := codecs.keys() - set(found.layers):
         raise WrongModelError(f"{where} has no layer {min(missing)}; {REMEDY} for this model.")
-    given: dict[int, tuple[Codec, Codec]] = {}
+    given: dict[int, Calibrated] = {}
     for i, pair in codecs.items():
         keys, values = (
             codec.given(*found.of(i, side)) if codec.calibrated else codec
             for codec, side in zip(pair, SIDES, strict=True)
         )
-        given[i] = keys, values
+        given[i] = Calibrated(keys, values, found.moments(i) if keys.uses_queries else None)
     return found, given
 
 
@@ -211,7 +277,7 @@ def hand_over(
     layers: Sequence[Any],
     fingerprint: tuple[Any, ...],
 ) -> QParams | None:
-    """Give the paged ones of ``layers``, all layers of a cache, their parameters; what was given.
+    """Give the paged ones of ``layers``, all layers of a cache, their parameters and priors; what was given.
 
     Raises:
         QParamsError, WrongModelError: see :func:`calibrated_codecs`.
@@ -219,5 +285,5 @@ def hand_over(
     paged = {i: layer for i, layer in enumerate(layers) if isinstance(layer, PagedLayer)}
     found, codecs = calibrated_codecs(qparams, policy, {i: x.codecs for i, x in paged.items()}, fingerprint)
     for i, layer in paged.items():
-        layer.codecs = codecs[i]
+        layer.codecs, layer.prior = codecs[i][:2], codecs[i].prior
     return found

@@ -187,7 +187,7 @@ def _restore_paged(
             f"{where} was written with the codecs {state['codecs']}, which this version stores as "
             f"{_declarations(store)}; load it with the version of kvquant-hf that wrote it, or make the cache again."
         )
-    empty, integers = snapshot(store), state["integers"]
+    empty, integers = {name: x for name, x in snapshot(store).items() if name not in SAVED}, state["integers"]
     if moments := {name: tensor.to(device) for name, tensor in tensors.items() if name in SAVED}:
         expect(store.seen is not None and store.seen.fits(moments, store.batch_size), where)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in moments}

@@ -10,6 +10,7 @@ import torch
 from ..errors import GradientError
 from ..pages.budget import Budget, Pool
 from ..pages.layout import plain_tensors
+from ..pages.moments import Moments
 from ..pages.pool import LayerPool
 from ..pages.queries import mark
 from ..pages.store import PagedStore
@@ -63,6 +64,7 @@ class PagedLayer:
     ) -> None:
         self.policy = policy
         self.codecs = CODECS[policy.keys], CODECS[policy.values]
+        self.prior: Moments | None = None  # of queries, from a calibration
         self.page_size = page_size
         self.exact_prefill = exact_prefill
         self.guard = guard
@@ -124,8 +126,8 @@ class PagedLayer:
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make an empty store for tensors like these."""
         with plain_tensors():
-            make, sinks = self.pool.make, self.sinks
-            self.store = self.store_type(*self.codecs, self.page_size, keys, values, self.impl, make, sinks)
+            make, sinks, prior = self.pool.make, self.sinks, self.prior
+            self.store = self.store_type(*self.codecs, self.page_size, keys, values, self.impl, make, sinks, prior)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens and return what attention is to read.

@@ -57,7 +57,7 @@ class StaticPagedLayer(PagedLayer):
 
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Reserve the memory for tensors like these."""
-        arguments = (*self.codecs, self.page_size, keys, values, self.impl, self.max_length, self.sinks)
+        arguments = (*self.codecs, self.page_size, keys, values, self.impl, self.max_length, self.sinks, self.prior)
         if torch.compiler.is_compiling():
             self.store = StaticStore(*arguments)
         else:
@@ -77,13 +77,14 @@ class StaticPagedLayer(PagedLayer):
             self.initialize(keys, values)
         assert self.store is not None
         new = self.store.fitted(keys, values)
-        exact = self.exact_prefill and not self.filled and keys.shape[2] > 1  # attended to as it came
+        first = not self.filled
+        exact = self.exact_prefill and first and keys.shape[2] > 1  # attended to as it came
         compiling = torch.compiler.is_compiling()
         if compiling:
-            self.store.append(*(new if self.filled else self.store.keep_first(*new)), self.leads)
+            self.store.append(*(self.store.keep_first(*new) if first else new), self.leads, first)
         else:
             with plain_tensors():
-                self.store.append(*self._without_padding(*new), self.leads)
+                self.store.append(*self._without_padding(*new), self.leads, first)
             self.log.prefill += exact
         self.filled = True
         dtypes = self.store.promoted(keys, values)

@@ -10,7 +10,8 @@ import torch
 from ..errors import BatchSizeError, CacheMismatchError, UnsupportedModelError
 from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide
-from .parameters import in_pages, on_every_page, placed
+from .moments import Moments, metric_of
+from .parameters import in_pages, on_every_page, placed, placed_prior
 from .pool import PlaneShape
 from .queries import SeenQueries
 
@@ -25,13 +26,15 @@ class StoreLayout:
         like_keys: a key tensor ``[batch, heads, any, key_dim]`` whose shape, dtype and device the store adopts.
         like_values: the same for values; ``dtypes`` says in which dtype both are held (see ``held_dtypes``).
         impl: what is to run on the pages.
+        prior: moments of queries, by which keys are rounded before there are any; for codecs with ``uses_queries``.
 
     Raises:
         UnsupportedModelError: a head_dim that a codec cannot store.
-        WrongModelError: a codec's planes per layer are of another shape.
+        WrongModelError: a codec's planes per layer, or the prior, are of another shape.
     """
 
     seen: SeenQueries | None = None  # where keys are rounded by queries
+    rounded_pages = 0  # of each sequence, where none are seen: rounded by those of a calibration
 
     def __init__(
         self,
@@ -41,7 +44,9 @@ class StoreLayout:
         like_keys: torch.Tensor,
         like_values: torch.Tensor,
         impl: Implementation,
+        prior: Moments | None = None,
     ) -> None:
+        self.prior = placed_prior(prior, like_keys)
         self.codecs = (placed(keys, like_keys), placed(values, like_values))
         self.page_size = page_size
         self.impl = impl
@@ -92,6 +97,11 @@ class StoreLayout:
 
     def round_keys(self) -> None:
         """Round the keys that were just sealed by the queries seen (``queries.py``); the pages stay the same ones."""
+
+    def fixed_metric(self) -> torch.Tensor | None:
+        """In what keys are rounded where nobody sees queries, float32 ``[1, heads, head_dim, head_dim]``; None: as they
+        come, to the nearest code."""
+        return None if self.prior is None else metric_of(self.prior).unsqueeze(0)
 
     def elements_per_token(self) -> int:
         """Key and value elements of one token of one sequence."""

@@ -1,4 +1,4 @@
-"""What a codec keeps once per layer and not in pages: where it lies, and how pages appear to have it."""
+"""What is kept once per layer and not in pages: where it lies, and how pages appear to have it."""
 
 import functools
 
@@ -6,6 +6,7 @@ import torch
 
 from ..errors import WrongModelError
 from ..triton_kernels.codecs import Codec, Plane
+from .moments import Moments
 
 
 def in_pages(codec: Codec, head_dim: int) -> tuple[Plane, ...]:
@@ -27,12 +28,28 @@ def placed(codec: Codec, like: torch.Tensor) -> Codec:
         WrongModelError: the parameters are of another shape.
     """
     for parameter in codec.parameters:
-        if parameter.shape != (like.shape[1], like.shape[3]):
-            raise WrongModelError(
-                f"the parameters of {codec.name!r} are for heads x head_dim {list(parameter.shape)}, this layer has "
-                f"{[like.shape[1], like.shape[3]]}; calibrate this model with kvquant calibrate and kvquant qparams."
-            )
+        _check_shape(parameter, like, f"the parameters of {codec.name!r}")
     return codec.given(*(parameter.to(like.device) for parameter in codec.parameters))
+
+
+def placed_prior(prior: Moments | None, like: torch.Tensor) -> Moments | None:
+    """Moments of queries where the keys ``like`` are, which see above.
+
+    Raises:
+        WrongModelError: they are of another shape.
+    """
+    if prior is None:
+        return None
+    _check_shape(prior.diagonal, like, "the moments of queries")
+    return prior.to(like.device)
+
+
+def _check_shape(parameter: torch.Tensor, like: torch.Tensor, what: str) -> None:
+    if parameter.shape != (like.shape[1], like.shape[3]):
+        raise WrongModelError(
+            f"{what} are for heads x head_dim {list(parameter.shape)}, this layer has "
+            f"{[like.shape[1], like.shape[3]]}; calibrate this model with kvquant calibrate and kvquant qparams."
+        )
 
 
 def on_every_page(codec: Codec, pages: int) -> tuple[torch.Tensor, ...]:

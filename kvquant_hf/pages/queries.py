@@ -7,25 +7,26 @@ come by (another attention function reads the keys), pages stay as they were sea
 
 Every sequence has moments of its own, so that who shares its batch changes nothing.  Pages say nothing of them: whoever
 reads a page needs no metric.
+
+A calibration may know moments beforehand.  They are a prior: every sequence begins with them, as if it had
+seen ``PRIOR_TOKENS`` tokens, and its own queries are added.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ..triton_kernels.ops import Implementation, PagedSide, round_keys
+from .moments import PRIOR_TOKENS, Moments, damped, products, takes
 
 SAVED = ("keys.moments", "keys.correlations", "keys.queries")  # what they are called in a file
-_SAMPLE = 64  # tokens with whose queries correlations count half
-_SUMMED = 256  # tokens whose queries are multiplied out at a time
 _FOLDED = 16  # tokens of queries that are kept as they came, at most: a query is as large as all its group shares
 
 
@@ -41,38 +42,6 @@ class Fresh:
     pages: torch.Tensor  # int64 [batch, count]
 
 
-@functools.lru_cache(maxsize=16)
-def _below(dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of what is below the diagonal of a matrix."""
-    rows, columns = torch.tril_indices(dim, dim, -1, device=device)
-    return rows, columns
-
-
-class Moments(NamedTuple):
-    """A symmetric matrix in a quarter of its bytes; what fp16 rounds of it is far below what is added as damping."""
-
-    diagonal: torch.Tensor  # float32 [heads, head_dim]
-    correlations: torch.Tensor  # fp16 [heads, head_dim (head_dim - 1) / 2]: below the diagonal, over the roots of both
-
-    @classmethod
-    def of(cls, matrix: torch.Tensor) -> Moments:
-        """Of float32 ``[heads, head_dim, head_dim]``."""
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        size = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-        rows, columns = _below(matrix.shape[1], matrix.device)
-        scaled = matrix * size.unsqueeze(1) * size.unsqueeze(2)
-        return cls(diagonal.clone(), scaled[:, rows, columns].half())
-
-    def matrix(self) -> torch.Tensor:
-        """The matrix again."""
-        size, (heads, dim) = self.diagonal.sqrt(), self.diagonal.shape
-        rows, columns = _below(dim, size.device)
-        lower = size.new_zeros(heads, dim * dim).index_copy_(1, rows * dim + columns, self.correlations.float())
-        lower = lower.view(heads, dim, dim)
-        full = (lower + lower.transpose(1, 2)) * size.unsqueeze(1) * size.unsqueeze(2)
-        return full + torch.diag_embed(self.diagonal)
-
-
 def _nobody() -> None:
     """No pages wait for queries."""
 
@@ -83,22 +52,25 @@ class SeenQueries:
     Args:
         heads: key/value heads.
         head_dim: elements of a key.
+        prior: moments of the queries of one token, to begin with; None: with nothing.
+        batch: sequences that begin so.
     """
 
-    def __init__(self, heads: int, head_dim: int) -> None:
-        self.heads, self.head_dim = heads, head_dim
+    def __init__(self, heads: int, head_dim: int, prior: Moments | None = None, batch: int = 1) -> None:
+        self.heads, self.head_dim, self.prior = heads, head_dim, prior
         self.rounded = self.nearest = 0  # pages sealed: in the metric of queries, and without
         self.padding: np.ndarray | None = None  # bool [batch, tokens] of the step under way, True where padded
         self._fresh: Any = _nobody  # gives the pages just sealed, or None
-        self._moments: list[Moments] = []  # of each sequence; beams share them
-        self.count = 0  # tokens whose queries these are of
+        # Of each sequence; beams share them.
+        self._moments: list[Moments] = [] if prior is None else [prior.times(PRIOR_TOKENS)] * batch
+        self.count = 0 if prior is None else PRIOR_TOKENS  # tokens whose queries these are of
         self._recent: list[torch.Tensor] = []  # as they came, one tensor for each step
         self._tokens = 0  # of these
 
     def see(self, query: torch.Tensor) -> None:
         """Take the queries of a step, ``[batch, query_heads, tokens, head_dim]``; those of other heads, or of another
         number of sequences, say nothing of these keys."""
-        if query.dim() != 4 or query.shape[1] % self.heads or query.shape[3] != self.head_dim:
+        if not takes(query, self.heads, self.head_dim):
             return
         if self._moments and len(self._moments) != query.shape[0]:
             return
@@ -134,11 +106,8 @@ class SeenQueries:
             return
         total = torch.stack([moments.matrix() for moments in self._moments]) if self._moments else None
         self.count += sum(query.shape[2] for query in recent)
-        for query in torch.cat(recent, 2).split(_SUMMED, 2):
-            rows = query.unflatten(1, (self.heads, -1)).flatten(2, 3).float()  # [batch, heads, queries, head_dim]
-            products = rows.transpose(2, 3) @ rows
-            total = products if total is None else total + products
-        assert total is not None
+        new = products(torch.cat(recent, 2), self.heads)
+        total = new if total is None else total + new
         self._moments = [Moments.of(matrix) for matrix in total]
 
     def sealed(self, fresh: Fresh) -> None:
@@ -153,17 +122,13 @@ class SeenQueries:
         return fresh
 
     def metric(self) -> torch.Tensor | None:
-        """float32 ``[batch, heads, head_dim, head_dim]``, up to a factor; None before the first query.
-
-        Of few tokens it says little but on its diagonal, and as little is made of the rest.
-        """
+        """float32 ``[batch, heads, head_dim, head_dim]``, up to a factor; None before the first query, if there is no
+        prior."""
         self._fold()
         if not self._moments:
             return None
         metric = torch.stack([moments.matrix() for moments in self._moments])
-        diagonal = metric.diagonal(dim1=2, dim2=3)
-        diagonal *= 1 + _SAMPLE / max(1, self.count)
-        return metric
+        return damped(metric, self.count)
 
     def round(self, version: int, side: PagedSide, impl: Implementation) -> None:
         """Encode the pages that were just sealed again, in the metric of the queries seen, if there are both.
@@ -220,20 +185,20 @@ class SeenQueries:
     @property
     def nbytes(self) -> int:
         """Bytes held; what beams share counts once."""
-        held = [*self._recent, *itertools.chain(*self._moments)]
+        held = [*self._recent, *itertools.chain(*self._moments), *(self.prior or ())]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
         return sum(storages.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_fresh": _nobody}
 
-    def empty(self) -> SeenQueries:
-        """For the same heads, nothing seen."""
-        return SeenQueries(self.heads, self.head_dim)
+    def empty(self, batch: int) -> SeenQueries:
+        """For the same heads and ``batch`` sequences, nothing seen."""
+        return SeenQueries(self.heads, self.head_dim, self.prior, batch)
 
     def fork(self) -> SeenQueries:
         """As many queries seen, by another store."""
-        twin = self.empty()
+        twin = self.empty(0)
         twin.rounded, twin.nearest, twin.count = self.rounded, self.nearest, self.count
         twin._moments, twin._recent, twin._tokens = list(self._moments), list(self._recent), self._tokens
         return twin
@@ -242,13 +207,25 @@ class SeenQueries:
 _NAME = "_kvquant_store"
 
 
+class Listener(Protocol):
+    """Who is told of queries."""
+
+    def saw(self, query: torch.Tensor) -> None:
+        """Queries ``[batch, query_heads, tokens, head_dim]`` have attended."""
+
+
 def mark(keys: torch.Tensor, store: object, seen: SeenQueries) -> None:
     """Say whose ``keys`` a model is handed, so that who attends to them can tell the store of its queries."""
     setattr(keys, _NAME, (weakref.ref(store), seen.hand_over()))
 
 
+def listen(keys: torch.Tensor, listener: Listener) -> None:
+    """Let who attends to ``keys`` tell ``listener``, as long as there is one, of the queries."""
+    setattr(keys, _NAME, (weakref.ref(listener), None))
+
+
 def saw(keys: torch.Tensor, query: torch.Tensor) -> None:
-    """``query`` has attended to ``keys``; tell the store that these were marked with."""
+    """``query`` has attended to ``keys``; tell the store or listener that these were marked with."""
     marked = getattr(keys, _NAME, None)
     if marked is not None and (store := marked[0]()) is not None:
         store.saw(query)

@@ -10,7 +10,8 @@ from torch import library
 
 from ..errors import CacheFullError
 from ..triton_kernels.codecs import CODECS
-from ..triton_kernels.ops import PagedSide, dense_attention, gather_dense, put_first
+from ..triton_kernels.ops import PagedSide, dense_attention, gather_dense, put_first, round_keys
+from .moments import Moments, metric_of
 
 
 def tokens_of(lengths: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -54,6 +55,40 @@ compiled_begin_step = library.custom_op("kvquant_hf::begin_step", begin_step, mu
 
 
 @compiled_begin_step.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+def round_first(
+    codec: str,
+    planes: list[torch.Tensor],
+    tail: torch.Tensor,
+    keys: torch.Tensor,
+    pages: torch.Tensor,
+    diagonal: torch.Tensor,
+    correlations: torch.Tensor,
+    impl: str,
+) -> None:
+    """Round the keys of a first prompt, in pages already, in the metric of a calibration.
+
+    Args:
+        codec: name of the keys' codec.
+        planes: its planes; written.
+        tail: open pages ``[batch, heads, page_size, head_dim]``.
+        keys: what the pages hold, ``[batch, heads, count * page_size, head_dim]``.
+        pages: int64 ``[batch, count]``.
+        diagonal, correlations: ``Moments`` of the queries.
+        impl: what is to run.
+    """
+    side = PagedSide(CODECS[codec], planes, tail, tail.shape[2])
+    metric = metric_of(Moments(diagonal, correlations)).expand(len(keys), -1, -1, -1)
+    round_keys(side, keys, pages, metric, impl=impl)  # type: ignore[arg-type]  # an operator knows strings
+
+
+compiled_round_first = library.custom_op("kvquant_hf::round_first", round_first, mutates_args=("planes",))
+
+
+@compiled_round_first.register_fake
 def _(*args: object) -> None:
     return None
 

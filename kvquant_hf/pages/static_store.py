@@ -19,8 +19,9 @@ from ..errors import StaticCacheError
 from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose, gather_dense
 from .layout import StoreLayout, without_autocast
+from .moments import Moments
 from .sinks import NOTHING, FirstTokens
-from .static_ops import begin_step, compiled_begin_step, tokens_of
+from .static_ops import begin_step, compiled_begin_step, compiled_round_first, round_first, tokens_of
 from .views import Footprint
 
 
@@ -41,6 +42,7 @@ class StaticStore(StoreLayout):
         max_length: tokens that each sequence may have.
         sinks: first tokens of each sequence that are read as they came, see ``sinks.py``.  They are kept with the first
             prompt, in place of which the open page has others already; a prompt that is shorter keeps none.
+        prior: moments of queries; keys of a first prompt are rounded by them, of which it is known how many there are.
 
     Raises:
         UnsupportedModelError: a head_dim that a codec cannot store.
@@ -57,8 +59,9 @@ class StaticStore(StoreLayout):
         impl: Implementation,
         max_length: int,
         sinks: int = 0,
+        prior: Moments | None = None,
     ) -> None:
-        super().__init__(keys, values, page_size, like_keys, like_values, impl)
+        super().__init__(keys, values, page_size, like_keys, like_values, impl, prior)
         self.max_length = max_length
         batch, device = like_keys.shape[0], like_keys.device
         count = batch * ((max_length - 1) // page_size)  # the last page is sealed by a token that never comes
@@ -108,13 +111,14 @@ class StaticStore(StoreLayout):
         """The content, for attention."""
         return self._view
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, check: bool = True) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, check: bool = True, first: bool = False) -> None:
         """Store new tokens after those held.
 
         Args:
             keys: ``[batch, heads, tokens, key_dim]``, any strides.
             values: ``[batch, heads, tokens, value_dim]``.
             check: whether to see to it that there is room; the layers of a cache are level, so one of them is enough.
+            first: whether nothing is held.
 
         Raises:
             CacheFullError: there is no room; nothing has changed.
@@ -137,6 +141,16 @@ class StaticStore(StoreLayout):
                 self.lengths,
                 impl=self.impl,
             )
+            count = (keys.shape[2] - 1) // self.page_size
+            if first and count and self.prior is not None:
+                self._round(keys[:, :, : count * self.page_size], count, self.prior)
+
+    def _round(self, keys: torch.Tensor, count: int, prior: Moments) -> None:
+        """Round the first ``count`` pages, which hold ``keys``, by the ``prior``."""
+        side, pages = self._keys, self.page_table[:, :count].long()
+        run = compiled_round_first if torch.compiler.is_compiling() else round_first
+        run(side.codec.name, list(side.planes), side.tail, keys, pages, *prior, self.impl)
+        self.rounded_pages = count
 
     def keep_first(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the first tokens of a first prompt without padding; nobody waits for the device.
@@ -193,6 +207,7 @@ class StaticStore(StoreLayout):
                 side.tail[:, :, :rest] = dense[:, :, :rest]
             self.reopened_pages += self.batch_size
         self.lengths.copy_(self.lengths.new_tensor([pages, rest]))
+        self.rounded_pages = min(self.rounded_pages, pages)
         self._part(pages)
 
     def _part(self, pages: int) -> None:
@@ -222,6 +237,7 @@ class StaticStore(StoreLayout):
     def clear(self) -> None:
         """Drop all tokens; the memory stays reserved."""
         self.lengths.zero_()
+        self.rounded_pages = 0
         self._first_at.fill_(-1)
         self.page_table.copy_(self._pages)
 

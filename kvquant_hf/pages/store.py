@@ -19,6 +19,7 @@ from ..triton_kernels.codecs import Codec
 from ..triton_kernels.ops import Implementation, PagedSide, append_pages, choose
 from .budget import Claim
 from .layout import plain_tensors, without_autocast
+from .moments import Moments
 from .open_page import OpenPage
 from .padding import padded_pages, replace_new
 from .parameters import in_pages
@@ -41,10 +42,11 @@ class PagedStore(OpenPage):
         impl: what is to run on the pages.
         sinks: first tokens of each sequence that are read as they came, see ``sinks.py``.
         make_pool: called with the planes of a page and the device; a pool that other stores may draw from too.
+        prior: moments of queries to begin with, see ``queries.py``; None: none.
 
     Raises:
         UnsupportedModelError: a head_dim that a codec cannot store.
-        WrongModelError: a codec's planes per layer are of another shape.
+        WrongModelError: a codec's planes per layer, or the prior, are of another shape.
         ImplementationError: ``impl`` cannot run on such pages.
     """
 
@@ -60,15 +62,16 @@ class PagedStore(OpenPage):
         impl: Implementation = "auto",
         make_pool: Callable[[list[PlaneShape], torch.device], PagePool] = PagePool,
         sinks: int = 0,
+        prior: Moments | None = None,
     ) -> None:
         self.first = FirstTokens.none(sinks, like_keys.shape[0], page_size)
         self.loose = None
-        super().__init__(keys, values, page_size, like_keys, like_values, impl)
+        super().__init__(keys, values, page_size, like_keys, like_values, impl, prior)
         self.pool = make_pool(self.plane_shapes, like_keys.device)
         self.claim: Claim | None = None  # where the pages of the current step were promised
         self.table = PageTable(self.pool, like_keys.shape[0], like_keys.device)
         self._lengths, self._tail_shared = None, False
-        self.seen = SeenQueries(*self.vectors[0]) if keys.uses_queries else None
+        self.seen = SeenQueries(*self.vectors[0], self.prior, like_keys.shape[0]) if keys.uses_queries else None
         self.tail_length = 0
         self.reopened_pages = 0
         self.version = 0
@@ -251,7 +254,7 @@ class PagedStore(OpenPage):
     def clear(self) -> None:
         """Drop all tokens and give the pages back."""
         self.tail_length, self._lengths, self.loose = 0, None, None
-        self.seen = self.seen and self.seen.empty()
+        self.seen = self.seen and self.seen.empty(self.batch_size)
         self.table.keep(0, 0)
         self.first = FirstTokens.none(self.first.count, self.batch_size, self.page_size)
         self.version += 1

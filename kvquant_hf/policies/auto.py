@@ -27,6 +27,7 @@ class AutoPolicy:
 
     bits: float
     calibrated = False
+    uses_queries = True  # most of the ladder does; what is chosen says whether it can use a calibration
 
     def __post_init__(self) -> None:
         bits: Any = self.bits

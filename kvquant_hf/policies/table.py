@@ -41,6 +41,11 @@ class KVPolicy:
         return CODECS[self.keys].calibrated or CODECS[self.values].calibrated
 
     @property
+    def uses_queries(self) -> bool:
+        """Whether keys are rounded by queries, of which a calibration (``qparams``) may know beforehand."""
+        return CODECS[self.keys].uses_queries
+
+    @property
     def name(self) -> str:
         """The name in ``POLICIES``, or ``"<keys codec>/<values codec>"``."""
         for name, policy in POLICIES.items():
@@ -107,6 +112,11 @@ class LayerwisePolicy:
     def calibrated(self) -> bool:
         """Whether a layer needs parameters from a calibration (``qparams``)."""
         return any(policy.calibrated for policy in self.layers)
+
+    @property
+    def uses_queries(self) -> bool:
+        """Whether a layer's keys are rounded by queries."""
+        return any(policy.uses_queries for policy in self.layers)
 
     def by_layer(self) -> Iterator[KVPolicy]:
         """The policy of each layer, first layer first, and then that of the last without end."""

@@ -78,7 +78,7 @@ def take_inventory(
         sealed_elements=sum(n * store.sealed_pages * page_size for n, store in zip(per_page, stores, strict=True)),
         reopened_pages=sum(store.reopened_pages for store in stores),
         saturated_pages=saturated,
-        feedback_pages=sum(store.seen.rounded for store in stores if store.seen is not None),
+        feedback_pages=sum(_feedback_pages(store) for store in stores),
         nearest_pages=sum(_nearest_pages(store) for store in stores),
         implementation=" and ".join(sorted(log.paged)),
         implementation_reason=log.reason,
@@ -96,7 +96,14 @@ def _nearest_pages(store: PagedStore) -> int:
     """Pages whose keys might have been rounded by queries and were not."""
     if store.seen is not None:
         return store.seen.nearest
-    return store.sealed_pages * store.batch_size if store.codecs[0].uses_queries else 0
+    return store.sealed_pages * store.batch_size - _feedback_pages(store) if store.codecs[0].uses_queries else 0
+
+
+def _feedback_pages(store: PagedStore) -> int:
+    """Pages whose keys were rounded by queries, or, where a store sees none, by those of a calibration."""
+    if store.seen is not None:
+        return store.seen.rounded
+    return store.batch_size * store.rounded_pages
 
 
 def _vectors(store: PagedStore, latent_rank: int | None) -> str:

@@ -40,8 +40,9 @@ class CacheReport:
             found when the report is made, by the scales that are at the end of their range.  A ``KVQuantRangeWarning``
             says so once: on a CPU when such a page is sealed; of static caches and on a GPU, which is not waited for,
             with the report.  ``exact`` has no scales; those of ``int8-static`` are measured beforehand.
-        feedback_pages, nearest_pages: of codecs that round keys by queries, pages sealed in the metric of those seen,
-            and pages sealed without (no query had come by; static caches), every code the nearest one.
+        feedback_pages, nearest_pages: of codecs that round keys by queries, pages sealed in the metric of those seen
+            or of a calibration, and pages sealed without, every code the nearest one (no query had come by; static
+            caches, but for the first prompt with a calibration).
         implementation: what computed attention over pages: ``"triton"``, ``"cpu"``, ``"reference"`` (plain torch),
             several of them, or ``""`` before the first call.
         implementation_reason: why the kernels did not run, if they might have.

@@ -237,3 +237,28 @@ def test_live_requests_are_reported() -> None:
     assert "2 live of at most" in text
     assert f"{report.blocks}: 4 used" in text
     assert set(report.as_dict()) >= {"ratio", "free_blocks", "blocks"}
+
+
+@pytest.mark.parametrize("tokens", [2048, 90])
+def test_a_calibration_rounds_every_page(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts whole and in chunks that end within pages, and answers: as by generate() that begins with the same prior
+    and sees no queries.  Others in the batch, and a prefix that is shared, change nothing."""
+    monkeypatch.setattr(SeenQueries, "see", lambda self, query: None)
+    model, prompts = tiny_llama(), prompts_of((250, 150, 60), seed=3)
+    prompts.append(prompts[0][:200] + prompts[1][:30])
+    qparams = compute(collect(model, prompt(4, 60, seed=9)))
+    config = config_of("kv3", qparams=qparams, max_batch_tokens=tokens, prefill="quantized")
+    options = {"policy": "kv3", "qparams": qparams, "prefill": "quantized", "sinks": 0}
+    kwargs = {"cache_implementation": "kvquant", "cache_config": options, "prefill_chunk_size": tokens}
+    alone = [
+        model.generate(torch.tensor([ids]), generation_config=GREEDY, **kwargs)[0, len(ids) :].tolist()
+        for ids in prompts
+    ]
+    found, report = batched(model, prompts, config, in_turn=True)
+    assert found == alone and report.shared_tokens == 192
+    if tokens == 2048:
+        assert batched(model, prompts, config)[0] == alone
+    without = compute(collect(model, prompt(1, 60)))
+    old = type(without)({k: x for k, x in without.tensors.items() if k not in without.queries}, without.model)
+    with pytest.raises(QParamsError, match="nothing but moments of queries"):
+        started(model, config_of("kv3", qparams=old))

@@ -69,6 +69,16 @@ def test_from_text_to_tokens(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert code == 0 and list(rows) == ["exact", "int8", "int8-static"]
     assert rows["int8-static"]["page_bits_per_element"] == 8.0 and rows["int8-static"]["kld_mean"] > 1e-9
 
+    klds = []
+    for given in ((), ("--qparams", out)):
+        code, printed, _ = run("eval", "--model", tiny, *EVAL, "--policies", "int8,kv3", *given)
+        klds.append(json.loads(printed)["caches"]["kv3"]["kld_mean"])
+        assert code == 0
+    assert klds[0] != klds[1]  # the prior is used
+    code, printed, _ = run(*options, "--policy", "kv3", "--qparams", out)
+    report = json.loads(printed)["report"]
+    assert code == 0 and (report["policy"], report["nearest_pages"]) == ("kv3", 0)
+
 
 def test_the_default_text(run: Run, tiny: Path, tmp_path: Path) -> None:
     code, _, _ = run("calibrate", "--model", tiny, "--out", tmp_path, "--samples", "1", "--seqlen", "20")
@@ -88,6 +98,7 @@ def test_the_default_text(run: Run, tiny: Path, tmp_path: Path) -> None:
         (("eval", "--policies", "int8-static"), "run kvquant calibrate and kvquant qparams"),
         (("eval", "--policies", "int8", "--qparams", "/none"), "add int8-static to --policies"),
         (("eval", "--policies", "int8-static", "--qparams", "/none"), "there is no file /none"),
+        (("eval", "--policies", "kv3", "--qparams", "/none"), "there is no file /none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
