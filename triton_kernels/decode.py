@@ -24,6 +24,9 @@ from .target import tl, triton
 from .tile_math import first_tokens, hide_tokens, online_softmax, ordered_query, scores_to_base2
 from .unpack import part_channels
 
+# Tables of queries begin at a multiple of so many numbers.
+TABLE_UNIT = tl.constexpr(16)
+
 
 @triton.jit
 def _seen_pages(
@@ -193,7 +196,8 @@ def _decode_kernel(
     K_DTYPE: tl.constexpr,
     K_UNIT: tl.constexpr,
     K_LEVELS: tl.constexpr,
-    K_CHANNEL_OF: tl.constexpr,
+    K_ORDER: tl.constexpr,
+    K_NARROW: tl.constexpr,
     V_TILE: tl.constexpr,
     V_CHANNELS: tl.constexpr,
     V_HAS: tl.constexpr,
@@ -230,7 +234,7 @@ def _decode_kernel(
     # The way of a scaled query into the layout of an operand may meet barriers, and where there are many, levels that
     # wait for them do not fit in the registers.
     SCALE_FIRST: tl.constexpr = K_HAS[2] and K_PARTS > 4
-    ORDERED: tl.constexpr = K_CHANNEL_OF is not None
+    ORDERED: tl.constexpr = K_ORDER is not None
     NORMALIZE: tl.constexpr = K_FIELDS > 0 and K_DTYPE == tl.float16
     TAIL: tl.constexpr = PAGE if PAGE < 32 else 32
     state_ptr = partial_ptr + state_at
@@ -283,20 +287,25 @@ def _decode_kernel(
         normalizer = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
         normalized = ()
         for part in tl.static_range(K_PARTS):
-            normalized = normalized + ((q[part] * normalizer[None, :]).to(rotated_query_ptr.dtype.element_ty),)
+            q_part = q[part] * normalizer[None, :]
+            if not ORDERED:
+                q_part = q_part.to(rotated_query_ptr.dtype.element_ty)
+            normalized = normalized + (q_part,)
         q = normalized
         q_sum = q_sum * normalizer
         row_scale = scale * ((exponent + 1) << 23).to(tl.float32, bitcast=True)[None, :]
     if ORDERED:
-        # Each page has an order of its own for its channels, in which the query is read anew.  Rows that do not exist
-        # read the first one, so that no load needs a mask.
-        first_of_row = tl.where(row_exists, query_head, head * GROUP).to(tl.int64) * stride_rotated_h
-        first_of_row += tl.where(row_exists, query_index, 0).to(tl.int64) * stride_rotated_q
-        query_rows = rotated_query_ptr + batch.to(tl.int64) * stride_rotated_b + first_of_row  # [ROWS]
-        if NORMALIZE:
-            row_normalizer = normalizer
-        else:
-            row_normalizer = None
+        # Each page has an order of its own for its channels, in which the query is read anew: from a table of the
+        # program's own, where the rows of a channel are side by side.  Tables begin behind the states.
+        tables = state_at + tl.num_programs(0) // row_blocks * (splits + 1) * (GROUP * queries) * 2
+        query_table = partial_ptr + tl.cdiv(tables, TABLE_UNIT).to(tl.int64) * TABLE_UNIT
+        query_table = query_table.to(tl.pointer_type(K_DTYPE))
+        query_table += (tl.program_id(1) * tl.num_programs(0) + program).to(tl.int64) * (KEY_DIM * ROWS)
+        for part in tl.static_range(K_PARTS):
+            channel, mask_k = part_channels(part, KEY_DIM, K_FIELDS, K_WORDS)
+            pointers = query_table + channel[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+            tl.store(pointers, q[part].to(K_DTYPE), mask=mask_k[:, None])  # [K_WORDS, ROWS]
+        tl.debug_barrier()
     for _ in tl.static_range(V_PARTS):
         accumulator = accumulator + (tl.zeros([V_WORDS, ROWS], tl.float32),)
     table_ptr += batch.to(tl.int64) * stride_table_b
@@ -314,10 +323,10 @@ def _decode_kernel(
         page_id = tl.load(table_ptr + tl.minimum(page_index + 1, end_page - 1))
 
         if ORDERED:
-            channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
-            places = K_CHANNEL_OF(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+            order = K_ORDER(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
+            channel_scale, channel_offset = K_NARROW(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS, K_DTYPE, PTX)
             operands, shift = ordered_query(
-                query_rows, row_normalizer, places, channel_scale, channel_offset, K_PARTS, K_LEVELS, K_DTYPE
+                query_table, order, channel_scale, channel_offset, K_PARTS, K_LEVELS, ROWS, K_WORDS, PRECISION
             )
         elif SCALE_FIRST:
             channel_scale, channel_offset = K_CHANNELS(k_planes, page_head, KEY_DIM, K_FIELDS, K_WORDS)
@@ -561,7 +570,8 @@ def decode_constants(
         **keys.constants("K", key_dim, dtype, ptx, least=16),
         **values.constants("V", value_dim, dtype, ptx),
         "K_LEVELS": keys.levels,
-        "K_CHANNEL_OF": keys.channel_of,
+        "K_ORDER": keys.order,
+        "K_NARROW": keys.narrow_channels,
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
         "KEY_COLUMNS": max(16, triton.next_power_of_2(key_dim)),
@@ -577,7 +587,8 @@ def decode_constants(
         "SHARED_MASK": shared_mask,
         "PRECISION": "ieee",
         "PTX": ptx,
-        "STAGES": config.stages,
+        # Where addresses of copies are copied themselves, the compiler divides stages by two.
+        "STAGES": config.stages if keys.order is None else 2 * config.stages - 1,
         "OPEN_COST": OPEN_COST,
         "num_warps": config.warps,
         "enable_fp_fusion": True,  # later versions of Triton turn it off where nobody asks

@@ -14,7 +14,7 @@ import torch
 
 from .codecs import Codec, likeness
 from .combine import MANY_ROWS, _combine_kernel, _combine_rows_kernel, combine_constants
-from .decode import _decode_kernel, decode_constants
+from .decode import TABLE_UNIT, _decode_kernel, decode_constants
 from .launch import LaunchConfig, launch_config, overridden, split_count
 from .launching import Launcher
 from .occupancy import multiprocessor, residents
@@ -62,6 +62,8 @@ class AttentionKernels:
         self.rotated = codecs[0].rotated
         ptx = has_ptx(device)
         self.columns = max(16, 1 << (dims[1] - 1).bit_length())
+        # Bytes of a program's table of its queries.
+        self.table = dims[0] * config.rows * dtype.itemsize if keys.order is not None else 0
         self.decode = Launcher(
             _decode_kernel,
             decode_constants(
@@ -129,7 +131,8 @@ class AttentionPlan:
         self._rows = (batch, heads, rows)
         # Not known before ``settle``: splits, and float32 numbers of scratch memory.  That is accumulators, [batch,
         # heads, splits + 1, rows, columns], of each split and the open page, and from ``state_at`` on maximum (base 2)
-        # and sum of each, [batch, heads, splits + 1, rows, 2].
+        # and sum of each, [batch, heads, splits + 1, rows, 2]; then, from a multiple of TABLE_UNIT on where keys have
+        # orders of their own, a table of queries for each program, [splits, programs, channels, rows].
         self.splits = self.scratch = self.state_at = 0
 
     def settle(self, args: tuple[Any, ...]) -> None:
@@ -141,6 +144,9 @@ class AttentionPlan:
         batch, heads, rows = self._rows
         results = batch * heads * (splits + 1) * rows
         self.state_at, self.scratch = results * self.kernels.columns, results * (self.kernels.columns + 2)
+        if self.kernels.table:
+            tables = -(-self.scratch // TABLE_UNIT.value) * TABLE_UNIT.value
+            self.scratch = tables + splits * self.programs * self.kernels.table // 4
         self.splits = splits
 
 

@@ -97,6 +97,14 @@ RANKED_2 = """{
     and.b32 $5, a8, 0x00c000c0;
 }"""
 
+# Steps of two words, whose bytes become bits 14 to 7 of fp16 numbers.
+RANKED_STEPS = """{
+    shl.b32 $0, $2, 7;
+    and.b32 $0, $0, 0x7f807f80;
+    shr.u32 $1, $2, 1;
+    and.b32 $1, $1, 0x7f807f80;
+}"""
+
 
 def _ranked_3() -> str:
     """Four words of ``codes`` in ``$16`` and ``$17``, their bytes of ``rest`` in ``$18``."""
@@ -318,6 +326,7 @@ def signed_octet_lookup(levels: tuple[float, ...], byte: int) -> str:
 
 _WHOLE_BYTES, _NIBBLES = tl.constexpr(WHOLE_BYTES), tl.constexpr(NIBBLES)
 _RANKED_4, _RANKED_3, _RANKED_2 = tl.constexpr(RANKED_4), tl.constexpr(RANKED_3), tl.constexpr(RANKED_2)
+_RANKED_STEPS = tl.constexpr(RANKED_STEPS)
 
 
 @triton.jit
@@ -382,6 +391,12 @@ def ranked_2(words):
     """Six parts of codes, from int16 words alone."""
     CONSTRAINTS: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,r"
     return tl.inline_asm_elementwise(_RANKED_2, CONSTRAINTS, [words], (tl.float16,) * 6, True, 2)
+
+
+@triton.jit
+def ranked_steps(words):
+    """The steps, fp16, in the low and in the high bytes of int16 ``words``."""
+    return run_on_words(words, _RANKED_STEPS, 2)
 
 
 @triton.jit

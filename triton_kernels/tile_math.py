@@ -134,37 +134,44 @@ def hide_tokens(logits, token, begin, end):
 
 @triton.jit
 def ordered_query(
-    rows,
-    normalizer,
-    channel,
+    table,
+    order,
     channel_scale,
     channel_offset,
     PARTS: tl.constexpr,
     LEVELS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Queries in the order of a page's channels, times ``normalizer`` ``[ROWS]`` unless that is None.
+    """Queries in the order of a page's channels.
 
-    ``rows`` ``[ROWS]`` points to their first elements, ``channel`` is a tuple of ``PARTS`` parts ``[WORDS]``.
+    Args:
+        table: points to them, ``[channels, ROWS]``: all rows of a channel are read at once.
+        order: channels, as ``load_order`` gives them.
+        channel_scale, channel_offset: parts ``[WORDS]`` in the dtype of the table, of scales the first ``LEVELS``.
 
     Returns:
-        A tuple of the first ``LEVELS`` parts, scaled, ``[WORDS, ROWS]`` in ``DTYPE``, and the products of all with
+        A tuple of the first ``LEVELS`` parts, scaled, ``[WORDS, ROWS]`` in that dtype, and the products of all with
         ``channel_offset``, float32 ``[ROWS]``.
     """
+    row = tl.arange(0, ROWS)
     operands = ()
-    for part in tl.static_range(PARTS):
+    for field in tl.static_range(PARTS // 2):
         # Channels are not negative, which no address shows that is made of signed numbers.
-        offset = channel[part].to(tl.uint32).to(tl.int64)
-        q = tl.load(rows[None, :] + offset[:, None]).to(tl.float32)  # [WORDS, ROWS]
-        if normalizer is not None:
-            q = q * normalizer[None, :]
-        if part == 0:
-            shift = q * channel_offset[0][:, None]
-        else:
-            shift += q * channel_offset[part][:, None]
-        if part < LEVELS:
-            operands = operands + ((q * channel_scale[part][:, None]).to(DTYPE),)
-    return operands, tl.sum(shift, 0)
+        channel = order[field].to(tl.uint32).to(tl.int64)
+        q = tl.load(table + channel[:, None] * ROWS + row[None, :])  # [2 * WORDS, ROWS]
+        both = tl.split(q.reshape(2, WORDS, ROWS).permute(1, 2, 0))
+        for byte in tl.static_range(2):
+            # A product of 16 equal rows: the sum over channels is the tensor core's, in float32.
+            again = tl.broadcast_to(channel_offset[2 * field + byte][None, :], (16, WORDS))
+            if 2 * field + byte == 0:
+                shift = tl.dot(again, both[byte], input_precision=PRECISION)  # [16, ROWS]
+            else:
+                shift = tl.dot(again, both[byte], shift, input_precision=PRECISION)
+            if 2 * field + byte < LEVELS:
+                operands = operands + (both[byte] * channel_scale[2 * field + byte][:, None],)
+    return operands, tl.max(shift, 0)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from .ptx import (
     ranked_2,
     ranked_3,
     ranked_4,
+    ranked_steps,
     run_on_four_words,
     run_on_words,
     run_on_words_and_bytes,
@@ -136,6 +137,68 @@ def load_channel_bytes(vector_ptr, page_head, PRESENT: tl.constexpr, WIDTH: tl.c
         four = tl.load(fours_ptr + field * (WIDTH // 2) + offs_w // 2, mask=offs_w < WIDTH, other=0)  # [WORDS]
         two = four >> (offs_w % 2 * 16)
         parts = parts + (two & 0xFF, (two >> 8) & 0xFF)
+    return parts
+
+
+@triton.jit
+def load_order(order_ptr, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    """The channels of the ranks of one page of one head, as a tuple of fields, each int32 ``[2 * WORDS]``: those of the
+    field's first part, then those of the second; zero past the head."""
+    QUARTER: tl.constexpr = HEAD_DIM // FIELDS
+    offs_w = tl.arange(0, 2 * WORDS) % WORDS
+    within = 2 * offs_w + tl.arange(0, 2 * WORDS) // WORDS
+    # Four at a time, as in ``load_channel_bytes``.
+    fours_ptr = order_ptr.to(tl.pointer_type(tl.int32)) + page_head * (HEAD_DIM // 4)
+    fields = ()
+    for field in tl.static_range(FIELDS):
+        four = tl.load(fours_ptr + field * (QUARTER // 4) + within // 4, mask=within < QUARTER, other=0)  # [2 * WORDS]
+        fields = fields + ((four >> (within % 4 * 8)) & 0xFF,)
+    return fields
+
+
+@triton.jit
+def load_offsets(
+    vector_ptr, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """``load_channels`` in ``DTYPE``."""
+    wide = load_channels(vector_ptr, page_head, HEAD_DIM, FIELDS, WORDS)
+    parts = ()
+    for part in tl.static_range(2 * FIELDS):
+        parts = parts + (wide[part].to(DTYPE),)
+    return parts
+
+
+@triton.jit
+def load_steps(
+    steps_ptr,
+    page_head,
+    LEVELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WORDS: tl.constexpr,
+    UNITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Steps of ``codecs/ranked.py`` divided by ``2^UNITS``, as a tuple of ``LEVELS`` parts ``[WORDS]`` in
+    ``DTYPE``, of ``WIDTH`` words in each field; zero past the head."""
+    offs_w = tl.arange(0, WORDS)
+    fours_ptr = steps_ptr.to(tl.pointer_type(tl.int32)) + page_head * (LEVELS * WIDTH // 4)
+    parts = ()
+    for field in tl.static_range(LEVELS // 2):
+        four = tl.load(fours_ptr + field * (WIDTH // 2) + offs_w // 2, mask=offs_w < WIDTH, other=0)  # [WORDS]
+        two = (four >> (offs_w % 2 * 16)).to(tl.int16)
+        if PTX:
+            both = ranked_steps(two)
+        else:
+            both = (
+                ((two & 0xFF) << 7).to(tl.float16, bitcast=True),
+                ((two >> 1) & 0x7F80).to(tl.float16, bitcast=True),
+            )
+        for byte in tl.static_range(2):
+            step = both[byte].to(DTYPE)
+            if UNITS[2 * field + byte] > 0:
+                step = step * tl.full([WORDS], 2.0 ** -UNITS[2 * field + byte], DTYPE)
+            parts = parts + (step,)
     return parts
 
 

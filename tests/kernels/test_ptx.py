@@ -137,6 +137,14 @@ def test_ranked_2() -> None:
             np.testing.assert_array_equal(got, ranked(code, unit), err_msg=f"part {part}")
 
 
+def test_ranked_steps() -> None:
+    """Each byte is bits 14 to 7 of a number of its own."""
+    results = run(ptx.RANKED_STEPS, 2)
+    for part in range(2):
+        low, high = ((words >> (8 * part) & 0xFF) << 7 for words in (WORDS, OTHERS))
+        np.testing.assert_array_equal(results[part], low | high << 16, err_msg=f"part {part}")
+
+
 def test_nibble_lookup() -> None:
     check(ptx.nibble_lookup(lloyd_max.LEVELS[4]), 2, np.array(lloyd_max.LEVELS[4], np.float16))
 

@@ -10,6 +10,10 @@ These are ``@triton.jit`` functions that kernels receive as ``tl.constexpr``:
     channel_of(planes, page_head, HEAD_DIM, FIELDS, WORDS)
         -> of a page whose channels are in an order of its own, the channel at each place: a tuple of parts, each
         [WORDS], int32
+    order(planes, page_head, HEAD_DIM, FIELDS, WORDS)
+        -> the same as a tuple of fields, each int32 [2 * WORDS], the two parts of a field one after the other
+    narrow_channels(planes, page_head, HEAD_DIM, FIELDS, WORDS, DTYPE, PTX)
+        -> what ``channels`` gives, in DTYPE
     encode(planes, page_head, x, offs_n, HEAD_DIM, PAGE, FIELDS, BYTES)
         stores every plane of one full page, given as x [PAGE, BYTES * FIELDS] in byte order (``pack.py``): float32 and
         rotated where the codec is, else in the model's dtype; padded columns are zero
@@ -45,6 +49,7 @@ class KernelCodec:
         layer_planes: whether the codec has planes per layer.
         channel_of: reads the order of the channels of one page, where each has its own: for keys only, whose query can
             be read in that order.  What values add up has one order for all pages.
+        order: reads the same for a query, with ``narrow_channels``; all three, or none.
         empty_parts: parts at the end that have no bits: ``tile`` and the scales of ``channels`` leave them out.
     """
 
@@ -62,6 +67,8 @@ class KernelCodec:
     unit: float = 1.0
     layer_planes: bool = False
     channel_of: Any = None
+    order: Any = None
+    narrow_channels: Any = None
     empty_parts: int = 0
 
     @property

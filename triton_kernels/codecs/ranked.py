@@ -47,6 +47,9 @@ from ..unpack import (
     RANKED_UNITS,
     load_channel_bytes,
     load_channels,
+    load_offsets,
+    load_order,
+    load_steps,
     load_word_bytes,
     load_words,
     unpack_ranked_2,
@@ -80,6 +83,7 @@ def _factors(bits: int) -> tuple[float, ...]:
 
 _LAST_4, _LAST_3, _LAST_2 = tl.constexpr(_last(4)), tl.constexpr(_last(3)), tl.constexpr(_last(2))
 _COVERED_4, _COVERED_3, _COVERED_2 = tl.constexpr(_COVERED[4]), tl.constexpr(_COVERED[3]), tl.constexpr(_COVERED[2])
+_UNITS_4, _UNITS_3, _UNITS_2 = (tl.constexpr(RANKED_UNITS[bits]) for bits in (4, 3, 2))
 _FACTORS_4, _FACTORS_3, _FACTORS_2 = tl.constexpr(_factors(4)), tl.constexpr(_factors(3)), tl.constexpr(_factors(2))
 
 
@@ -101,6 +105,25 @@ def _scale_and_offset(
         step = (bits[part] << 20).to(tl.float32, bitcast=True)
         scale = scale + (step * FACTORS[part],)
     return scale, load_channels(planes[PLANE + 1], page_head, HEAD_DIM, FIELDS, WORDS)
+
+
+@triton.jit
+def _narrow(
+    planes,
+    page_head,
+    HEAD_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+    PLANE: tl.constexpr,
+    UNITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """``narrow_channels``, as ``_scale_and_offset``."""
+    WIDTH: tl.constexpr = HEAD_DIM // FIELDS // 2
+    scale = load_steps(planes[PLANE], page_head, LEVELS, WIDTH, WORDS, UNITS, DTYPE, PTX)
+    return scale, load_offsets(planes[PLANE + 1], page_head, HEAD_DIM, FIELDS, WORDS, DTYPE)
 
 
 @triton.jit
@@ -186,6 +209,19 @@ def _channels_4(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr,
 
 
 @triton.jit
+def _narrow_4(
+    planes,
+    page_head,
+    HEAD_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    return _narrow(planes, page_head, HEAD_DIM, FIELDS, WORDS, DTYPE, PTX, 2, _UNITS_4, 8)
+
+
+@triton.jit
 def _encode_4(
     planes,
     page_head,
@@ -225,6 +261,19 @@ def _tile_3(
 @triton.jit
 def _channels_3(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
     return _scale_and_offset(planes, page_head, HEAD_DIM, FIELDS, WORDS, 2, _FACTORS_3, 8)
+
+
+@triton.jit
+def _narrow_3(
+    planes,
+    page_head,
+    HEAD_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    return _narrow(planes, page_head, HEAD_DIM, FIELDS, WORDS, DTYPE, PTX, 2, _UNITS_3, 8)
 
 
 @triton.jit
@@ -270,6 +319,19 @@ def _channels_2(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr,
 
 
 @triton.jit
+def _narrow_2(
+    planes,
+    page_head,
+    HEAD_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    return _narrow(planes, page_head, HEAD_DIM, FIELDS, WORDS, DTYPE, PTX, 1, _UNITS_2, 6)
+
+
+@triton.jit
 def _encode_2(
     planes,
     page_head,
@@ -291,10 +353,15 @@ def _channel_of_rank(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.const
     return load_channel_bytes(planes[len(planes) - 1], page_head, FIELDS, HEAD_DIM // FIELDS // 2, WORDS)
 
 
+@triton.jit
+def _order(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
+    return load_order(planes[len(planes) - 1], page_head, HEAD_DIM, FIELDS, WORDS)
+
+
 _KERNELS = {
-    4: (_tile_4, _channels_4, _encode_4),
-    3: (_tile_3, _channels_3, _encode_3),
-    2: (_tile_2, _channels_2, _encode_2),
+    4: (_tile_4, _channels_4, _encode_4, _narrow_4),
+    3: (_tile_3, _channels_3, _encode_3, _narrow_3),
+    2: (_tile_2, _channels_2, _encode_2, _narrow_2),
 }
 
 
@@ -440,14 +507,17 @@ class RankedCodec(Codec):
 
     @property
     def kernel(self) -> KernelCodec:
+        *functions, narrow = _KERNELS[self.bits]
         return KernelCodec(
-            *_KERNELS[self.bits],
+            *functions,
             fields=4,
             code_planes=1,  # the second one is masked beside the first and asks for no registers of a look-up
             channel_scale=True,
             channel_offset=True,
             integer_codes=True,
             channel_of=_channel_of_rank,
+            order=_order,
+            narrow_channels=narrow,
             empty_parts=2 * self.widths.count(0),
         )
 
