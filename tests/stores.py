@@ -18,8 +18,9 @@ CPU_POLICIES = [name for name, policy in POLICIES.items() if {policy.keys, polic
 ONLINE = [name for name, policy in POLICIES.items() if not policy.calibrated]  # nothing has to be measured beforehand
 
 
-def keys_to_the_nearest() -> Any:
-    """A context in which caches see no queries and round keys to the nearest codes, as static ones and batches do."""
+def seeing_no_queries() -> Any:
+    """A context in which caches see no queries, as static ones and batches do: they round keys to the nearest codes, or
+    by a calibration alone."""
     return unittest.mock.patch.object(SeenQueries, "see", lambda self, query: None)
 
 

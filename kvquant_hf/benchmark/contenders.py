@@ -1,6 +1,5 @@
 """What is compared: transformers' own caches, and ours by policy; and what each is expected to take of memory."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from ..pages.queries import SeenQueries
 from ..policies.auto import AutoPolicy
 from ..policies.cost import page_cost
 from ..policies.table import POLICIES, KVPolicy, parse_policy
-from ..triton_kernels.codecs import CODECS
 
 DYNAMIC, EXACT = "dynamic", "exact"
 BASELINES = ("static", "quanto-4", "hqq-4", "fp8")
@@ -159,9 +157,7 @@ def expected_bytes(name: str, dims: Dimensions, tokens: int, dtype: torch.dtype,
         page = PAGE_SIZE * cost.bytes_per_token
         open_pages = batch * PAGE_SIZE * elements * dtype.itemsize
         per_layer = (pages * 33 / 32 + 1) * page + open_pages + 16 * pages + 64 * batch
-        if any(
-            CODECS[policy.keys].uses_queries for policy in itertools.islice(parse_policy(name).by_layer(), dims.layers)
-        ):
+        if parse_policy(name).uses_queries:
             per_layer += batch * SeenQueries.most_bytes(dims.kv_heads, dims.head_dim, dims.query_heads, dtype.itemsize)
     return round(dims.layers * per_layer)
 

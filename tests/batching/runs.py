@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from models import VOCAB
-from stores import keys_to_the_nearest
+from stores import seeing_no_queries
 from ties import Margins
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -41,7 +41,7 @@ def one_by_one(model: PreTrainedModel, prompts: Sequence[list[int]], policy: str
     kvquant = {} if policy is None else {"cache_implementation": "kvquant", "cache_config": pages}
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        with keys_to_the_nearest():
+        with seeing_no_queries():
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY, **kvquant, **margins.options
             )

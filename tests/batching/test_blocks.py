@@ -7,6 +7,7 @@ import pytest
 import torch
 from batching.runs import GREEDY, batched, config_of, one_by_one, prompts_of
 from models import prompt, tiny_llama, tiny_windowed
+from stores import seeing_no_queries
 
 from kvquant_hf import LayerwisePolicy
 from kvquant_hf.batching.allocator import GIVEN_BACK
@@ -240,20 +241,20 @@ def test_live_requests_are_reported() -> None:
 
 
 @pytest.mark.parametrize("tokens", [2048, 90])
-def test_a_calibration_rounds_every_page(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_calibration_rounds_every_page(tokens: int) -> None:
     """Prompts whole and in chunks that end within pages, and answers: as by generate() that begins with the same prior
     and sees no queries.  Others in the batch, and a prefix that is shared, change nothing."""
-    monkeypatch.setattr(SeenQueries, "see", lambda self, query: None)
     model, prompts = tiny_llama(), prompts_of((250, 150, 60), seed=3)
     prompts.append(prompts[0][:200] + prompts[1][:30])
     qparams = compute(collect(model, prompt(4, 60, seed=9)))
     config = config_of("kv3", qparams=qparams, max_batch_tokens=tokens, prefill="quantized")
     options = {"policy": "kv3", "qparams": qparams, "prefill": "quantized", "sinks": 0}
     kwargs = {"cache_implementation": "kvquant", "cache_config": options, "prefill_chunk_size": tokens}
-    alone = [
-        model.generate(torch.tensor([ids]), generation_config=GREEDY, **kwargs)[0, len(ids) :].tolist()
-        for ids in prompts
-    ]
+    with seeing_no_queries():
+        alone = [
+            model.generate(torch.tensor([ids]), generation_config=GREEDY, **kwargs)[0, len(ids) :].tolist()
+            for ids in prompts
+        ]
     found, report = batched(model, prompts, config, in_turn=True)
     assert found == alone and report.shared_tokens == 192
     if tokens == 2048:

@@ -177,11 +177,11 @@ def test_compiles_in_full(target: str, name: str) -> None:
 def test_every_pair(target: str) -> None:
     """Every pair, each launcher once: what ``make test-triton`` asks of other versions of Triton.
 
-    A compiler that nothing is tuned for may need stack, but not for the policies that it is chosen for."""
+    A compiler that nothing is tuned for may need stack, but not for the pairs that it is chosen for."""
     half = "float16" if target.startswith(UNTUNED) else "bfloat16"
     kinds = ({}, {"queries": 512}, {"kernel": "append"})
     cases = [Case(target, *pair, dtype=half, **kind) for pair in ALL_PAIRS.values() for kind in kinds]
-    tuned = [PAIRS[name] for name in ("exact", "int8", "int4", "turboquant")]
+    tuned = [PAIRS[name] for name in ("exact", "int8", "int4", "channel4", "channel2")]
     wrong = []
     for case, built in compile_cases(cases).items():
         if isinstance(built, str) or (case.keys, case.values) in tuned:
@@ -206,7 +206,7 @@ def test_mixed_pairs_compile(target: str) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_two_page_buffers(target: str) -> None:
     """A page is copied while one is worked on: every plane has room for two."""
-    cases = [Case(target, *ALL_PAIRS[name]) for name in ("exact", "int8", "int4", "turboquant", "ranked4", "ranked3")]
+    cases = [Case(target, *ALL_PAIRS[name]) for name in ("exact", "int8", "int4", "turboquant", "kv3", "channel4")]
     for case, built in compile_cases(cases).items():
         assert not check(case, built)
         (decode,) = (kernel for kernel in built if "decode" in kernel.name)

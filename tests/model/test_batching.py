@@ -7,7 +7,7 @@ import pytest
 import torch
 from batching.runs import GREEDY, batched, config_of
 from models import chapters
-from stores import keys_to_the_nearest
+from stores import seeing_no_queries
 
 from kvquant_hf.batching.hooks import unsupported
 
@@ -31,7 +31,7 @@ def test_as_one_by_one(policy: str, smollm2: tuple[Any, Any]) -> None:
     alone = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        with keys_to_the_nearest():
+        with seeing_no_queries():
             output = model.generate(ids, attention_mask=torch.ones_like(ids), **options, **ours)
         alone.append(output[0, len(prompt) :].tolist())
     short = copy.copy(GREEDY)

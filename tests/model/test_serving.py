@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stores import keys_to_the_nearest
+from stores import seeing_no_queries
 
 from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.batching.hooks import unsupported
@@ -27,7 +27,7 @@ def alone(model: Any, tokenizer: Any, question: str, policy: str) -> str:
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     cache = with_cache(QuantizedPagedCache(model.config, policy, prefill="quantized", sinks=0))
-    with keys_to_the_nearest():
+    with seeing_no_queries():
         output = model.generate(**prompt, **cache, max_new_tokens=TOKENS, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 

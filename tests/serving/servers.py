@@ -11,7 +11,7 @@ import openai
 import torch
 import uvicorn
 from models import tiny_llama
-from stores import keys_to_the_nearest
+from stores import seeing_no_queries
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -129,6 +129,6 @@ def alone(model: Any, tokenizer: Any, text: str, new: int, policy: str, **settin
         [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     cache = QuantizedPagedCache(model.config, policy, **({"sinks": 0} | settings))
-    with torch.no_grad(), keys_to_the_nearest():
+    with torch.no_grad(), seeing_no_queries():
         output = model.generate(**prompt, **with_cache(cache), max_new_tokens=new, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
