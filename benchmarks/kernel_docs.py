@@ -38,6 +38,8 @@ PAIRS = {
     "channel2": ("int4-channel", "lloyd2"),
     "lloyd4": ("lloyd4-centred", "lloyd2"),
     "lloyd3": ("lloyd3-channel", "lloyd3"),
+    "fp8": ("fp8", "fp8"),
+    "nvfp4": ("nvfp4", "nvfp4"),
     "int8-token": ("int8-token", "int8-token"),
     "int4-token": ("int4-token", "int4-token"),
     "turboquant-qjl": ("lloyd3-sign", "lloyd2-plain"),

@@ -53,7 +53,7 @@ def test_on_paper_the_policies_are_close_to_memory(kernel_docs: ModuleType) -> N
     header, *rows = section("estimates")
     assert kernel_docs.COPY == 3.0e12 and kernel_docs.PROCESSORS == 132
     ratios = {row[0]: float(row[header.index("over memory")].strip("*")) for row in rows}
-    assert ratios["int4"] <= 1.15 and ratios["turboquant"] <= 1.15
+    assert ratios["int4"] <= 1.15 and ratios["turboquant"] <= 1.25
 
 
 def test_every_table_is_filled(kernel_docs: ModuleType) -> None:
