@@ -22,9 +22,10 @@ LABELS = {
     "before": "equal bits for all channels, no exact first token",
     "LMDeploy": "LMDeploy's formulae",
     "transformers": "transformers' QuantizedCache",
+    "engines": "fp8 and nvfp4 of serving engines",
     "packages": "packages on PyPI",
 }
-MARKERS = {"ours": "o-", "before": "o", "LMDeploy": "s", "transformers": "^", "packages": "x"}
+MARKERS = {"ours": "o-", "before": "o", "LMDeploy": "s", "transformers": "^", "engines": "D", "packages": "x"}
 
 
 def read() -> list[dict[str, str]]:
