@@ -42,10 +42,6 @@ class Fresh:
     pages: torch.Tensor  # int64 [batch, count]
 
 
-def _nobody() -> None:
-    """No pages wait for queries."""
-
-
 class SeenQueries:
     """Second moments of the queries of one layer, for each sequence and key/value head.
 
@@ -60,7 +56,7 @@ class SeenQueries:
         self.heads, self.head_dim, self.prior = heads, head_dim, prior
         self.rounded = self.nearest = 0  # pages sealed: in the metric of queries, and without
         self.padding: np.ndarray | None = None  # bool [batch, tokens] of the step under way, True where padded
-        self._fresh: Any = _nobody  # gives the pages just sealed, or None
+        self._fresh: Any = None  # gives the pages just sealed, or None; None if there are none
         # Of each sequence; beams share them.
         self._moments: list[Moments] = [] if prior is None else [prior.times(PRIOR_TOKENS)] * batch
         self.count = 0 if prior is None else PRIOR_TOKENS  # tokens whose queries these are of
@@ -117,8 +113,8 @@ class SeenQueries:
 
     def hand_over(self) -> Fresh | None:
         """The pages just sealed, which go on being known as long as somebody has them."""
-        fresh: Fresh | None = self._fresh()
-        self._fresh = _nobody if fresh is None else weakref.ref(fresh)
+        fresh: Fresh | None = self._fresh and self._fresh()
+        self._fresh = None if fresh is None else weakref.ref(fresh)
         return fresh
 
     def metric(self) -> torch.Tensor | None:
@@ -138,10 +134,10 @@ class SeenQueries:
             side: keys.
             impl: what is to run.
         """
-        fresh = self._fresh()
+        fresh = self._fresh and self._fresh()
         if fresh is None or (metric := self.metric()) is None:
             return
-        self._fresh = _nobody
+        self._fresh = None
         if fresh.version != version or len(metric) != len(fresh.pages):
             return
         self.nearest -= fresh.pages.numel()
@@ -190,7 +186,7 @@ class SeenQueries:
         return sum(storages.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_fresh": _nobody}
+        return vars(self) | {"_fresh": None}
 
     def empty(self, batch: int) -> SeenQueries:
         """For the same heads and ``batch`` sequences, nothing seen."""

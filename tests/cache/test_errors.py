@@ -71,7 +71,7 @@ def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> torch.Tens
             {"nbits": 4},
             [
                 "'nbits'",
-                "policy, page_size, prefill, impl, sliding, sinks, max_pages, max_bytes, pool, offload",
+                "policy, bits, kv_budget, page_size, prefill, impl, sliding, sinks, max_pages, max_bytes, pool",
                 "qparams",
             ],
         ),

@@ -84,7 +84,7 @@ class Case:
 class Built:
     """A compiled kernel.  ``registers`` and ``spilled`` (bytes of stack of a thread) are None where no tool reads
     them; ``buffers`` is how many tiles each pipelined load has room for in shared memory, ``waits`` how many copies may
-    still be under way where the kernel waits for some."""
+    still be under way where a loop waits for some."""
 
     name: str
     warps: int
@@ -273,7 +273,8 @@ def inspect(kernel: Any, sass: bool = False) -> Built:
         )
     buffers = tuple(map(int, re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x", kernel.asm.get("ttgir", ""))))
     figures = (metadata.num_warps, metadata.num_stages, metadata.shared, registers, spilled)
-    waits = tuple(map(int, re.findall(r"async_wait.*num = (\d+)", kernel.asm.get("ttgir", ""))))
+    loops = "".join(re.findall(r"scf\.for .*?scf\.yield", kernel.asm.get("ttgir", ""), re.DOTALL))
+    waits = tuple(map(int, re.findall(r"async_wait.*num = (\d+)", loops)))
     return Built(metadata.name, *figures, text, buffers, waits)
 
 

@@ -121,7 +121,7 @@ def test_operators_are_what_torch_expects(impl: str, device: torch.device) -> No
     x = vectors(2, 2, PAGE, 32, seed=7).to(device)
     after = torch.zeros_like(lengths)
     table = torch.tensor([[0, 1], [2, 2]], dtype=torch.int32, device=device)
-    pages = ("int4-channel", list(keys.planes), keys.tail, "int4-hadamard", list(values.planes), values.tail)
+    pages = ("int4-ranked", list(keys.planes), keys.tail, "int4-hadamard", list(values.planes), values.tail)
     checks = ("test_schema", "test_faketensor")
     library.opcheck(torch.ops.kvquant_hf.append_pages, (x, x, *pages, table, lengths, after, impl), test_utils=checks)
     query = vectors(2, 6, 2, 32, seed=5).to(device)

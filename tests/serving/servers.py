@@ -122,13 +122,13 @@ def alone(model: Any, tokenizer: Any, text: str, new: int, policy: str, **settin
         text: the message.
         new: tokens of the answer.
         policy: how the cache is stored.
-        settings: of the cache; without first tokens that are exact, as in a batch, unless they say otherwise.  Keys are
-            rounded to the nearest codes, as there.
+        settings: of the cache; without first tokens that are exact, as in a batch, unless they say otherwise.  And then
+            keys are rounded to the nearest codes, as there.
     """
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     cache = QuantizedPagedCache(model.config, policy, **({"sinks": 0} | settings))
-    with torch.no_grad(), seeing_no_queries():
+    with torch.no_grad(), seeing_no_queries() if "sinks" not in settings else contextlib.nullcontext():
         output = model.generate(**prompt, **with_cache(cache), max_new_tokens=new, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
