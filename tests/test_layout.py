@@ -86,10 +86,15 @@ RULES = {
             "kvquant_hf.benchmark.subject",
         ),
     ),
-    "lm-eval is needed by one command and its model alone": Rule(
+    "lm-eval is needed by two commands, its model and what compares with it": Rule(
         ("kvquant_hf", "kvquant_hf.*"),
-        banned=("lm_eval", "kvquant_hf.evaluation.lm_eval_model"),
-        exempt=("kvquant_hf.cli.lm_eval", "kvquant_hf.evaluation.lm_eval_model"),
+        banned=("lm_eval", "kvquant_hf.evaluation.lm_eval_model", "kvquant_hf.evaluation.compare"),
+        exempt=(
+            "kvquant_hf.cli.compare",
+            "kvquant_hf.cli.lm_eval",
+            "kvquant_hf.evaluation.compare",
+            "kvquant_hf.evaluation.lm_eval_model",
+        ),
     ),
 }
 
@@ -188,6 +193,7 @@ def test_import_directions(path: Path) -> None:
         ("kvquant_hf.pages.pool", "def f():\n    from transformers import Cache"),
         ("kvquant_hf.layers.attention", "import importlib\nimportlib.import_module('transformers')"),
         ("kvquant_hf.evaluation.text", "from .lm_eval_model import KVQuantLM"),
+        ("kvquant_hf.evaluation.paired", "from .compare import tabulate"),
         ("kvquant_hf.benchmark.speed.race", "from transformers import DynamicCache"),
     ],
 )

@@ -21,7 +21,7 @@ from ..errors import (
     UnsupportedModelError,
     WrongModelError,
 )
-from . import bench, calibrate, chat, demo, generate, lm_eval, needle, policies, qparams, serve, tune, web
+from . import bench, calibrate, chat, compare, demo, generate, lm_eval, needle, policies, qparams, serve, tune, web
 from .eval import evaluate
 from .terminal import INTERRUPTED, CommandError, quiet, say
 
@@ -50,6 +50,7 @@ _app = typer.Typer(
 _app.command()(bench.bench)
 _app.command()(calibrate.calibrate)
 _app.command()(chat.chat)
+_app.command()(compare.compare)
 _app.command()(demo.demo)
 _app.command("eval")(evaluate)  # not eval: that is Python's own
 _app.command()(generate.generate)

@@ -32,14 +32,19 @@ GENERATION_ONLY = (
 
 def lm_eval(context: typer.Context) -> None:
     """Run lm-eval's own command line, with the model kvquant: every task runs through a quantized cache."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingPackageError("this command needs the package lm-eval; run: pip install 'kvquant-hf[lm-eval]'.")
+    check_installed()
     if not context.args or {"-h", "--help"} & set(context.args):
         print(ABOUT)
     with _arguments(["lm-eval", *context.args]), _watched():
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()
+
+
+def check_installed() -> None:
+    """Raise ``MissingPackageError`` where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingPackageError("this command needs the package lm-eval; run: pip install 'kvquant-hf[lm-eval]'.")
 
 
 @contextmanager

@@ -5,8 +5,9 @@ through them, token by token; ``metrics.py`` compares next-token distributions; 
 ``outliers.py`` gives any model the outlier keys that make quantizing hard; ``baselines.py`` puts transformers' own
 quantized caches to the same test; ``figure.py`` draws the result.
 
-``needle.py`` asks for a fact in a long text, and ``heatmap.py`` draws where it was found.  ``lm_eval_model.py``, which
-nothing here imports, is a model for lm-eval.
+``needle.py`` asks for a fact in a long text, and ``heatmap.py`` draws where it was found.  ``lm_eval_model.py`` is a
+model for lm-eval, and ``compare.py`` runs its tasks with several caches, problem by problem: ``answer_file.py`` keeps
+the answers, ``paired.py`` has the statistics.  Nothing else here imports the first two, which need lm-eval.
 """
 
 from .generate import Decoded, decode

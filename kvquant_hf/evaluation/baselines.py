@@ -10,7 +10,7 @@ import importlib.util
 from typing import Any, NamedTuple
 
 import torch
-from transformers import QuantizedCache
+from transformers import DynamicCache, QuantizedCache
 
 from ..errors import EvaluationInputError, MissingPackageError
 from .harness import Contender, Storage
@@ -24,6 +24,9 @@ class Backend(NamedTuple):
     bits: tuple[int, ...]
     axis: int
 
+
+_WEIGHED_TOKENS = 128  # a multiple of the groups of 64 along either axis
+DYNAMIC = "dynamic"  # transformers' exact cache, where that is not the reference anyway
 
 BACKENDS = {
     "quanto": Backend("optimum.quanto", "optimum-quanto", (2, 4), 0),
@@ -51,15 +54,44 @@ def parse_baseline(name: str) -> tuple[str, int]:
     return kind, int(bits)
 
 
-def baseline(model: Any, name: str) -> Contender:
-    """The contender ``"<backend>-<bits>"``; raises what :func:`parse_baseline` does."""
+def check_cache(name: str) -> None:
+    """Raise what :func:`parse_baseline` does, unless ``name`` is ``"dynamic"``."""
+    if name != DYNAMIC:
+        parse_baseline(name)
+
+
+def make_cache(config: Any, name: str) -> Any:
+    """An empty cache of transformers for a model's ``config``: ``"dynamic"`` or ``"<backend>-<bits>"``.
+
+    Raises:
+        EvaluationInputError, MissingPackageError: as :func:`parse_baseline` does.
+    """
+    if name == DYNAMIC:
+        return DynamicCache(config=config)
     kind, bits = parse_baseline(name)
     axis = BACKENDS[kind].axis
+    return QuantizedCache(kind, config, nbits=bits, axis_key=axis, axis_value=axis)
 
-    def make() -> Any:
-        return QuantizedCache(kind, model.config, nbits=bits, axis_key=axis, axis_value=axis)
 
-    return Contender(name, make, weigh)
+def baseline(model: Any, name: str) -> Contender:
+    """The contender ``"<backend>-<bits>"``; raises what :func:`parse_baseline` does."""
+    parse_baseline(name)
+    return Contender(name, lambda: make_cache(model.config, name), weigh)
+
+
+def stored_bits(model: Any, name: str) -> float:
+    """Bits per element that a baseline stores what has left its window of exact tokens in, scales counted.
+
+    Measured: a first chunk of random numbers, which ``QuantizedCache`` quantizes whole, and then weighed.
+    """
+    decoder = model.config.get_text_config(decoder=True)
+    heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
+    head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    drawn = torch.randn(1, heads, _WEIGHED_TOKENS, head_dim, generator=torch.Generator().manual_seed(0))
+    states = drawn.to(model.device, model.dtype)
+    cache = make_cache(model.config, name)
+    cache.update(states, states.clone(), 0)
+    return 8 * held_bytes(cache) / (2 * states.numel())
 
 
 def _installed(module: str) -> bool:

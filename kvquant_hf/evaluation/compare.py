@@ -1,0 +1,229 @@
+"""lm-eval's tasks with several caches, on the same problems, so that scores can be compared in pairs.
+
+lm-eval builds the prompts and scores the answers; this module comes between it and the model.  Answers that a file has
+(``answer_file.py``) are taken from there, the others are asked for in blocks of a batch, longest prompts first as
+lm-eval has them, and written after each block.  Prompts therefore are those of ``kvquant lm-eval``, examples included,
+however often a run was interrupted; asked for in parts (lm-eval's ``samples``) they would have other examples in each.
+``paired.py`` has the statistics.
+"""
+
+import hashlib
+import json
+import logging
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lm_eval
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import lm_eval.tasks
+
+from ..errors import EvaluationInputError
+from .answer_file import AnswerFile, Scores
+from .lm_eval_model import CacheLM
+from .paired import Mean, Paired, compare, is_binary, mean_of
+
+_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+_WITH_BARS = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
+
+
+class Row(NamedTuple):
+    """One cache: its score, and how it compares with the first one (None for that one itself)."""
+
+    score: Mean
+    paired: Paired | None
+
+
+class Measure(NamedTuple):
+    """A metric of a task, for all caches.
+
+    Args:
+        task, metric, filter: lm-eval's names; the filter says how an answer is read.
+        binary: whether all scores are 0 or 1.
+        rows: by cache.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    binary: bool
+    rows: dict[str, Row]
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str | None = None, metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """lm-eval's tasks by name; a group or a tag brings all of its own.
+
+    Args:
+        names: of tasks, groups or tags.
+        include_path: a folder with further task files.
+        metadata: handed to the tasks; some find their data by it.
+
+    Raises:
+        EvaluationInputError: no such task.
+    """
+    with silent():
+        manager = lm_eval.tasks.TaskManager(include_path=include_path, metadata=dict(metadata or {}))
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if unknown:
+            raise EvaluationInputError(
+                f"lm-eval has no task {', '.join(map(repr, unknown))}; `kvquant lm-eval ls tasks` lists them, and "
+                "--include-path adds a folder of your own."
+            )
+        tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+    return tasks
+
+
+def count(tasks: Mapping[str, Any], limit: int | None) -> dict[str, int]:
+    """Documents of each task, at most ``limit``."""
+    return {name: min(len(task.eval_docs), limit or len(task.eval_docs)) for name, task in tasks.items()}
+
+
+def answer(
+    lm: CacheLM,
+    tasks: Mapping[str, Any],
+    file: AnswerFile,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    batch: int = 1,
+    advance: Callable[[], object] = lambda: None,
+) -> Scores:
+    """Scores of every document with one cache; answers that ``file`` has are not asked for again.
+
+    Args:
+        lm: used up: it asks through the file from now on.
+        tasks: of :func:`load_tasks`.
+        file: of this cache, for these tasks.
+        limit: the first documents of each task only.
+        num_fewshot: examples in the prompt; None: what the task says.
+        chat: put prompts through the tokenizer's chat template, examples as earlier turns.
+        batch: documents between two writes; the model's own batch size, for blocks that fill its batches.
+        advance: called once for each document that is answered.
+
+    Raises:
+        EvaluationInputError: the file's answers are to something else, or a task has no score for a single document.
+    """
+    for kind in _KINDS:
+        setattr(lm, kind, _through(file, getattr(lm, kind), kind, batch, advance))
+    with silent():
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=list(tasks.values()),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=chat,
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+    scores = _scores(results["samples"])
+    file.finish(scores)
+    return scores
+
+
+def tabulate(scores: Mapping[str, Scores]) -> list[Measure]:
+    """Every metric of every task; ``scores`` by cache, the exact one first."""
+    exact = next(iter(scores))
+    measures = []
+    for task, documents in scores[exact].items():
+        for measured in dict.fromkeys(name for document in documents.values() for name in document):
+            numbered = [number for number, document in documents.items() if measured in document]
+            values = {name: [of[task][number][measured] for number in numbered] for name, of in scores.items()}
+            binary = all(map(is_binary, values.values()))
+            rows = {
+                name: Row(mean_of(own), None if name == exact else compare(values[exact], own, binary=binary))
+                for name, own in values.items()
+            }
+            metric, _, filtered = measured.partition(",")
+            measures.append(Measure(task, metric, filtered, binary, rows))
+    return measures
+
+
+def _through(
+    file: AnswerFile, ask: Callable[..., Any], kind: str, batch: int, advance: Callable[[], object]
+) -> Callable[..., Any]:
+    """``ask``, a method of lm-eval's models for requests of one kind, for what ``file`` has no answers to."""
+    restored = tuple if kind == "loglikelihood" else lambda response: response  # JSON has no tuples
+
+    def answers(requests: Sequence[Any], **_: Any) -> list[Any]:
+        documents: dict[tuple[str, int], list[Any]] = {}
+        for request in requests:
+            documents.setdefault((request.task_name, request.doc_id), []).append(request)
+        hashes = {document: _hash(asked) for document, asked in documents.items()}
+        given: dict[tuple[str, int], list[Any]] = {}
+        for document, hashed in hashes.items():
+            if (found := file.find((*document, kind), hashed)) is not None:
+                given[document] = found
+                advance()
+        waiting = sorted((document for document in documents if document not in given), key=_size(documents))
+        for start in range(0, len(waiting), batch):
+            block = waiting[start : start + batch]
+            responses = iter(ask([request for document in block for request in documents[document]], disable_tqdm=True))
+            new = {document: [next(responses) for _ in documents[document]] for document in block}
+            file.add(((*document, kind), hashes[document], own) for document, own in new.items())
+            given |= new
+            for _document in block:
+                advance()
+        rows = {document: iter(own) for document, own in given.items()}
+        return [restored(next(rows[request.task_name, request.doc_id])) for request in requests]
+
+    return answers
+
+
+def _size(documents: Mapping[tuple[str, int], list[Any]]) -> Callable[[tuple[str, int]], int]:
+    """What sorts the documents with the longest prompts first."""
+    return lambda document: -sum(len(request.args[0]) for request in documents[document])
+
+
+def _hash(requests: Sequence[Any]) -> str:
+    """Of everything that a document asks: prompts, continuations, options of generation."""
+    asked = json.dumps([request.args for request in requests], sort_keys=True, default=str)
+    return hashlib.sha256(asked.encode()).hexdigest()
+
+
+def _scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Scores:
+    """The numbers that lm-eval gives to single documents.
+
+    Raises:
+        EvaluationInputError: a task has none.
+    """
+    scores: Scores = {}
+    for task, logged in samples.items():
+        documents: dict[int, dict[str, float]] = {}
+        for sample in logged:
+            numbered = documents.setdefault(sample["doc_id"], {})
+            values = {f"{metric},{sample['filter']}": sample[metric] for metric in sample["metrics"]}
+            numbered |= {name: float(value) for name, value in values.items() if isinstance(value, numbers.Real)}
+        if not any(documents.values()):
+            raise EvaluationInputError(
+                f"the task {task!r} has no number for a single document, so nothing can be paired; leave it out of "
+                "--tasks and use `kvquant lm-eval` for it."
+            )
+        scores[task] = documents
+    return scores
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """lm-eval without its bars and its advice: the command has a bar, and its settings are on purpose."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, [vars(module)["tqdm"] for module in _WITH_BARS]
+    logger.setLevel(logging.ERROR)
+    for module, bar in zip(_WITH_BARS, bars, strict=True):
+        vars(module)["tqdm"] = _hidden(bar)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for module, bar in zip(_WITH_BARS, bars, strict=True):
+            vars(module)["tqdm"] = bar
+
+
+def _hidden(bar: Callable[..., Any]) -> Callable[..., Any]:
+    """``bar`` that shows nothing, whatever it is told."""
+    return lambda *arguments, **options: bar(*arguments, **(options | {"disable": True}))

@@ -1,0 +1,221 @@
+"""Several caches on the same problems: through lm-eval, through files that grow, and in pairs."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from command import byte_tokenizer
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval_task import NAMES, write_tasks
+from models import tiny_llama
+from transformers import cache_utils
+
+from kvquant_hf.errors import EvaluationInputError, MissingPackageError
+from kvquant_hf.evaluation import baselines
+from kvquant_hf.evaluation.answer_file import AnswerFile
+from kvquant_hf.evaluation.baselines import stored_bits
+from kvquant_hf.evaluation.compare import answer, count, load_tasks, silent, tabulate
+from kvquant_hf.evaluation.lm_eval_model import BaselineLM, KVQuantLM
+from kvquant_hf.evaluation.paired import Mean, Paired
+
+DOCUMENTS, CHOICES = 7, 2
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(autouse=True)
+def _own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own thousands of tasks are not indexed."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama(vocab_size=257)
+
+
+def wrap(kind: Any, model: Any, **options: Any) -> Any:
+    own = {} if kind is HFLM else {"page_size": 16}
+    return kind(pretrained=model, tokenizer=byte_tokenizer(), max_length=512, batch_size=BATCH, **own, **options)
+
+
+def expected(lm: Any, tasks: dict[str, Any]) -> dict[str, Any]:
+    """What lm-eval itself makes of all documents: by task, document and metric."""
+    samples = lm_eval.simple_evaluate(lm, tasks=list(tasks.values()), bootstrap_iters=0)["samples"]
+    metrics = {"small_words": ("odd", "mean_byte"), "small_choices": ("acc",)}
+    return {
+        task: {sample["doc_id"]: {f"{metric},none": sample[metric] for metric in metrics[task]} for sample in logged}
+        for task, logged in samples.items()
+    }
+
+
+def test_scores_are_those_of_lm_eval(
+    folder: Path, model: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tasks = load_tasks(NAMES, str(folder))
+    assert list(tasks) == NAMES and count(tasks, None) == dict.fromkeys(NAMES, DOCUMENTS)
+    assert count(tasks, 3) == dict.fromkeys(NAMES, 3)
+    done: list[None] = []
+    file = AnswerFile(tmp_path, "int4", {})
+    with silent():
+        lm = wrap(KVQuantLM, model, policy="int4")
+    scores = answer(lm, tasks, file, batch=BATCH, advance=lambda: done.append(None))
+    assert capfd.readouterr() == ("", "")
+    assert scores == expected(wrap(KVQuantLM, model, policy="int4"), tasks)
+    assert len(done) == 2 * DOCUMENTS
+    first, *lines = [json.loads(line) for line in file.path.read_text(encoding="utf-8").splitlines()]
+    assert first == {"settings": {}} and len(lines) == len(done)
+    for line in lines:
+        assert line["scores"] == scores[line["task"]][line["document"]]
+        assert len(line["responses"]) == (CHOICES if line["task"] == "small_choices" else 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["int4.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "written", [pytest.param(0, marks=pytest.mark.full), 3, pytest.param(DOCUMENTS, marks=pytest.mark.full), 9]
+)
+def test_an_interrupted_run_goes_on(folder: Path, model: Any, tmp_path: Path, written: int) -> None:
+    tasks = load_tasks(NAMES, str(folder))
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if done > written:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH, advance=advance)
+    path = tmp_path / "a.jsonl"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before + '{"task": "small_wo', encoding="utf-8")  # as a process leaves it that is killed
+    lm, asked, counted = wrap(KVQuantLM, model), [], 0
+    for kind in ("generate_until", "loglikelihood"):
+        ask = getattr(lm, kind)
+        setattr(lm, kind, lambda requests, ask=ask, **rest: asked.extend(requests) or ask(requests, **rest))
+
+    def advance_on() -> None:
+        nonlocal counted
+        counted += 1
+
+    scores = answer(lm, tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH, advance=advance_on)
+    assert counted == 2 * DOCUMENTS
+    there = before.count("\n") - 1
+    assert there > written and len({(one.task_name, one.doc_id) for one in asked}) == 2 * DOCUMENTS - there
+    whole = AnswerFile(tmp_path, "b", {"x": 1})
+    assert (
+        scores == answer(wrap(KVQuantLM, model), tasks, whole, batch=BATCH) == expected(wrap(KVQuantLM, model), tasks)
+    )
+    assert path.read_text(encoding="utf-8") == whole.path.read_text(encoding="utf-8")
+    # Once more: everything is there, and the file stays as it is.
+    stamp = path.stat().st_mtime_ns
+    lm._model_generate = lm._model_call = None
+    assert answer(lm, tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH) == scores
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_a_file_of_something_else_is_refused(folder: Path, model: Any, tmp_path: Path) -> None:
+    tasks = load_tasks(["small_words"], str(folder), {"first": "One "})
+    settings = {"limit": 3, "versions": {"lm_eval": "1"}}
+    answer(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a/b", settings), limit=1)
+    assert (tmp_path / "a%2Fb.jsonl").is_file()
+    AnswerFile(tmp_path, "a/b", settings)
+    for other in ({"limit": 4}, {"versions": {"lm_eval": "2"}}, {"batch": 8}):
+        name = next(iter(other))
+        with pytest.raises(EvaluationInputError, match=f"a%2Fb.jsonl' was made with {name}=.*, not .*--out"):
+            AnswerFile(tmp_path, "a/b", settings | other)
+    with pytest.raises(EvaluationInputError, match=r'made with versions=\{"lm_eval": "1"\}, not null'):
+        AnswerFile(tmp_path, "a/b", {"limit": 3})
+    # The same settings, and other documents behind the same name.
+    tasks = load_tasks(["small_words"], str(folder), {"first": "Two "})
+    with pytest.raises(EvaluationInputError, match="another document 0 of 'small_words'"):
+        answer(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a/b", settings), limit=1)
+    for text in ("", "no JSON\n", "[]\n", '{"settings": {}}\n{"task": "x"}\n', "cut before the first end of a line"):
+        (tmp_path / "c.jsonl").write_text(text, encoding="utf-8")
+        with pytest.raises(EvaluationInputError, match="no file of answers"):
+            AnswerFile(tmp_path, "c", {})
+        assert (tmp_path / "c.jsonl").read_text(encoding="utf-8") == text
+
+
+def test_no_such_task(folder: Path) -> None:
+    with pytest.raises(EvaluationInputError, match=r"no task 'none', 'neither'; .*--include-path"):
+        load_tasks(["none", "small_words", "neither"], str(folder))
+
+
+def test_a_task_that_scores_no_single_document(model: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" = One = \n \n words and words \n", encoding="utf-8")
+    root = Path(__file__).resolve().parents[2]
+    tasks = load_tasks(["local_wikitext2"], str(root / "benchmarks/lm_eval"), {"wikitext2": str(text)})
+    with pytest.raises(EvaluationInputError, match="'local_wikitext2' has no number for a single document"):
+        answer(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "int4", {}))
+
+
+def test_the_dynamic_cache_is_hf(folder: Path, model: Any, tmp_path: Path) -> None:
+    tasks = load_tasks(NAMES, str(folder))
+    hf = expected(wrap(HFLM, model), tasks)
+    for prefill in ("exact", "quantized"):
+        lm = wrap(BaselineLM, model, baseline="dynamic", prefill=prefill)
+        assert answer(lm, tasks, AnswerFile(tmp_path, prefill, {}), batch=BATCH) == hf
+    assert stored_bits(model, "dynamic") == 32
+    assert stored_bits(tiny_llama().to(torch.bfloat16), "dynamic") == 16
+
+
+class RoundingLayer(cache_utils.QuantizedLayer):
+    """One scale per token, codes in int8 whatever ``nbits`` is."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> Any:
+        scale = tensor.abs().amax(-1, keepdim=True) / (2 ** (self.nbits - 1) - 1)
+        return (tensor / scale).round().to(torch.int8), {"scale": scale, "axis": axis}
+
+    def _dequantize(self, quantized: Any) -> torch.Tensor:
+        codes, meta = quantized
+        return codes * meta["scale"]
+
+
+def test_a_quantized_cache_of_transformers(
+    folder: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EvaluationInputError, match="use quanto-2"):
+        wrap(BaselineLM, model, baseline="int4")
+    monkeypatch.setattr(baselines, "_installed", lambda module: False)
+    with pytest.raises(MissingPackageError, match="pip install hqq,"):
+        wrap(BaselineLM, model, baseline="hqq-2")
+    monkeypatch.setattr(cache_utils, "HQQQuantizedLayer", RoundingLayer)
+    monkeypatch.setattr(baselines, "_installed", lambda module: module == "hqq")
+    tasks = load_tasks(NAMES, str(folder))
+    scores = {}
+    for name in ("dynamic", "hqq-2"):
+        lm = wrap(BaselineLM, model, baseline=name)
+        scores[name] = answer(lm, tasks, AnswerFile(tmp_path, name, {}), batch=BATCH)
+    assert scores["hqq-2"]["small_words"] != scores["dynamic"]["small_words"]
+    # A byte for each element and a float32 for 32 of them.
+    assert stored_bits(model, "hqq-2") == 8 + 32 / 32
+
+
+def test_pairs() -> None:
+    def of(*solved: int, metric: str = "acc,none") -> dict[str, Any]:
+        return {"task": {number: {metric: float(value)} for number, value in enumerate(solved)}}
+
+    (measure,) = tabulate({"exact": of(1, 1, 0), "int4": of(0, 1, 0), "int8": of(1, 1, 1)})
+    assert measure[:4] == ("task", "acc", "none", True)
+    assert measure.rows["exact"] == (Mean(3, 2 / 3, pytest.approx(1 / 3)), None)
+    third = pytest.approx(1 / 3)
+    assert measure.rows["int4"].paired == Paired(pytest.approx(-1 / 3), third, 1, 0, 1.0)
+    assert measure.rows["int8"].paired == Paired(third, third, 0, 1, 1.0)
+    # A metric of which one cache alone has scores between 0 and 1 is compared by means, for all of them.
+    (measure,) = tabulate(
+        {"exact": of(1, 0, metric="f1"), "int4": of(0.5, 0, metric="f1"), "int8": of(1, 0, metric="f1")}
+    )
+    assert (measure.metric, measure.filter, measure.binary) == ("f1", "", False)
+    assert measure.rows["int4"].paired == Paired(-0.25, 0.25, None, None, None)
+    assert measure.rows["int8"].paired == Paired(0, 0, None, None, None)
