@@ -188,9 +188,8 @@ def test_every_pair(target: str) -> None:
         if isinstance(built, str) or (case.keys, case.values) in tuned:
             wrong += check(case, built)
         if not isinstance(built, str) and (case.keys, case.values) in tuned and not target.startswith(UNTUNED):
-            wrong += [
-                f"{case}: {kernel.name} has {kernel.spilled} bytes of stack" for kernel in built if kernel.spilled
-            ]
+            spilled = [kernel for kernel in built if (kernel.spilled or 0) > 8 * ((kernel.registers or 255) <= 168)]
+            wrong += [f"{case}: {kernel.name} has {kernel.spilled} bytes of stack" for kernel in spilled]
     assert not wrong, "\n".join(wrong)
 
 
