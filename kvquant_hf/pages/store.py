@@ -197,11 +197,11 @@ class PagedStore(OpenPage):
             except BaseException:
                 self.pool.release(pages)
                 raise
-        self.table.append(pages, blank, on_device)
-        self._lengths, self._tail, self.first = lengths, tails, first
-        self.tail_length = length - count * self.page_size
-        if not self.pool.offloads:
-            self.pool.made_of_planes[self] = sides
+            self.table.append(pages, blank, on_device)
+            self._lengths, self._tail, self.first = lengths, tails, first
+            self.tail_length = length - count * self.page_size
+            if not self.pool.offloads:
+                self.pool.made_of_planes[self] = sides  # under the lock: else of planes that are moved by now
         self._tail_shared = False
         self.version += 1
         if self.seen is not None and count:
@@ -209,7 +209,8 @@ class PagedStore(OpenPage):
 
     def round_keys(self) -> None:
         if self.seen is not None:
-            self.seen.round(self.version, self._sides()[0], self.impl)
+            with self.pool.lock:  # a pool that grows meanwhile would keep the codes of before
+                self.seen.round(self.version, self._sides()[0], self.impl)
 
     # -- everything that only moves table entries ----------------------------------------------------------------------
 

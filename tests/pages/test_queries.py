@@ -1,12 +1,19 @@
 """Moments of queries: what counts, what does not, and what is left of them in a quarter of their bytes."""
 
+import threading
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from models import ragged_prompts, tiny_llama
+from stores import fill, make_store, same_bytes, vectors
 
 from kvquant_hf import QuantizedPagedCache
+from kvquant_hf.pages import queries as queries_module
 from kvquant_hf.pages.queries import Moments, SeenQueries
+from kvquant_hf.pages.store import PagedStore
+from kvquant_hf.pages.table import PageTable
 from kvquant_hf.transformers_api.names import with_cache
 
 
@@ -57,3 +64,34 @@ def test_a_padded_prompt_has_the_moments_of_the_prompt_alone(longest: int) -> No
         found.append(cache.stores[-1].seen.metric()[-1])
     off = ~torch.eye(found[0].shape[-1], dtype=torch.bool)
     torch.testing.assert_close(found[0][:, off], found[1][:, off], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(PageTable, "append"), (queries_module, "round_keys")])
+def test_a_pool_that_another_thread_grows_keeps_what_is_rounded(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    keys, values, query = vectors(1, 2, 100, 64), vectors(1, 2, 100, 64, seed=1), vectors(1, 4, 100, 64, seed=2)
+    shared = make_store("int4", keys, values, 16)
+    other = PagedStore(*shared.codecs, 16, keys, values, make_pool=lambda *planes: shared.pool)
+    threads: list[threading.Thread] = []
+
+    def meanwhile(*args: Any) -> None:
+        """A thread needs pages now; it gets them at once, or when what is under way is done."""
+        if not threads:
+            threads.append(threading.Thread(target=fill, args=(other, keys, values)))
+            threads[0].start()
+            threads[0].join(0.2)
+
+    stores = [make_store("int4", keys, values, 16), shared]
+    for store in stores:
+        with monkeypatch.context() as patched:
+            if store is shared:
+                original = getattr(owner, name)
+                patched.setattr(owner, name, lambda *args, **kwargs: (meanwhile(), original(*args, **kwargs))[1])
+            store.append(keys, values)
+            kept = store.seen and store.seen.hand_over()
+            assert kept is not None
+            store.saw(query)
+    threads[0].join()
+    assert shared.seen is not None and shared.seen.rounded == 6
+    assert same_bytes(*stores)
