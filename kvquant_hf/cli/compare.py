@@ -1,6 +1,6 @@
 """``kvquant compare``: lm-eval's tasks with several caches on the same problems, compared in pairs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,19 +115,17 @@ def compare(
     }
     options = {"page_size": page_size, "prefill": prefill, "batch_size": batch, "tokenizer": loaded.tokenizer}
     lms = {name: _make_lm(loaded, name, policy, sinks, options) for name, policy in caches.items()}
-    scores = {}
     with progress("measuring", len(files) * sum(documents.values()), hidden=as_json) as done:
-        for name, file in files.items():
-            scores[name] = answer(
-                lms[name],
-                loaded_tasks,
-                file,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                chat=apply_chat_template,
-                batch=batch,
-                advance=_saying(done, name),
-            )
+        scores = answer(
+            lms,
+            loaded_tasks,
+            files,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            chat=apply_chat_template,
+            batch=batch,
+            advance=done,
+        )
     measures = tabulate(scores)
     if as_json:
         print_json(settings | {"measures": [_as_dict(measure, bits) for measure in measures]})
@@ -170,10 +168,6 @@ def _make_lm(
         if policy is None:
             return BaselineLM(loaded.model, name, **options)
         return KVQuantLM(loaded.model, policy, sinks=sinks, **options)
-
-
-def _saying(done: Callable[[str], None], name: str) -> Callable[[], None]:
-    return lambda: done(name)
 
 
 def _bits(loaded: LoadedModel, name: str, policy: AnyPolicy | None, page_size: int) -> float:

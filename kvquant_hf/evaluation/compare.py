@@ -2,8 +2,9 @@
 
 lm-eval builds the prompts and scores the answers; this module comes between it and the model.  Answers that a file has
 (``answer_file.py``) are taken from there, the others are asked for in blocks of a batch, longest prompts first as
-lm-eval has them, and written after each block.  Prompts therefore are those of ``kvquant lm-eval``, examples included,
-however often a run was interrupted; asked for in parts (lm-eval's ``samples``) they would have other examples in each.
+lm-eval has them, of one cache after another, and written after each block.  Prompts therefore are those of ``kvquant
+lm-eval``, examples included, however often a run was interrupted; asked for in parts (lm-eval's ``samples``) they would
+have other examples in each.
 ``paired.py`` has the statistics.
 """
 
@@ -25,6 +26,7 @@ from ..errors import EvaluationInputError
 from .answer_file import AnswerFile, Scores
 from .lm_eval_model import CacheLM
 from .paired import Mean, Paired, compare, is_binary, mean_of
+from .shared_prompts import SharedPrompts
 
 _KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 _WITH_BARS = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
@@ -84,45 +86,59 @@ def count(tasks: Mapping[str, Any], limit: int | None) -> dict[str, int]:
 
 
 def answer(
-    lm: CacheLM,
+    lms: Mapping[str, CacheLM],
     tasks: Mapping[str, Any],
-    file: AnswerFile,
+    files: Mapping[str, AnswerFile],
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
     chat: bool = False,
     batch: int = 1,
-    advance: Callable[[], object] = lambda: None,
-) -> Scores:
-    """Scores of every document with one cache; answers that ``file`` has are not asked for again.
+    advance: Callable[[str], object] = lambda name: None,
+) -> dict[str, Scores]:
+    """Scores of every document with every cache; answers that a file has are not asked for again.
+
+    A block of documents goes through all caches before the next: where a prompt attends to itself as it came, it is
+    read once for all of them (``shared_prompts.py``).
 
     Args:
-        lm: used up: it asks through the file from now on.
+        lms: by name of the cache; used up: they ask through the files from now on.
         tasks: of :func:`load_tasks`.
-        file: of this cache, for these tasks.
+        files: of these caches, for these tasks.
         limit: the first documents of each task only.
         num_fewshot: examples in the prompt; None: what the task says.
         chat: put prompts through the tokenizer's chat template, examples as earlier turns.
-        batch: documents between two writes; the model's own batch size, for blocks that fill its batches.
-        advance: called once for each document that is answered.
+        batch: documents of a block, between two writes; the models' own batch size, for blocks that fill their batches.
+        advance: called with the cache's name for each document that it has answered.
 
     Raises:
-        EvaluationInputError: the file's answers are to something else, or a task has no score for a single document.
+        EvaluationInputError: a file's answers are to something else, or a task has no score for a single document.
     """
+    prompts = SharedPrompts()
+    for lm in lms.values():
+        lm.prompts = prompts
+    first = next(iter(lms))
     for kind in _KINDS:
-        setattr(lm, kind, _through(file, getattr(lm, kind), kind, batch, advance))
-    with silent():
-        results = lm_eval.simple_evaluate(
-            lm,
-            tasks=list(tasks.values()),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat,
-            log_samples=True,
-            bootstrap_iters=0,
-        )
-    scores = _scores(results["samples"])
-    file.finish(scores)
+        asked = {name: (files[name], getattr(lm, kind)) for name, lm in lms.items()}
+        for name, lm in lms.items():
+            # The first one asks for all; what the others ask then is in their files.
+            own, told = (asked, advance) if name == first else ({name: asked[name]}, lambda name: None)
+            setattr(lm, kind, _through(own, kind, batch, told))
+    scores = {}
+    for name, lm in lms.items():
+        with silent():
+            results = lm_eval.simple_evaluate(
+                lm,
+                tasks=list(tasks.values()),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+        prompts.clear()
+        scores[name] = _scores(results["samples"])
+        files[name].finish(scores[name])
     return scores
 
 
@@ -145,31 +161,40 @@ def tabulate(scores: Mapping[str, Scores]) -> list[Measure]:
 
 
 def _through(
-    file: AnswerFile, ask: Callable[..., Any], kind: str, batch: int, advance: Callable[[], object]
+    asked: Mapping[str, tuple[AnswerFile, Callable[..., Any]]], kind: str, batch: int, advance: Callable[[str], object]
 ) -> Callable[..., Any]:
-    """``ask``, a method of lm-eval's models for requests of one kind, for what ``file`` has no answers to."""
+    """What asks every cache for requests of one kind that its file has no answers to, and gives the first one's.
+
+    Args:
+        asked: file and method of lm-eval's models, by cache.
+    """
     restored = tuple if kind == "loglikelihood" else lambda response: response  # JSON has no tuples
 
     def answers(requests: Sequence[Any], **_: Any) -> list[Any]:
         documents: dict[tuple[str, int], list[Any]] = {}
         for request in requests:
             documents.setdefault((request.task_name, request.doc_id), []).append(request)
-        hashes = {document: _hash(asked) for document, asked in documents.items()}
-        given: dict[tuple[str, int], list[Any]] = {}
-        for document, hashed in hashes.items():
-            if (found := file.find((*document, kind), hashed)) is not None:
-                given[document] = found
-                advance()
-        waiting = sorted((document for document in documents if document not in given), key=_size(documents))
-        for start in range(0, len(waiting), batch):
-            block = waiting[start : start + batch]
-            responses = iter(ask([request for document in block for request in documents[document]], disable_tqdm=True))
-            new = {document: [next(responses) for _ in documents[document]] for document in block}
-            file.add(((*document, kind), hashes[document], own) for document, own in new.items())
-            given |= new
-            for _document in block:
-                advance()
-        rows = {document: iter(own) for document, own in given.items()}
+        hashes = {document: _hash(own) for document, own in documents.items()}
+        given: dict[str, dict[tuple[str, int], list[Any]]] = {}
+        for name, (file, _ask) in asked.items():
+            found = {document: file.find((*document, kind), hashed) for document, hashed in hashes.items()}
+            given[name] = {document: own for document, own in found.items() if own is not None}
+            for _document in given[name]:
+                advance(name)
+        lacking = [document for document in documents if any(document not in own for own in given.values())]
+        lacking.sort(key=_size(documents))
+        for start in range(0, len(lacking), batch):
+            for name, (file, ask) in asked.items():
+                block = [document for document in lacking[start : start + batch] if document not in given[name]]
+                if not block:
+                    continue
+                responses = iter(ask([request for each in block for request in documents[each]], disable_tqdm=True))
+                new = {document: [next(responses) for _ in documents[document]] for document in block}
+                file.add(((*document, kind), hashes[document], own) for document, own in new.items())
+                given[name] |= new
+                for _document in block:
+                    advance(name)
+        rows = {document: iter(own) for document, own in next(iter(given.values())).items()}
         return [restored(next(rows[request.task_name, request.doc_id])) for request in requests]
 
     return answers

@@ -23,6 +23,7 @@ plain ``lm_eval --model kvquant`` does not know it; ``kvquant lm-eval`` is that 
 
 import os
 from abc import abstractmethod
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -38,6 +39,7 @@ from ..policies.table import PolicyLike, parse_policy
 from ..transformers_api.names import with_cache
 from .baselines import check_cache, make_cache
 from .harness import check_was_read
+from .shared_prompts import SharedPrompts
 
 _WAIT = timedelta(weeks=52)  # for other processes, at the end of a task: as in ``hf``
 
@@ -75,6 +77,7 @@ class CacheLM(HFLM):
                 f"{type(self.model).__name__} has an encoder, so its text cannot be read in chunks; use --model hf."
             )
         self._page_size, self._prefill = page_size, prefill
+        self.prompts: SharedPrompts | None = None  # where others' prompts have been read, if they have
         if self.model.generation_config is not None:
             self.model.generation_config.cache_implementation = None  # the cache is made here
 
@@ -126,9 +129,11 @@ class CacheLM(HFLM):
         cache = self._make_cache(self._prefill)
         if self._prefill == "quantized":
             generation_kwargs["prefill_chunk_size"] = self._page_size
-        output: torch.Tensor = super()._model_generate(
-            context, max_length, stop, **with_cache(cache), **generation_kwargs
-        )
+        shared = self.prompts if self._prefill == "exact" else None
+        with shared.of(self.model) if shared else nullcontext():
+            output: torch.Tensor = super()._model_generate(
+                context, max_length, stop, **with_cache(cache), **generation_kwargs
+            )
         self._check(cache, self._prefill, None)
         return output
 

@@ -1,6 +1,8 @@
 """Several caches on the same problems: through lm-eval, through files that grow, and in pairs."""
 
 import json
+from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from command import byte_tokenizer
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval_task import NAMES, write_tasks
-from models import tiny_llama
+from models import prompt, ragged_prompts, tiny_hybrid, tiny_llama
+from stores import same_bytes
 from transformers import cache_utils
 
+from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.errors import EvaluationInputError, MissingPackageError
 from kvquant_hf.evaluation import baselines
 from kvquant_hf.evaluation.answer_file import AnswerFile
@@ -22,6 +26,8 @@ from kvquant_hf.evaluation.baselines import stored_bits
 from kvquant_hf.evaluation.compare import answer, count, load_tasks, silent, tabulate
 from kvquant_hf.evaluation.lm_eval_model import BaselineLM, KVQuantLM
 from kvquant_hf.evaluation.paired import Mean, Paired
+from kvquant_hf.evaluation.shared_prompts import SharedPrompts
+from kvquant_hf.transformers_api.names import with_cache
 
 DOCUMENTS, CHOICES = 7, 2
 BATCH = 2
@@ -48,6 +54,11 @@ def wrap(kind: Any, model: Any, **options: Any) -> Any:
     return kind(pretrained=model, tokenizer=byte_tokenizer(), max_length=512, batch_size=BATCH, **own, **options)
 
 
+def answer_one(lm: Any, tasks: dict[str, Any], file: AnswerFile, **options: Any) -> Any:
+    """Scores with a single cache."""
+    return answer({"only": lm}, tasks, {"only": file}, **options)["only"]
+
+
 def expected(lm: Any, tasks: dict[str, Any]) -> dict[str, Any]:
     """What lm-eval itself makes of all documents: by task, document and metric."""
     samples = lm_eval.simple_evaluate(lm, tasks=list(tasks.values()), bootstrap_iters=0)["samples"]
@@ -64,14 +75,14 @@ def test_scores_are_those_of_lm_eval(
     tasks = load_tasks(NAMES, str(folder))
     assert list(tasks) == NAMES and count(tasks, None) == dict.fromkeys(NAMES, DOCUMENTS)
     assert count(tasks, 3) == dict.fromkeys(NAMES, 3)
-    done: list[None] = []
+    done: list[str] = []
     file = AnswerFile(tmp_path, "int4", {})
     with silent():
         lm = wrap(KVQuantLM, model, policy="int4")
-    scores = answer(lm, tasks, file, batch=BATCH, advance=lambda: done.append(None))
+    scores = answer_one(lm, tasks, file, batch=BATCH, advance=done.append)
     assert capfd.readouterr() == ("", "")
     assert scores == expected(wrap(KVQuantLM, model, policy="int4"), tasks)
-    assert len(done) == 2 * DOCUMENTS
+    assert done == ["only"] * 2 * DOCUMENTS
     first, *lines = [json.loads(line) for line in file.path.read_text(encoding="utf-8").splitlines()]
     assert first == {"settings": {}} and len(lines) == len(done)
     for line in lines:
@@ -87,14 +98,14 @@ def test_an_interrupted_run_goes_on(folder: Path, model: Any, tmp_path: Path, wr
     tasks = load_tasks(NAMES, str(folder))
     done = 0
 
-    def advance() -> None:
+    def advance(name: str) -> None:
         nonlocal done
         done += 1
         if done > written:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH, advance=advance)
+        answer_one(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH, advance=advance)
     path = tmp_path / "a.jsonl"
     before = path.read_text(encoding="utf-8")
     path.write_text(before + '{"task": "small_wo', encoding="utf-8")  # as a process leaves it that is killed
@@ -103,30 +114,32 @@ def test_an_interrupted_run_goes_on(folder: Path, model: Any, tmp_path: Path, wr
         ask = getattr(lm, kind)
         setattr(lm, kind, lambda requests, ask=ask, **rest: asked.extend(requests) or ask(requests, **rest))
 
-    def advance_on() -> None:
+    def advance_on(name: str) -> None:
         nonlocal counted
         counted += 1
 
-    scores = answer(lm, tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH, advance=advance_on)
+    scores = answer_one(lm, tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH, advance=advance_on)
     assert counted == 2 * DOCUMENTS
     there = before.count("\n") - 1
     assert there > written and len({(one.task_name, one.doc_id) for one in asked}) == 2 * DOCUMENTS - there
     whole = AnswerFile(tmp_path, "b", {"x": 1})
     assert (
-        scores == answer(wrap(KVQuantLM, model), tasks, whole, batch=BATCH) == expected(wrap(KVQuantLM, model), tasks)
+        scores
+        == answer_one(wrap(KVQuantLM, model), tasks, whole, batch=BATCH)
+        == expected(wrap(KVQuantLM, model), tasks)
     )
     assert path.read_text(encoding="utf-8") == whole.path.read_text(encoding="utf-8")
     # Once more: everything is there, and the file stays as it is.
     stamp = path.stat().st_mtime_ns
     lm._model_generate = lm._model_call = None
-    assert answer(lm, tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH) == scores
+    assert answer_one(lm, tasks, AnswerFile(tmp_path, "a", {"x": 1}), batch=BATCH) == scores
     assert path.stat().st_mtime_ns == stamp
 
 
 def test_a_file_of_something_else_is_refused(folder: Path, model: Any, tmp_path: Path) -> None:
     tasks = load_tasks(["small_words"], str(folder), {"first": "One "})
     settings = {"limit": 3, "versions": {"lm_eval": "1"}}
-    answer(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a/b", settings), limit=1)
+    answer_one(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a/b", settings), limit=1)
     assert (tmp_path / "a%2Fb.jsonl").is_file()
     AnswerFile(tmp_path, "a/b", settings)
     for other in ({"limit": 4}, {"versions": {"lm_eval": "2"}}, {"batch": 8}):
@@ -138,7 +151,7 @@ def test_a_file_of_something_else_is_refused(folder: Path, model: Any, tmp_path:
     # The same settings, and other documents behind the same name.
     tasks = load_tasks(["small_words"], str(folder), {"first": "Two "})
     with pytest.raises(EvaluationInputError, match="another document 0 of 'small_words'"):
-        answer(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a/b", settings), limit=1)
+        answer_one(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a/b", settings), limit=1)
     for text in ("", "no JSON\n", "[]\n", '{"settings": {}}\n{"task": "x"}\n', "cut before the first end of a line"):
         (tmp_path / "c.jsonl").write_text(text, encoding="utf-8")
         with pytest.raises(EvaluationInputError, match="no file of answers"):
@@ -157,7 +170,7 @@ def test_a_task_that_scores_no_single_document(model: Any, tmp_path: Path) -> No
     root = Path(__file__).resolve().parents[2]
     tasks = load_tasks(["local_wikitext2"], str(root / "benchmarks/lm_eval"), {"wikitext2": str(text)})
     with pytest.raises(EvaluationInputError, match="'local_wikitext2' has no number for a single document"):
-        answer(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "int4", {}))
+        answer_one(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "int4", {}))
 
 
 def test_the_dynamic_cache_is_hf(folder: Path, model: Any, tmp_path: Path) -> None:
@@ -165,9 +178,66 @@ def test_the_dynamic_cache_is_hf(folder: Path, model: Any, tmp_path: Path) -> No
     hf = expected(wrap(HFLM, model), tasks)
     for prefill in ("exact", "quantized"):
         lm = wrap(BaselineLM, model, baseline="dynamic", prefill=prefill)
-        assert answer(lm, tasks, AnswerFile(tmp_path, prefill, {}), batch=BATCH) == hf
+        assert answer_one(lm, tasks, AnswerFile(tmp_path, prefill, {}), batch=BATCH) == hf
     assert stored_bits(model, "dynamic") == 32
     assert stored_bits(tiny_llama().to(torch.bfloat16), "dynamic") == 16
+
+
+def _lms(model: Any) -> dict[str, Any]:
+    policies = ("exact", "kv3", "int4-token")
+    lms = {name: wrap(KVQuantLM, model, policy=name) for name in policies}
+    return lms | {"dynamic": wrap(BaselineLM, model, baseline="dynamic")}
+
+
+def test_a_prompt_is_read_once_for_all_caches(folder: Path, model: Any, tmp_path: Path) -> None:
+    tasks = load_tasks(NAMES, str(folder))
+    apart = {name: expected(lm, tasks) for name, lm in _lms(model).items()}
+    assert apart["kv3"]["small_words"] != apart["exact"]["small_words"]  # rounding is seen in the answers
+    done: list[str] = []
+    files = {name: AnswerFile(tmp_path, name, {}) for name in apart}
+    lms = _lms(model)
+    assert answer(lms, tasks, files, batch=BATCH, advance=done.append) == apart
+    assert Counter(done) == dict.fromkeys(apart, 2 * DOCUMENTS)
+    prompts = lms["exact"].prompts
+    blocks = -(-DOCUMENTS // BATCH)
+    assert (prompts.read, prompts.taken) == (blocks, (len(apart) - 1) * blocks)
+    assert "forward" not in vars(model)
+    # One file is lost: the others are not asked again, and this one's prompts are read anew.
+    files["kv3"].path.unlink()
+    files = {name: AnswerFile(tmp_path, name, {}) for name in apart}
+    lms = _lms(model)
+    assert answer(lms, tasks, files, batch=BATCH) == apart
+    assert (lms["kv3"].prompts.read, lms["kv3"].prompts.taken) == (blocks, 0)
+
+
+def test_what_a_cache_holds_of_a_shared_prompt(model: Any) -> None:
+    inputs = ragged_prompts((70, 41))
+    held = []
+    for shared in (SharedPrompts(), None):
+        caches = [QuantizedPagedCache(model.config, "kv3", page_size=16) for _ in range(2)]
+        for cache in caches:
+            with shared.of(model) if shared else nullcontext():
+                model.generate(**inputs, **with_cache(cache), max_new_tokens=30, do_sample=False)
+            assert all(store.seen.rounded for store in cache.stores)
+        assert shared is None or (shared.read, shared.taken) == (1, 1)
+        held += caches
+    for stores in zip(*(cache.stores for cache in held), strict=True):
+        assert all(same_bytes(stores[0], store) for store in stores[1:])
+
+
+def test_prompts_that_leave_more_than_keys_and_values_are_read_by_every_cache() -> None:
+    model = tiny_hybrid("qwen3-next")
+    shared = SharedPrompts()
+    with shared.of(model):
+        assert "forward" not in vars(model)
+    model = tiny_llama()
+    other = prompt(1, 40)
+    expected = model.generate(other, max_new_tokens=4, do_sample=False)
+    with shared.of(model):
+        for ids in (prompt(1, 40, seed=1), other, other[:, :-1]):
+            found = model.generate(ids, max_new_tokens=4, do_sample=False)
+            assert torch.equal(found, expected) == (ids is other)
+    assert (shared.read, shared.taken) == (3, 0)
 
 
 class RoundingLayer(cache_utils.QuantizedLayer):
@@ -196,7 +266,7 @@ def test_a_quantized_cache_of_transformers(
     scores = {}
     for name in ("dynamic", "hqq-2"):
         lm = wrap(BaselineLM, model, baseline=name)
-        scores[name] = answer(lm, tasks, AnswerFile(tmp_path, name, {}), batch=BATCH)
+        scores[name] = answer_one(lm, tasks, AnswerFile(tmp_path, name, {}), batch=BATCH)
     assert scores["hqq-2"]["small_words"] != scores["dynamic"]["small_words"]
     # A byte for each element and a float32 for 32 of them.
     assert stored_bits(model, "hqq-2") == 8 + 32 / 32

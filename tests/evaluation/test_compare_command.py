@@ -118,11 +118,11 @@ def test_an_interrupted_run_goes_on(compare: Run, tmp_path: Path, monkeypatch: p
     code, out, err = compare(*asked)
     assert (code, out) == (130, "") and is_one_sentence(err) and "interrupted" in err
     lines = {path.stem: path.read_text(encoding="utf-8").count("\n") - 1 for path in (tmp_path / "out").iterdir()}
-    assert lines == {"exact": 7, "int4": 2}
+    assert lines == {"exact": 6, "int4": 4}
     stop = 1000
     calls.clear()
     code, out, err = compare(*asked)
-    assert (code, err) == (0, "") and sum(calls) == 5
+    assert (code, err) == (0, "") and sum(calls) == 4
     calls.clear()
     assert compare(*asked).out == out and not calls
     # Other settings, and nothing is measured.

@@ -82,11 +82,11 @@ def test_a_pool_that_another_thread_grows_keeps_what_is_rounded(
             threads[0].start()
             threads[0].join(0.2)
 
+    original = getattr(owner, name)
     stores = [make_store("int4", keys, values, 16), shared]
     for store in stores:
         with monkeypatch.context() as patched:
             if store is shared:
-                original = getattr(owner, name)
                 patched.setattr(owner, name, lambda *args, **kwargs: (meanwhile(), original(*args, **kwargs))[1])
             store.append(keys, values)
             kept = store.seen and store.seen.hand_over()
