@@ -591,5 +591,6 @@ def decode_constants(
         "STAGES": config.stages if keys.order is None else 2 * config.stages - 1,
         "OPEN_COST": OPEN_COST,
         "num_warps": config.warps,
+        **({"maxnreg": config.registers} if config.registers else {}),
         "enable_fp_fusion": True,  # later versions of Triton turn it off where nobody asks
     }

@@ -36,6 +36,7 @@ class LaunchConfig:
         masked_warps: warps where there is a mask, if that differs, else 0.
         residents: programs that a multiprocessor holds at once at most, by the registers of a thread; shared memory
             may allow fewer (``occupancy.py``), and the choice of splits fills them.
+        registers: what a thread may have at most (Triton's ``maxnreg``); 0: the assembler is not told.
     """
 
     rows: int = 8
@@ -43,6 +44,7 @@ class LaunchConfig:
     stages: int = 3
     residents: int = 8
     masked_warps: int = 0
+    registers: int = 0
 
     def masked(self) -> "LaunchConfig":
         """The configuration where there is a mask: as many warps in all on a multiprocessor."""
@@ -50,6 +52,14 @@ class LaunchConfig:
             return self
         residents = max(1, self.residents * self.warps // self.masked_warps)
         return dataclasses.replace(self, warps=self.masked_warps, residents=residents)
+
+    def ordered(self, architecture: str) -> "LaunchConfig":
+        """The configuration where keys are in an order of each page.
+
+        On some GPUs the assembler then takes 168 registers and 8 bytes of stack, for more programs on a multiprocessor
+        than ``residents``, which are all that are launched.  Told that a thread may have 255, it takes neither.
+        """
+        return dataclasses.replace(self, registers=255) if architecture in _TOLD else self
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class LaunchRow:
     config: LaunchConfig
 
 
+_TOLD = "sm_80", "sm_120"
 _ANY = 1 << 30
 LAUNCH_TABLE: tuple[LaunchRow, ...] = (
     # The first row that fits wins.

@@ -215,6 +215,8 @@ def _attention_plan(
     config = launch_config(architecture(device), dtype.itemsize, page_size * max(dims), rows, bits, planes)
     if mask is not None:
         config = config.masked()
+    if any(codec.kernel is not None and codec.kernel.order is not None for codec in codecs):
+        config = config.ordered(architecture(device))
     many = rows >= 4 * MANY_ROWS
     kind = 0 if mask is None else 1 if mask[0] == torch.bool else 2
     kernels = _attention_kernels(

@@ -165,6 +165,21 @@ def test_compiles(target: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        pytest.param(target, name, marks=() if (target, name) == ("sm_80", "int4") else pytest.mark.full)
+        for target in ("sm_80", "sm_120")
+        for name in ("int4", "turboquant", "kv2.9", "kv2.4")
+    ],
+)
+def test_the_assembler_gives_up_nothing_for_programs_that_are_not_launched(target: str, name: str) -> None:
+    case = Case(target, *ALL_PAIRS[name])
+    ((_, built),) = compile_cases([case]).items()
+    assert not isinstance(built, str) and [kernel.spilled for kernel in built] == [0] * len(built)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ALL_PAIRS)
 @pytest.mark.parametrize("target", TARGETS)
