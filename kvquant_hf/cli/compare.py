@@ -1,5 +1,6 @@
 """``kvquant compare``: lm-eval's tasks with several caches on the same problems, compared in pairs."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,9 @@ def compare(
         bool, typer.Option("--apply-chat-template", help="Prompts as a chat, examples as its earlier turns.")
     ] = False,
     include_path: Annotated[str | None, typer.Option(help="A folder with task files of your own.")] = None,
-    metadata: Annotated[str, typer.Option(help="NAME=VALUE with commas, for tasks that find their data by it.")] = "",
+    metadata: Annotated[
+        str, typer.Option(help="NAME=VALUE with commas, or a JSON object, for tasks that find their data by it.")
+    ] = "",
     prefill: Annotated[
         str, typer.Option(help="What prompts of tasks that generate attend to in themselves: exact or quantized.")
     ] = "exact",
@@ -133,15 +136,23 @@ def compare(
         _print_tables(settings, measures, bits)
 
 
-def _named(listed: str) -> dict[str, str]:
-    """Values by name, of ``NAME=VALUE`` with commas.
+def _named(listed: str) -> dict[str, Any]:
+    """Values by name, of ``NAME=VALUE`` with commas or of a JSON object.
 
     Raises:
-        InputError: a part has no name.
+        InputError: it is neither.
     """
+    example = "write for instance --metadata gsm8k_test=FILE"
+    if listed.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(listed))
+        except ValueError as error:
+            raise InputError(
+                f"{listed!r} is no JSON: {error}; {example}, or '{{\"max_seq_lengths\": [4096]}}'."
+            ) from error
     parts = [part.partition("=") for part in split_names(listed)]
     if not all(name and sign for name, sign, _ in parts):
-        raise InputError(f"{listed!r} is no list of names and values; write for instance --metadata gsm8k_test=FILE.")
+        raise InputError(f"{listed!r} is no list of names and values; {example}.")
     return {name: value for name, _, value in parts}
 
 

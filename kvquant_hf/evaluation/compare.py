@@ -22,13 +22,14 @@ import lm_eval.api.task
 import lm_eval.models.huggingface
 import lm_eval.tasks
 
-from ..errors import EvaluationInputError
+from ..errors import EvaluationInputError, MissingPackageError
 from .answer_file import AnswerFile, Scores
 from .lm_eval_model import CacheLM
 from .paired import Mean, Paired, compare, is_binary, mean_of
 from .shared_prompts import SharedPrompts
 
 _KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+_NOT_MEASURED = -1.0  # what lm-eval's RULER gives as the score at lengths that a document does not have
 _WITH_BARS = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
 
 
@@ -67,6 +68,7 @@ def load_tasks(
 
     Raises:
         EvaluationInputError: no such task.
+        MissingPackageError: a task needs a package that is not installed.
     """
     with silent():
         manager = lm_eval.tasks.TaskManager(include_path=include_path, metadata=dict(metadata or {}))
@@ -76,7 +78,12 @@ def load_tasks(
                 f"lm-eval has no task {', '.join(map(repr, unknown))}; `kvquant lm-eval ls tasks` lists them, and "
                 "--include-path adds a folder of your own."
             )
-        tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+        try:
+            tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+        except ImportError as error:
+            raise MissingPackageError(
+                f"the tasks {', '.join(names)} need a package that is not installed: {str(error).splitlines()[0]}"
+            ) from error
     return tasks
 
 
@@ -150,6 +157,8 @@ def tabulate(scores: Mapping[str, Scores]) -> list[Measure]:
         for measured in dict.fromkeys(name for document in documents.values() for name in document):
             numbered = [number for number, document in documents.items() if measured in document]
             values = {name: [of[task][number][measured] for number in numbered] for name, of in scores.items()}
+            if all(value == _NOT_MEASURED for own in values.values() for value in own):
+                continue
             binary = all(map(is_binary, values.values()))
             rows = {
                 name: Row(mean_of(own), None if name == exact else compare(values[exact], own, binary=binary))

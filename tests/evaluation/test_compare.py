@@ -272,6 +272,21 @@ def test_a_quantized_cache_of_transformers(
     assert stored_bits(model, "hqq-2") == 8 + 32 / 32
 
 
+def test_a_task_whose_package_is_missing(tmp_path: Path) -> None:
+    code = write_tasks(tmp_path) / "small.py"
+    code.write_text(f"import no_such_package\n{code.read_text(encoding='utf-8')}", encoding="utf-8")
+    with pytest.raises(MissingPackageError, match=r"small_words need a package .*no_such_package"):
+        load_tasks(["small_words"], str(tmp_path))
+
+
+def test_lengths_that_no_document_has_are_no_measure() -> None:
+    """RULER's tasks score each document at its own length, and -1 at every other."""
+    scores = {
+        name: {"niah": {0: {"2048,none": score, "4096,none": -1.0}}} for name, score in (("exact", 1.0), ("a", -1.0))
+    }
+    assert [measure.metric for measure in tabulate(scores)] == ["2048"]
+
+
 def test_pairs() -> None:
     def of(*solved: int, metric: str = "acc,none") -> dict[str, Any]:
         return {"task": {number: {metric: float(value)} for number, value in enumerate(solved)}}

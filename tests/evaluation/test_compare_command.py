@@ -50,7 +50,7 @@ def compare(
 
 def test_as_json(compare: Run, tmp_path: Path) -> None:
     asked = ("--tasks", ",".join(NAMES), "--policies", "int4-channel/lloyd2,exact", "--baselines", "dynamic")
-    code, out, err = compare(*asked, "--limit", 3, "--num-fewshot", 1, "--metadata", "first=So: ", "--json")
+    code, out, err = compare(*asked, "--limit", 3, "--num-fewshot", 1, "--metadata", '{"first": "So: "}', "--json")
     data = json.loads(out)
     assert (code, err) == (0, "")
     conditions = {"limit": 3, "documents": dict.fromkeys(NAMES, 3), "num_fewshot": 1, "batch": 2, "dtype": "float32"}
@@ -140,6 +140,7 @@ def test_an_interrupted_run_goes_on(compare: Run, tmp_path: Path, monkeypatch: p
         (("--page-size", "60"), "multiple of 8"),
         (("--prefill", "none"), "prefill"),
         (("--metadata", "file"), "--metadata gsm8k_test=FILE"),
+        (("--metadata", '{"first": So}'), "is no JSON: .*max_seq_lengths"),
         (("--include-path", "/no/such/folder"), "--include-path"),
         (("--out", __file__), "--out takes a folder"),
         (("--tasks", "nothing"), "no task 'nothing'"),
