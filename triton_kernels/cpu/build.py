@@ -21,7 +21,8 @@ from ...errors import ImplementationError
 _FOLDER = Path(__file__).parent
 _SOURCES = (
     "kernels.cpp",
-    *("append.h", "attention.h", "half.h", "octet.h", "ranked.h", "small_float.h", "threads.h", "tile.h", "vector.h"),
+    *("append.h", "attention.h", "blocks.h", "half.h", "octet.h", "ranked.h", "small_float.h", "threads.h", "tile.h"),
+    "vector.h",
 )
 _COMPILERS = ("c++", "g++", "clang++")
 # Without -ffast-math: stored bytes must be those of the codec in torch.

@@ -3,6 +3,7 @@
 
 #include "append.h"
 #include "attention.h"
+#include "blocks.h"
 
 extern "C" {
 
@@ -14,6 +15,8 @@ void kvquant_sizes(int64_t* sizes) {
     sizes[3] = sizeof(kv::Rotate);
     sizes[4] = sizeof(kv::Bucket);
     sizes[5] = sizeof(kv::Search);
+    sizes[6] = sizeof(kv::UnpackBlocks);
+    sizes[7] = sizeof(kv::MultiplyBlocks);
 }
 
 void kvquant_attend(const kv::Attention* call) { kv::attend(*call); }
@@ -22,4 +25,6 @@ void kvquant_encode(const kv::Encode* call) { kv::encode(*call); }
 void kvquant_rotate(const kv::Rotate* call) { kv::rotate(*call); }
 void kvquant_bucket(const kv::Bucket* call) { kv::bucket(*call); }
 void kvquant_search(const kv::Search* call) { kv::search(*call); }
+void kvquant_unpack(const kv::UnpackBlocks* call) { kv::unpack(*call); }
+void kvquant_multiply(const kv::MultiplyBlocks* call) { kv::multiply(*call); }
 }

@@ -1,6 +1,6 @@
 """Calls of the compiled kernels: tensors become pointers and strides in a packed struct.
 
-The structs are those of attention.h, append.h and tile.h: every member is 64 bits wide, and their sizes are compared
+The structs are those of attention.h, append.h, blocks.h and tile.h: every member is 64 bits wide, and their sizes are compared
 when the library is loaded.
 """
 
@@ -32,6 +32,8 @@ ENCODE = struct.Struct("16q")  # and a side
 ROTATE = struct.Struct("14q")
 BUCKET = struct.Struct("7q")
 SEARCH = struct.Struct("8q")
+UNPACK = struct.Struct("9q")
+MULTIPLY = struct.Struct("10q")
 
 
 class Library:
@@ -47,6 +49,8 @@ class Library:
     rotate: Callable[[bytes], None]
     bucket: Callable[[bytes], None]
     search: Callable[[bytes], None]
+    unpack: Callable[[bytes], None]
+    multiply: Callable[[bytes], None]
 
     def __init__(self, flags: tuple[str, ...] | None = None) -> None:
         loaded = load() if flags is None else load(flags)
@@ -59,6 +63,8 @@ class Library:
             "rotate": ROTATE.size,
             "bucket": BUCKET.size,
             "search": SEARCH.size,
+            "unpack": UNPACK.size,
+            "multiply": MULTIPLY.size,
         }
         sizes = (ctypes.c_int64 * len(size))()
         loaded.kvquant_sizes(sizes)
