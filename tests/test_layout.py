@@ -78,6 +78,7 @@ RULES = {
             "kvquant_hf.versions",
             "kvquant_hf.cli",
             "kvquant_hf.cli.*",
+            "kvquant_hf.weights.load",  # transformers makes the model
             "kvquant_hf.clients.chat",  # it is transformers' own chat client
             "kvquant_hf.evaluation.baselines",  # transformers' own quantized caches are what it is about
             "kvquant_hf.evaluation.lm_eval_model",  # a GGUF file needs transformers' settings
@@ -112,6 +113,7 @@ ORDER = (
     ("batching",),
     ("versions", "presets"),
     ("cache",),
+    ("weights",),
     ("pools",),
     ("options", "transformers_api", "files"),
     ("layers",),

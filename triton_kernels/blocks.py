@@ -1,7 +1,7 @@
 """Weights of 4 to 8 bits in the blocks of GGUF files: their layouts, and how they are read, in plain torch.
 
-A row of a matrix is a whole number of blocks.  A block is what follows, byte after byte, little endian; ``d``, ``m`` are
-fp16, ``q`` are codes, and an element is ``d * q`` or ``d * q + m``:
+A row of a matrix is a whole number of blocks.  A block is what follows, byte after byte, little endian; ``d``, ``m``
+are fp16, ``q`` are codes, and an element is ``d * q`` or ``d * q + m``:
 
 ======  ========  =====  ===========================================================================================
 type    elements  bytes  layout
@@ -16,8 +16,8 @@ Q5_K         256    176  d, dm, 12 bytes of scales, 32 bytes of fifth bits, 128 
 Q6_K         256    210  128 bytes of low 4 bits, 64 of high 2 bits, 16 signed bytes of scales, d; q - 32
 ======  ========  =====  ===========================================================================================
 
-Q4_K and Q5_K have for each 32 elements a scale ``s`` and a minimum ``n`` of 6 bits: ``(d * s) * q - dm * n``; Q6_K has a
-scale for each 16: ``(d * s) * q``.  All of it is computed in float32, in this order.
+Q4_K and Q5_K have for each 32 elements a scale ``s`` and a minimum ``n`` of 6 bits: ``(d * s) * q - dm * n``; Q6_K has
+a scale for each 16: ``(d * s) * q``.  All of it is computed in float32, in this order.
 
 Source: ggml's ``ggml-quants.c`` defines the formats; the numbers are those of llama.cpp.
 """

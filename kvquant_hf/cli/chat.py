@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .models import WEIGHTS_HELP
 from .serve import import_serving
 from .terminal import InputError
 
@@ -19,6 +20,7 @@ def chat(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     policy: Annotated[str | None, typer.Option(help="What to store the cache in; default: int4.")] = None,
     kv_budget: Annotated[str | None, typer.Option(help="As for kvquant serve: 500MB, or a share.")] = None,
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after so many tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
@@ -32,14 +34,16 @@ def chat(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
-    with server_for(model, policy, kv_budget, api_key) as server:
+    with server_for(model, policy, kv_budget, api_key, weights) as server:
         from ..clients.chat import chat as talk
 
         talk(server, settings, system)
 
 
 @contextmanager
-def server_for(model: str | None, policy: str | None, kv_budget: str | None, api_key: str | None) -> Iterator["Server"]:
+def server_for(
+    model: str | None, policy: str | None, kv_budget: str | None, api_key: str | None, weights: str | None = None
+) -> Iterator["Server"]:
     """The server that a command's arguments name, or one of its own that ends with the block.
 
     Raises:
@@ -47,7 +51,7 @@ def server_for(model: str | None, policy: str | None, kv_budget: str | None, api
         CommandError: a package that a server needs is missing.
         NoServerError: it does not answer.
     """
-    options = {"--policy": policy, "--kv-budget": kv_budget}
+    options = {"--policy": policy, "--kv-budget": kv_budget, "--weights": weights}
     given = {name: value for name, value in options.items() if value is not None}
     import_serving()
     from ..clients.server import find, started

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .models import check_cache_options, load_model
+from .models import WEIGHTS_HELP, check_cache_options, load_model
 from .terminal import InputError, print_json
 
 REFERENCE = "exact"
@@ -21,6 +21,7 @@ def demo(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens per text.")] = 64,
     context: Annotated[int, typer.Option(min=2, help="Tokens of the long text.")] = 3000,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "full",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
 ) -> None:
     """Answer a prompt and continue a long text, exact and quantized, as a table.
@@ -32,7 +33,7 @@ def demo(
         raise InputError("--policies is empty; name at least one, for instance --policies exact,int4.")
     for name in names:
         check_cache_options(name)  # what is wrong is said before the model is loaded
-    results, facts = _measure(names, model, dtype, context, tokens, hidden=as_json)
+    results, facts = _measure(names, model, dtype, context, tokens, hidden=as_json, weights=weights)
     if as_json:
         print_json(facts | {"policies": {name: result.as_dict() for name, result in results.items()}})
     else:
@@ -40,7 +41,7 @@ def demo(
 
 
 def _measure(
-    names: list[str], model: str | None, dtype: str, context: int, tokens: int, *, hidden: bool
+    names: list[str], model: str | None, dtype: str, context: int, tokens: int, *, hidden: bool, weights: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results by policy, and the conditions under which they were measured."""
     from rich.console import Console
@@ -48,7 +49,7 @@ def _measure(
 
     from .measure import AGREEMENT_POSITIONS, Bench
 
-    loaded = load_model(model, dtype, hidden=hidden)
+    loaded = load_model(model, dtype, hidden=hidden, weights=weights)
     bench = Bench(loaded, context, tokens)
     order = [REFERENCE, *(name for name in names if name != REFERENCE)]
     console = Console(stderr=True)
@@ -68,6 +69,7 @@ def _measure(
     facts = {
         "model": loaded.description,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "weights": loaded.weights_held(),
         "device": str(loaded.model.device),
         "context_tokens": context,
         "new_tokens": tokens,
@@ -97,7 +99,10 @@ def _print_results(results: dict[str, Any], facts: dict[str, Any]) -> None:
 
     console = Console()
     held = facts["context_tokens"] - 1 + facts["agreement_positions"]
-    console.print(f"{facts['model']}, {facts['dtype']} on {facts['device']}, {held} tokens held\n", highlight=False)
+    taken = f"weights in {facts['weights']['bytes'] / 1e6:.1f} MB"
+    console.print(
+        f"{facts['model']}, {taken}, {facts['dtype']} on {facts['device']}, {held} tokens held\n", highlight=False
+    )
     table = Table("policy", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("KV bytes", "ratio", "bits/element", "top-1 agreement", "tokens/s"):
         table.add_column(heading, justify="right")

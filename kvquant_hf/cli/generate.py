@@ -8,7 +8,7 @@ import typer
 
 from ..policies.auto import AUTO
 from ..policies.table import parse_policy
-from .models import BITS_HELP, check_cache_options, encode_prompt, load_model
+from .models import BITS_HELP, WEIGHTS_HELP, check_cache_options, encode_prompt, load_model
 from .sizes import bytes_of
 from .terminal import InputError, print_json, stage
 
@@ -33,11 +33,14 @@ def generate(
     ] = None,
     prefill: Annotated[str, typer.Option(help="exact or quantized: what the prompt attends to in itself.")] = "exact",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "full",
     qparams: Annotated[
         str | None,
         typer.Option(help="Folder or file of `kvquant qparams`: for int8-static, a prior for kv3 and others."),
     ] = None,
-    report: Annotated[bool, typer.Option(help="Print at the end what the cache held, on stderr.")] = True,
+    report: Annotated[
+        bool, typer.Option(help="Print at the end what the cache and the weights took, on stderr.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the text and the report.")] = False,
 ) -> None:
     """Generate text with a quantized KV cache.
@@ -55,7 +58,7 @@ def generate(
         raise InputError("--kv-budget goes with --policy auto, in the place of --bits; leave it out.")
     known = "exact" if budget is not None else parse_policy(policy, bits)
     check_cache_options(known, page_size, prefill, qparams, sinks)
-    loaded = load_model(model, dtype, hidden=as_json)
+    loaded = load_model(model, dtype, hidden=as_json, weights=weights)
     inputs = encode_prompt(loaded, text, chat=chat)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -79,13 +82,14 @@ def generate(
                 "new_tokens": len(new),
                 "text": loaded.tokenizer.decode(new, skip_special_tokens=True),
                 "report": cache.report().as_dict(),
+                "weights": loaded.weights_held(),
             }
         )
         return
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     loaded.model.generate(**inputs, **options, streamer=streamer)
     if report:
-        print(f"\n{cache.report()}", file=sys.stderr)
+        print(f"\n{cache.report()}\n{loaded.weights_line()}", file=sys.stderr)
 
 
 def _read_prompt(prompt: str | None, file: str | None) -> str:

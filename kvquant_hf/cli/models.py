@@ -8,11 +8,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import KVQuantError
 from ..policies.auto import AutoPolicy
 from ..policies.table import POLICIES, LayerwisePolicy, PolicyLike, parse_policy
 from .terminal import CommandError, InputError, downloading, hushed, stage
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+WEIGHTS = ("full", "packed")
+WEIGHTS_HELP = "full, or packed: those of a .gguf file stay as they are in it, 3 to 6 times smaller."
 
 BITS_HELP = "With --policy auto: bits per element in full pages, scales included; the most accurate policy within."
 
@@ -37,11 +40,25 @@ class Source(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    """A model in eval mode, its tokenizer, and what to call it."""
+    """A model in eval mode, its tokenizer, what to call it, and how its weights are held, one of ``WEIGHTS``."""
 
     model: Any
     tokenizer: Any
     description: str
+    weights: str = "full"
+
+    def weights_held(self) -> dict[str, Any]:
+        """How the weights are held and in how many bytes; of packed ones, how many tensors have which format."""
+        from ..weights import weight_bytes
+
+        held = {"kind": self.weights, "bytes": weight_bytes(self.model)}
+        return held | ({"formats": self.model.packed_formats} if self.weights == "packed" else {})
+
+    def weights_line(self) -> str:
+        """The same for people."""
+        held = self.weights_held()
+        formats = ", ".join(f"{count} {name}" for name, count in held.get("formats", {}).items())
+        return f"weights: {held['bytes'] / 1e6:.1f} MB{f', packed: {formats}' if formats else ''}"
 
 
 def builtin_file() -> Path:
@@ -128,7 +145,7 @@ def _read(model: str | None, what: str, reader: str) -> Any:
 
 
 def load_model(
-    model: str | None, dtype: str = "auto", *, hidden: bool = False, dequantize: bool = False
+    model: str | None, dtype: str = "auto", *, hidden: bool = False, dequantize: bool = False, weights: str = "full"
 ) -> LoadedModel:
     """Load a model and its tokenizer, on a GPU if there is one; nothing of a local model comes from the network.
 
@@ -137,33 +154,62 @@ def load_model(
         dtype: one of ``DTYPES``.
         hidden: do not say so, unless stderr is a terminal.
         dequantize: make plain weights of a .gguf file's, as is always done with the built-in one.
+        weights: one of ``WEIGHTS``; ``packed`` leaves the weights of a .gguf file in its blocks.
 
     Raises:
-        InputError: unknown dtype, or no model could be read there.
+        InputError: unknown dtype or weights, no model could be read there, or packed weights of what is no .gguf file.
         CommandError: the built-in model is not installed.
+        UnsupportedModelError: weights that cannot stay packed.
+        MissingPackageError: a package is missing that packed weights need.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
+    if weights not in WEIGHTS:
+        raise InputError(f"unknown weights {weights!r}; use one of {', '.join(WEIGHTS)}.")
     source = locate(model)
-    options = source.options()
-    weights = options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if model is None or (dequantize and source.gguf):
-        # Plain linear layers everywhere: packed weights would need a kernel from the hub.
-        weights["quantization_config"] = GgufConfig(dequantize=True)
+    if weights == "packed" and source.gguf is None:
+        raise InputError(f"packed weights are those of a .gguf file, and {model!r} is none; leave out --weights.")
     with stage(f"loading {source.description}", hidden=hidden), hushed() if source.local else downloading():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.place, **options)
-            loaded = AutoModelForCausalLM.from_pretrained(source.place, **weights).eval()
+            tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
+            if weights == "packed":
+                loaded = _packed(source, dtype)
+            else:
+                loaded = _full(source, dtype, dequantize or model is None)
+        except KVQuantError:
+            raise
         except Exception as error:
             raise _cannot_load(source, error) from error
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
     if loaded.generation_config is not None:
         loaded.generation_config.cache_implementation = None  # the commands bring their own cache
-    return LoadedModel(loaded, tokenizer, source.description)
+    return LoadedModel(loaded, tokenizer, source.description, weights)
+
+
+def _full(source: Source, dtype: str, dequantize: bool) -> Any:
+    """A model as transformers loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    options = source.options() | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if dequantize and source.gguf:
+        # Plain linear layers everywhere: transformers' own packed weights would need a kernel from the hub.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(source.place, **options).eval()
+
+
+def _packed(source: Source, dtype: str) -> Any:
+    """A model whose weights stay in its file's blocks; ``auto`` is float32, as transformers has it for such files."""
+    import torch
+
+    from ..weights import load_packed
+
+    assert source.gguf is not None
+    return load_packed(Path(source.place) / source.gguf, torch.float32 if dtype == "auto" else getattr(torch, dtype))
 
 
 def check_cache_options(

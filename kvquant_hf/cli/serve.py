@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UnsupportedModelError
 from ..policies.table import parse_policy
-from .models import BITS_HELP, check_cache_options, load_model, locate
+from .models import BITS_HELP, WEIGHTS_HELP, check_cache_options, load_model, locate
 from .sizes import bytes_of
 from .terminal import CommandError, InputError
 
@@ -51,6 +51,7 @@ def serve(
         typer.Option(help="Folder or file of `kvquant qparams`: for int8-static, a prior for kv3 and others."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "full",
     name: Annotated[str | None, typer.Option(help="What requests call the model; default: its own name.")] = None,
     continuous_batching: Annotated[
         bool, typer.Option(help="Many requests at once; without, they are answered in turn.")
@@ -100,13 +101,13 @@ def serve(
     called = name or locate(model).description
     with bind(host, port) as listening:
         if replicas == 1:
-            _run(model, called, dtype, options, listening, log_level)
+            _run(functools.partial(build, model, called, dtype, options, weights), called, listening, log_level)
             return
         url, free = url_of(listening), listening.getsockname()[1]
-    _run_replicas(functools.partial(build, model, called, dtype, options), replicas, host, free, called, url)
+    _run_replicas(functools.partial(build, model, called, dtype, options, weights), replicas, host, free, called, url)
 
 
-def build(model: str | None, name: str, dtype: str, options: "ServeOptions") -> "Application":
+def build(model: str | None, name: str, dtype: str, options: "ServeOptions", weights: str = "full") -> "Application":
     """Load a model, and make a server of it.
 
     Raises:
@@ -114,7 +115,8 @@ def build(model: str | None, name: str, dtype: str, options: "ServeOptions") -> 
     """
     from ..serving.application import Application
 
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, weights=weights)
+    print(loaded.weights_line(), file=sys.stderr, flush=True)
     try:
         return Application(name, loaded.model, loaded.tokenizer, options)
     except UnsupportedModelError as error:
@@ -123,11 +125,11 @@ def build(model: str | None, name: str, dtype: str, options: "ServeOptions") -> 
         raise UnsupportedModelError(f"{str(error).rstrip('.')}; or serve it with --no-continuous-batching.") from error
 
 
-def _run(model: str | None, name: str, dtype: str, options: "ServeOptions", listening: Any, log_level: str) -> None:
+def _run(make: "Callable[[], Application]", name: str, listening: Any, log_level: str) -> None:
     """Serve from this process; the engine's thread ends with the command."""
     from ..serving.run import run, url_of
 
-    app = build(model, name, dtype, options)
+    app = make()
     print(app.room(), file=sys.stderr, flush=True)
     ready = f"serving {name} with {app.report()['policy']} at {url_of(listening)}"
     try:

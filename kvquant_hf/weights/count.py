@@ -9,7 +9,7 @@ from torch import nn
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers of ``model``, what several share counted once.
 
-    Tensors that are made of others (torchao) and what bitsandbytes keeps beside a parameter are counted as what they hold.
+    Tensors that are made of others (torchao) count as these, and with a parameter what bitsandbytes keeps beside it.
     """
     held = {}
     for tensor in (*model.parameters(), *model.buffers()):

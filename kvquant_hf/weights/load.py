@@ -22,7 +22,7 @@ from .names import ARCHITECTURES, PAIRED, halves_order, parameter_name
 
 _PLAIN = ("F32", "F16", "BF16")
 _LEFT_OUT = ("rope_freqs.weight",)  # transformers makes it from the config
-_REMEDY = "load it with plain weights"
+_REMEDY = "load it with plain weights (--weights full)"
 
 
 def load_packed(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -33,8 +33,8 @@ def load_packed(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
         dtype: of activations, norms and biases, and so of the keys and values.
 
     Returns:
-        transformers' model for it, on the CPU, in eval mode, without gradients; ``packed_formats`` counts its tensors by
-        their format.
+        transformers' model for it, on the CPU, in eval mode, without gradients; its ``packed_formats`` counts the tensors
+        of the file by their format.
 
     Raises:
         FileNotFoundError: there is no such file.

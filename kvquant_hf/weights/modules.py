@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise GradientError(
-                "packed weights pass no gradients on; call the model under torch.no_grad(), or load it with plain weights"
+                "packed weights pass no gradients on; call the model under torch.no_grad(), or load plain weights"
             )
         multiply = multiply_cpu if self.compiled and x.device.type == "cpu" else multiply_reference
         out = multiply(x.reshape(-1, self.in_features), self.weight, self.known)

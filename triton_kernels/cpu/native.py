@@ -1,7 +1,7 @@
 """Calls of the compiled kernels: tensors become pointers and strides in a packed struct.
 
-The structs are those of attention.h, append.h, blocks.h and tile.h: every member is 64 bits wide, and their sizes are compared
-when the library is loaded.
+The structs are those of attention.h, append.h, blocks.h and tile.h: every member is 64 bits wide, and their sizes are
+compared when the library is loaded.
 """
 
 import ctypes
