@@ -22,7 +22,6 @@ The file is resumed: cells that it has, under the same conditions, are not measu
 import argparse
 import csv
 import functools
-import gc
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -182,15 +181,13 @@ def measure_all(
         for name, batch in cells:
             write({"cache": name, "batch": batch, "status": "failed", "reason": reason})
         return
-    tokenizer = load_tokenizer(arguments.model)
-    windows = cut_windows(tokenizer, long_text(), CONTEXT, WINDOWS)
-    prompts = cut_windows(tokenizer, long_text(), PROMPT_TOKENS, PROMPTS)
+    tokenizer, text = load_tokenizer(arguments.model), long_text()
+    windows = cut_windows(tokenizer, text, CONTEXT, WINDOWS)
+    prompts = cut_windows(tokenizer, text, PROMPT_TOKENS, PROMPTS)
     with torch.inference_mode():
         read = cache_in(model(input_ids=windows[:1], **with_cache(DynamicCache(config=model.config)), logits_to_keep=1))
     prompt = [(layer.keys, layer.values) for layer in read.layers]
     facts = {"weights_bytes": weight_bytes(model), "loading_peak_bytes": loading, "empty_bytes": empty}
-    del tokenizer
-    gc.collect()
     if texts := [name for name, batch in cells if batch is None]:
         found = forked(lambda: compare(model, windows, prompts, texts))
         outcome = {word: found[word] for word in ("status", "reason") if word in found}
@@ -276,8 +273,7 @@ def main() -> None:
     known = {tuple(row[name] for name in KEY) for row in rows if {name: row[name] for name in CONDITIONS} == same}
     batches = [None, *(int(batch) for batch in arguments.batches.split(","))]
     if not rows:
-        with arguments.out.open("w", encoding="utf-8", newline="") as lines:
-            csv.DictWriter(lines, COLUMNS).writeheader()
+        arguments.out.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
     for kind in arguments.weights.split(","):
         cells = [
             (cache, batch)

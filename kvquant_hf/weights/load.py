@@ -33,8 +33,8 @@ def load_packed(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
         dtype: of activations, norms and biases, and so of the keys and values.
 
     Returns:
-        transformers' model for it, on the CPU, in eval mode, without gradients; its ``packed_formats`` counts the tensors
-        of the file by their format.
+        transformers' model for it, on the CPU, in eval mode, without gradients; ``packed_formats`` counts the file's
+        tensors by their format.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -224,4 +224,3 @@ def test_a_real_file() -> None:
     ids = torch.tensor([[504, 3575, 282, 4649, 314]])  # The capital of France is
     cache = QuantizedPagedCache(model.config, "int4")
     assert model.generate(ids, max_new_tokens=1, do_sample=False, **with_cache(cache))[0, -1] == 7042  # Paris
-    assert "cpu" in cache.report().implementation
