@@ -7,10 +7,10 @@
 Weights: ``full``, as transformers loads them, in bfloat16; ``gguf``, packed in the file's blocks (``kvquant generate
 --weights packed``); ``torchao``, its weight-only int4 for CPUs, groups of 32; ``bnb``, bitsandbytes' nf4.  Each is
 loaded once, and each cell of the table is measured in a process of its own, forked from there, which begins with the
-weights and no cache.  Its cache is filled with the keys and values of one prompt, piece by piece, the same for each
-sequence but stored for each, and some tokens are decoded: what a prefill needs beside depends on its chunks, and is not
-in the peak.  The peak is the high-water mark of the process's resident memory: interpreter, libraries, weights, cache,
-activations.
+weights and no cache.  Its cache is filled with the keys and values of one prompt, the same for each sequence but stored
+for each (ours piece by piece, DynamicCache at once, which is best for it: it copies all at each piece), and some tokens
+are decoded: what a prefill needs beside depends on its chunks, and is not in the peak.  The peak is the high-water mark
+of the process's resident memory: interpreter, libraries, weights, cache, activations.
 
 A cell without a batch compares with the same weights' DynamicCache: mean KLD and agreement of the most likely token
 over real text, read a page at a time, and the share of greedily generated tokens that are equal up to the first that is
@@ -105,9 +105,10 @@ def measure(model: Any, prompt: list[tuple[torch.Tensor, torch.Tensor]], name: s
     """One cell: a full cache and some decode steps."""
     cache = make_cache(model, name)
     with torch.inference_mode():
-        for first in range(0, CONTEXT, PIECE):
+        piece = CONTEXT if name == "dynamic" else PIECE
+        for first in range(0, CONTEXT, piece):
             for index, sides in enumerate(prompt):
-                keys, values = (side[:, :, first : first + PIECE].expand(batch, -1, -1, -1) for side in sides)
+                keys, values = (side[:, :, first : first + piece].expand(batch, -1, -1, -1) for side in sides)
                 cache.update(keys, values, index)
         token, times = torch.arange(1000, 1000 + batch)[:, None], []
         for _ in range(NEW_TOKENS):

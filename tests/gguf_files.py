@@ -26,7 +26,7 @@ def save_gguf(file: Path, architecture: str = "llama", *, tied: bool = True, **c
     random = np.random.default_rng(0)
     head = 128 if architecture == "qwen3" else HIDDEN // HEADS  # transformers takes its own default for qwen3
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, "ab", END]
+    tokens = [*alphabet, "ab", "abc", END]
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(1024)
@@ -44,7 +44,7 @@ def save_gguf(file: Path, architecture: str = "llama", *, tied: bool = True, **c
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * (len(tokens) - 1) + [3])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
         add(len(tokens) - 1)
     writer.add_unk_token_id(0)

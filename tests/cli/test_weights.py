@@ -7,7 +7,8 @@ import pytest
 from command import Run, is_one_sentence
 from gguf_files import save_gguf
 
-from kvquant_hf.cli import chat
+from kvquant_hf.batching.hooks import unsupported
+from kvquant_hf.cli import chat, serve
 
 pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -57,6 +58,17 @@ def test_chat_hands_it_to_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "started", lambda arguments, key: started.append(arguments) or _Nothing())
     with chat.server_for("m.gguf", None, None, None, "packed"):
         assert started == [["m.gguf", "--weights", "packed"]]
+
+
+@pytest.mark.skipif(bool(unsupported()), reason="this transformers is too old for a server")
+def test_serve_loads_it_packed(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    application = pytest.importorskip("kvquant_hf.serving.application", reason="a server's packages are not installed")
+    made = []
+    monkeypatch.setattr(application, "Application", lambda *arguments: made.append(arguments))
+    serve.build(str(file), "tiny", "bfloat16", "options", "packed")
+    ((name, model, _, options),) = made
+    assert (name, options) == ("tiny", "options") and model.packed_formats["Q4_0"] == 5
+    assert "weights: 0.1 MB, packed: " in capsys.readouterr().err
 
 
 class _Nothing:

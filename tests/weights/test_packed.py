@@ -9,9 +9,10 @@ import pytest
 import torch
 from gguf_files import KV_HEADS, save_gguf
 from ties import ROUNDING, Margins
-from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GgufConfig
 
-from kvquant_hf import QuantizedPagedCache
+from kvquant_hf import QuantizedBatchingConfig, QuantizedPagedCache
+from kvquant_hf.batching.hooks import unsupported
 from kvquant_hf.cli.models import builtin_file
 from kvquant_hf.cli.terminal import CommandError
 from kvquant_hf.errors import GradientError, KVQuantFallbackWarning, MissingPackageError, UnsupportedModelError
@@ -147,6 +148,23 @@ def test_generating(tiny: Path) -> None:
     margins.check()
     model = load_packed(tiny)
     assert torch.equal(model.generate(ids, **with_cache(QuantizedPagedCache(model.config, "exact")), **options), exact)
+
+
+@pytest.mark.skipif(bool(unsupported()), reason="this transformers is too old for continuous batching")
+def test_batched_continuously(tiny: Path) -> None:
+    """Each request's tokens are those that it gets alone."""
+    model = load_packed(tiny)
+    prompts = [torch.randint(0, 250, (length,)).tolist() for length in (70, 33, 9)]
+    config = QuantizedBatchingConfig(policy="exact", max_bytes=5_000_000)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1)
+    results = model.generate_batch(prompts, settings, continuous_batching_config=config)
+    found = sorted((result.prompt_ids, result.generated_tokens) for result in results.values())
+    for prompt, tokens in found:
+        margins, ids = Margins(), torch.tensor([prompt])
+        alone = model.generate(ids, settings, attention_mask=torch.ones_like(ids), **margins.options)
+        margins.check()
+        assert alone[0, len(prompt) :].tolist() == tokens
+    assert [prompt for prompt, _ in found] == sorted(prompts)
 
 
 def test_another_dtype_and_copies(tiny: Path) -> None:
