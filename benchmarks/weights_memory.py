@@ -26,6 +26,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from kvquant_hf import QuantizedPagedCache
-from kvquant_hf.benchmark.machine import kilobytes, processor
+from kvquant_hf.benchmark.machine import PeakWatch, kilobytes, processor
 from kvquant_hf.cli.measure import long_text
 from kvquant_hf.cli.models import load_model, load_tokenizer
 from kvquant_hf.evaluation import cut_windows, evaluate, paged
@@ -103,6 +104,7 @@ def held_bytes(cache: Any) -> int:
 
 def measure(model: Any, prompt: list[tuple[torch.Tensor, torch.Tensor]], name: str, batch: int) -> dict[str, Any]:
     """One cell: a full cache and some decode steps."""
+    watch = PeakWatch()  # which gives back what loading left in the allocator
     cache = make_cache(model, name)
     with torch.inference_mode():
         piece = CONTEXT if name == "dynamic" else PIECE
@@ -117,7 +119,11 @@ def measure(model: Any, prompt: list[tuple[torch.Tensor, torch.Tensor]], name: s
             times.append(time.perf_counter() - start)
             token = logits[:, -1:].argmax(-1)
     times.sort()
-    return {"kv_bytes": held_bytes(cache), "peak_bytes": memory("VmHWM"), "step_ms": times[len(times) // 2] * 1e3}
+    return {
+        "kv_bytes": held_bytes(cache),
+        "peak_bytes": watch.base + watch.peak(),
+        "step_ms": times[len(times) // 2] * 1e3,
+    }
 
 
 def compare(model: Any, windows: torch.Tensor, prompts: torch.Tensor, names: list[str]) -> dict[str, Any]:
@@ -202,14 +208,8 @@ def measure_all(
 
 def conditions() -> dict[str, str]:
     """What each row says of how it was measured."""
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except ModuleNotFoundError:
-            return ""
-
-    packages = {name: installed(name) for name in ("torch", "transformers", "torchao", "bitsandbytes")}
+    names = ("torch", "transformers", "torchao", "bitsandbytes")
+    packages = {name: version(name) if find_spec(name) else "" for name in names}
     facts = {"context": CONTEXT, "new_tokens": NEW_TOKENS, "dtype": DTYPE, "threads": torch.get_num_threads()}
     return {name: str(value) for name, value in (facts | {"processor": processor()} | packages).items()}
 
@@ -240,7 +240,8 @@ def tables(rows: list[dict[str, str]]) -> str:
                 if str(BATCHES[-1]) not in cells or "" not in cells:
                     continue
                 last, text = cells[str(BATCHES[-1])], cells[""]
-                peaks = " | ".join(f"{float(cells[str(batch)]['peak_bytes']) / 2**20:,.0f}" for batch in BATCHES)
+                found = [cells.get(str(batch), {}).get("peak_bytes") for batch in BATCHES]
+                peaks = " | ".join(f"{float(peak) / 2**20:,.0f}" if peak else "" for peak in found)
                 lines.append(
                     f"| `{kind}` | {float(last['weights_bytes']) / 1e6:,.0f} | `{cache}` | {peaks} | "
                     f"{float(last['kv_bytes']) / 1e6:,.0f} | {float(text['kld_mean']):.2g} | "
