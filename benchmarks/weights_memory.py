@@ -112,7 +112,7 @@ def measure(model: Any, prompt: list[tuple[torch.Tensor, torch.Tensor]], name: s
             for index, sides in enumerate(prompt):
                 keys, values = (side[:, :, first : first + piece].expand(batch, -1, -1, -1) for side in sides)
                 cache.update(keys, values, index)
-        token, times = torch.arange(1000, 1000 + batch)[:, None], []
+        token, times = torch.arange(100, 100 + batch)[:, None], []
         for _ in range(NEW_TOKENS):
             start = time.perf_counter()
             logits = model(input_ids=token, **with_cache(cache)).logits
@@ -216,10 +216,7 @@ def conditions() -> dict[str, str]:
 
 def read_rows(file: Path) -> list[dict[str, str]]:
     """The rows that there are."""
-    if not file.exists():
-        return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.exists() else []
 
 
 def tables(rows: list[dict[str, str]]) -> str:
