@@ -11,7 +11,7 @@ from gguf_files import KV_HEADS, save_gguf
 from ties import ROUNDING, Margins
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GgufConfig
 
-from kvquant_hf import QuantizedBatchingConfig, QuantizedPagedCache
+from kvquant_hf import QuantizedPagedCache
 from kvquant_hf.batching.hooks import unsupported
 from kvquant_hf.cli.models import builtin_file
 from kvquant_hf.cli.terminal import CommandError
@@ -153,6 +153,8 @@ def test_generating(tiny: Path) -> None:
 @pytest.mark.skipif(bool(unsupported()), reason="this transformers is too old for continuous batching")
 def test_batched_continuously(tiny: Path) -> None:
     """Each request's tokens are those that it gets alone."""
+    from kvquant_hf import QuantizedBatchingConfig
+
     model = load_packed(tiny)
     prompts = [torch.randint(0, 250, (length,)).tolist() for length in (70, 33, 9)]
     config = QuantizedBatchingConfig(policy="exact", max_bytes=5_000_000)
