@@ -27,7 +27,7 @@ test test-min test-mid test-batching test-narrow: export OMP_NUM_THREADS := 1
 XDIST := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-mid test-batching test-narrow test-triton test-all lint format docs docs-support bench-gpu tune wheel clean
+.PHONY: help demo test test-min test-mid test-batching test-narrow test-triton test-all lint format docs docs-support site bench-gpu tune wheel test-wheel test-pythons clean
 
 help:  ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ docs: $(READY) docs-support  ## docs-support, and compile every kernel for every
 docs-support: $(READY) $(READY_BATCHING) $(READY_MID) $(READY_MIN)  ## run every architecture with four versions of transformers: docs/support.md
 	.venv/bin/python benchmarks/support_docs.py $(foreach venv,.venv-min .venv-mid .venv-batching .venv,$(venv)/bin/python)
 
+site: $(READY)  ## build the documentation as a site, links checked: build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet --strict
+
 bench-gpu tune: $(if $(filter .venv/bin/python,$(BENCH_PYTHON)),$(READY))
 
 bench-gpu:  ## on a GPU, 8 minutes: run the kernel tests, measure, write CSV, table and figure (BENCH_ARGS="--out out")
@@ -100,10 +103,30 @@ bench-gpu:  ## on a GPU, 8 minutes: run the kernel tests, measure, write CSV, ta
 tune:  ## on a GPU, 8 minutes: run the kernel tests, time launch configurations, show the table (BENCH_ARGS=--write)
 	@$(BENCH_PYTHON) benchmarks/gpu tune $(BENCH_ARGS)
 
-wheel: $(READY)  ## build dist/kvquant_hf-*.whl
-	@rm -rf build/lib build/bdist.*
-	.venv/bin/pip wheel -q --no-deps --wheel-dir dist .
+wheel: $(READY)  ## build dist/kvquant_hf-*.tar.gz, and out of it dist/kvquant_hf-*.whl
+	@rm -rf build/lib build/bdist.* dist/kvquant_hf-*
+	.venv/bin/python -m build --no-isolation --outdir dist . >/dev/null 2>&1 || .venv/bin/python -m build --no-isolation --outdir dist .
 	@ls dist
+
+# The wheel as it is, in an environment of its own, whose other packages are those of .venv.
+test-wheel: wheel  ## install the wheel beside the packages of .venv, and run tests/smoke.py with it
+	@rm -rf build/wheel && $(PYTHON) -m venv build/wheel
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(build/wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@build/wheel/bin/python -m pip install -q --no-index --no-deps --force-reinstall dist/kvquant_hf-*.whl
+	cd build && wheel/bin/python ../tests/smoke.py | tail -1
+
+# The same in environments that have nothing else, with what the wheel itself asks for.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+
+test-pythons: wheel  ## install the wheel in an empty environment of each Python, and run tests/smoke.py (PYTHONS="python3.12")
+	@for python in $(PYTHONS); do \
+		rm -rf build/$$python && $$python -m venv build/$$python && \
+		build/$$python/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt dist/kvquant_hf-*.whl && \
+		build/$$python/bin/python -m pip check && \
+		(cd build && $$python/bin/python ../tests/smoke.py | tail -1) \
+		|| exit 1; \
+	done
 
 clean:  ## remove the environments, caches and build outputs
 	rm -rf .venv .venv-min .venv-mid .venv-batching build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -116,7 +139,7 @@ $(READY_MID): constraints-mid.txt $(READY_MIN)
 $(READY_BATCHING): constraints-batching.txt $(READY)
 
 # Not in .venv-min: lm-eval brings scikit-learn, with which assisted generation of transformers 5.17 fails on windows.
-$(READY): EXTRAS := dev,lm-eval,web,ray
+$(READY): EXTRAS := dev,lm-eval,web,ray,docs
 $(READY_MIN): EXTRAS := dev
 
 $(READY) $(READY_MIN):

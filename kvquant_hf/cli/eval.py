@@ -15,6 +15,7 @@ from .terminal import InputError, print_json, say, stage
 
 EXACT = "exact"
 DEFAULT_POLICIES = ",".join(name for name, policy in POLICIES.items() if name != EXACT and not policy.calibrated)
+DEFAULT_WINDOWS = 8  # at most
 DEFAULT_TEXT = "Python language reference"
 CHUNKS, GENERATE = "chunks", "generate"  # modes
 DEFAULT_PROMPT = 64  # tokens
@@ -43,7 +44,10 @@ def evaluate(
     prompt: Annotated[
         int | None, typer.Option(min=1, help="First tokens of a window that --mode generate continues; default: 64.")
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows, from the beginning of the text.")] = 8,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows, from the beginning of the text; default: 8, or what a shorter text has."),
+    ] = None,
     step: Annotated[
         int | None, typer.Option(min=1, help="Tokens per forward pass, at most a page; 1 is as in generation.")
     ] = None,
@@ -117,7 +121,8 @@ def evaluate(
     if limit and context > limit:
         raise InputError(f"this model takes {limit} tokens; use at most --context {limit}.")
     with stage("tokenizing the text", hidden=as_json):
-        ids = cut_windows(loaded.tokenizer, content, context, windows)
+        count = windows or DEFAULT_WINDOWS
+        ids = cut_windows(loaded.tokenizer, content, context, count, or_fewer=windows is None)
     if outliers is not None:
         with stage("giving the keys outliers", hidden=as_json):
             loaded = loaded._replace(model=with_outlier_keys(loaded.model, outliers))

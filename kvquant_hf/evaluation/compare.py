@@ -70,8 +70,11 @@ def load_tasks(
         EvaluationInputError: no such task.
         MissingPackageError: a task needs a package that is not installed.
     """
+    options = {"include_path": include_path, "metadata": dict(metadata or {})}
     with silent():
-        manager = lm_eval.tasks.TaskManager(include_path=include_path, metadata=dict(metadata or {}))
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, **options)
+        if not set(names) <= set(manager.all_subtasks):  # lm-eval's own are thousands of files
+            manager = lm_eval.tasks.TaskManager(**options)
         unknown = [name for name in names if name not in manager.all_tasks]
         if unknown:
             raise EvaluationInputError(
@@ -142,6 +145,7 @@ def answer(
                 apply_chat_template=chat,
                 log_samples=True,
                 bootstrap_iters=0,
+                task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # loaded already: none is looked up
             )
         prompts.clear()
         scores[name] = _scores(results["samples"])

@@ -72,7 +72,13 @@ def first_tokens(tokenizer: Any) -> list[int]:
 
 
 def cut_windows(
-    tokenizer: Any, text: str, context: int, count: int, options: tuple[str, str] = ("--context", "--windows")
+    tokenizer: Any,
+    text: str,
+    context: int,
+    count: int,
+    options: tuple[str, str] = ("--context", "--windows"),
+    *,
+    or_fewer: bool = False,
 ) -> torch.Tensor:
     """The first ``count`` windows of ``context`` tokens, one after the other, nothing left out between them.
 
@@ -85,6 +91,7 @@ def cut_windows(
         context: tokens of a window.
         count: windows.
         options: what errors call ``context`` and ``count``.
+        or_fewer: take as many windows as the text has, at least one, where it has fewer than ``count``.
 
     Returns:
         int64 ``[count, context]``.
@@ -97,10 +104,18 @@ def cut_windows(
     ids = tokenizer(text, add_special_tokens=False).input_ids
     first = first_tokens(tokenizer)
     length = context - len(first)
-    if len(ids) < count * length:
+    found = len(ids) // length
+    if found == 0:
+        raise EvaluationInputError(
+            f"the text has {len(ids)} tokens, and a window of {context} needs {length}; give a longer text, or a "
+            f"smaller {options[0]}."
+        )
+    if or_fewer:
+        count = min(count, found)
+    if found < count:
         raise EvaluationInputError(
             f"the text has {len(ids)} tokens, and {count} windows of {context} need {count * length}; use at most "
-            f"{options[1]} {len(ids) // length}, or a smaller {options[0]}."
+            f"{options[1]} {found}, or a smaller {options[0]}."
         )
     rows = torch.tensor(ids[: count * length]).view(count, length)
     return torch.cat([torch.tensor(first, dtype=rows.dtype).expand(count, -1), rows], dim=1)

@@ -50,6 +50,17 @@ def test_a_budget_is_named_with_what_it_chose(run: Run, tiny: Path) -> None:
     assert code == 2 and out == "" and "'kv2.4'" in err.splitlines()[-1]
 
 
+def test_a_short_text_has_fewer_windows(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """Eight by default; what was asked for is needed."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")
+    options = ("eval", "--model", tiny, "--text", text, "--policies", "int8", "--context", "70", "--json")
+    code, out, _ = run(*options)
+    assert code == 0 and json.loads(out)["windows"] == 180 // 70
+    code, out, err = run(*options, "--windows", "3")
+    assert code == 2 and "use at most --windows 2" in err
+
+
 def test_files(run: Run, tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")

@@ -164,6 +164,21 @@ def test_no_such_task(folder: Path) -> None:
         load_tasks(["none", "small_words", "neither"], str(folder))
 
 
+def test_tasks_of_ones_own_need_no_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own are read for what is not in the folder, and never again to ask a model."""
+    read = []
+
+    def manager(**options: Any) -> TaskManager:
+        read.append(options.pop("include_defaults", True))
+        return TaskManager(**options, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    assert list(load_tasks(NAMES, str(folder))) == NAMES and read == [False]
+    with pytest.raises(EvaluationInputError, match="'hellaswag'"):
+        load_tasks([NAMES[0], "hellaswag"], str(folder))
+    assert read == [False, False, True]
+
+
 def test_a_task_that_scores_no_single_document(model: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" = One = \n \n words and words \n", encoding="utf-8")

@@ -41,8 +41,15 @@ def test_an_end_is_no_beginning() -> None:
 def test_too_little_text() -> None:
     with pytest.raises(EvaluationInputError, match=r"11 tokens.*need 12.*--windows 3"):
         cut_windows(byte_tokenizer(), "abcdefghijk", context=3, count=4)
+    with pytest.raises(EvaluationInputError, match=r"11 tokens.*needs 12; give a longer text, or a smaller --context"):
+        cut_windows(byte_tokenizer(), "abcdefghijk", context=12, count=1, or_fewer=True)
     with pytest.raises(EvaluationInputError, match="nothing to predict"):
         cut_windows(byte_tokenizer(), "abc", context=1, count=1)
+
+
+@pytest.mark.parametrize(("count", "found"), [(2, 2), (3, 3), (4, 3)])
+def test_as_many_windows_as_there_are(count: int, found: int) -> None:
+    assert cut_windows(byte_tokenizer(), "abcdefghijk", context=3, count=count, or_fewer=True).shape == (found, 3)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def kinds(cell: nbformat.NotebookNode) -> set[str]:
 
 
 def test_there_are_some() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 # What is read and written less of, so that the run takes half a minute; as they stand they run under ``-m full``.
@@ -42,6 +42,7 @@ SHORTER = {
     "03": {"context=384, count=2": "context=128, count=2"},
     "04": {"512, 2048, 8000": "512, 1024", "rounds=16": "rounds=3", "draw_requests(12": "draw_requests(4"},
     "05": {"context=320": "context=128", "max_new_tokens=24": "max_new_tokens=8"},
+    "06": {"range(12)": "range(3)", "int4,kv2.4,int4-token": "kv2.4"},
 }
 
 
