@@ -117,7 +117,7 @@ def draw_speed(axes: Any) -> None:
         for (x, _), names in points.items():
             y = ratios[names[0]]
             axes.plot([x], [y], marker, color=color, fillstyle="none" if set(names) & set(BEFORE) else "full")
-            _name(axes, ", ".join(names), x, y)
+            _name(axes, ", ".join(names), x, y, below=names == ["int4"])  # where another name is above
         axes.plot([], [], marker, color=color, label=label)
     axes.plot([], [], "o", color="black", fillstyle="none", label="with the codecs of before")
     axes.axhline(1, color="black", linewidth=0.8)
@@ -128,8 +128,8 @@ def draw_speed(axes: Any) -> None:
     axes.set_ylabel("times as fast")
 
 
-def _name(axes: Any, name: str, x: float, y: float) -> None:
-    axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 3), fontsize=7)
+def _name(axes: Any, name: str, x: float, y: float, *, below: bool = False) -> None:
+    axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, -9 if below else 3), fontsize=7)
 
 
 if __name__ == "__main__":

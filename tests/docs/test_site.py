@@ -1,6 +1,7 @@
 """The site: what docs/hooks.py makes of pages, and that it shows them as a repository browser does."""
 
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import kvquant_hf
+from kvquant_hf import errors
 
 pytest.importorskip("mkdocs")
 MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt
@@ -33,6 +37,7 @@ PAGES = [
     "benchmarks/README.md",
     "benchmarks/lm_eval/README.md",
 ]
+PAGES.remove("docs/api.md")  # made of docstrings
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,13 @@ def test_files_that_pages_link_to_are_there(site: Path) -> None:
     for name in ("benchmarks/results/accuracy-wikitext2.csv", "LICENSE"):
         assert (site / name).read_bytes() == (ROOT / name).read_bytes()
     assert not list(site.rglob("*.py"))
+
+
+def test_the_reference_has_what_a_program_imports(site: Path) -> None:
+    shown = set(re.findall(r'id="kvquant_hf\.(?:[a-z_.]+\.)?(\w+)"', article(site, "docs/api.md")))
+    usual = {name for name in kvquant_hf.__all__ if not name.endswith("PagedCache")} - {"POLICIES"}
+    assert {"QuantizedPagedCache", *usual} <= shown
+    assert {name for name, value in vars(errors).items() if inspect.isclass(value)} <= shown
 
 
 def test_links() -> None:
