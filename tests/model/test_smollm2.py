@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M: what the README promises of `exact` and `int8`, and the bytes of a real context."""
+"""The real SmolLM2-135M: what docs/questions.md promises of `exact` and `int8`, and the bytes of a real context."""
 
 from typing import Any
 
