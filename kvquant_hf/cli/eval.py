@@ -132,7 +132,7 @@ def evaluate(
     contenders += [baseline(loaded.model, name) for name in others]
     total = passes(prompt, context, page_size) if prompt else -(-context // step)
     results: Any
-    with progress((len(contenders) + 1) * -(-windows // batch) * total, hidden=as_json) as advance:
+    with progress((len(contenders) + 1) * -(-len(ids) // batch) * total, hidden=as_json) as advance:
         options: dict[str, Any] = {"page_size": page_size, "batch": batch, "advance": advance}
         if prompt:
             ids, results = decode(loaded.model, ids[:, :prompt], context, contenders, **options)
