@@ -3,6 +3,9 @@
 //
 // Within an item each page is unpacked BLOCK tokens at a time, once for all rows: a block of keys gives the scores of
 // its tokens, the online softmax takes those of the whole page, and blocks of values are added under its weights.
+//
+// Latents (MLA) are keys and values at once, of one head for all query heads: a page of them is unpacked once, for both.
+// A query has the elements of a rotary key behind those of a latent, and the scores of both are added.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +23,7 @@ constexpr float MINUS_INFINITY = -INFINITY;
 struct Attention {
     const char* query;
     int64_t query_dtype, query_batch, query_head, query_token;
-    char* out;  // [batch, heads * group, queries, value_dim], contiguous, in the query's dtype
+    char* out;  // [batch, heads * group, queries, dim of what is summed], contiguous, in the query's dtype
     int64_t batch, heads, group, queries, page_size;
     const int32_t* table;
     int64_t table_batch;
@@ -32,10 +35,12 @@ struct Attention {
     const float* sinks;
     const int32_t* first_at;  // [batch]: where the `first_count` tokens begin that are read as they came; or null
     int64_t first_count;
+    int64_t latent;  // whether the keys are latents, and the values the rotary keys beside them
     int64_t threads, splits;
     void* fork;
     Side keys, values;
 
+    const Side& summed() const { return latent ? keys : values; }
     int64_t rows() const { return group * queries; }
     int64_t row_blocks() const { return (rows() + ROWS - 1) / ROWS; }
 };
@@ -133,18 +138,26 @@ class Scratch {
     }
 };
 
+// Queries that meet one side: rows [rows, columns], and the sum of each.
+struct Queries {
+    float *rows, *sums;
+};
+
 // The rows of one item and everything that is the same for all of its pages.
 class Rows {
     const Attention& call_;
     const int batch_, head_, first_, rows_, stride_;
-    const Side &keys_, &values_;
+    const Side &keys_, &values_;  // what scores, and what is summed
+    const Side* rotary_;          // what scores too, beside latents; or null
     Partial partial_;
     int64_t ahead_ = 0, next_ = 0;            // bytes from the current page to the next; its page-and-head
     int64_t total_ = 0, low_ = 0, high_ = 0;  // tokens of the sequence; range of those that some row sees
     int32_t* order_;  // channel of each column, where channels are ranked
     int64_t first_begin_ = 0, first_end_ = 0;  // range of those that are read as they came, and not in their page
     uint8_t* work_;  // of unpacking
-    float *query_, *scaled_, *query_sum_, *constant_, *scores_, *tile_, *channels_, *page_sum_;
+    Queries query_, rotary_query_ = {};
+    float *scaled_, *constant_, *scores_, *tile_, *channels_, *page_sum_;
+    float *rotary_scores_ = nullptr, *kept_ = nullptr;  // with latents: scores beside theirs; a page of them
     TokenFactors factors_;
 
     int64_t position(int r) const { return total_ - call_.queries + (first_ + r) % call_.queries; }
@@ -155,27 +168,34 @@ class Rows {
         const size_t rows = ROWS, page = size_t(round_up(int(call.page_size), BLOCK));
         const size_t widest = size_t(std::max(std::max(call.keys.columns(), call.values.columns()),
                                               round_up(int(std::max(call.keys.dim, call.values.dim)), W)));
+        const size_t latents = call.latent ? rows * (widest + page + 1) + page * widest : 0;
         return rows * (3 * widest + page + 2) + BLOCK * widest + 3 * widest + 3 * page +
-               work_bytes(int(widest)) / 4 + 17 * 16;
+               work_bytes(int(widest)) / 4 + latents + 21 * 16;
     }
 
     Rows(const Attention& call, int batch, int head, int first, int rows, Partial partial, Scratch& scratch)
         : call_(call), batch_(batch), head_(head), first_(first), rows_(rows),
-          stride_(round_up(int(call.page_size), BLOCK)), keys_(call.keys), values_(call.values), partial_(partial) {
-        const int widest = int(std::max(std::max(keys_.columns(), values_.columns()),
-                                        round_up(int(std::max(keys_.dim, values_.dim)), W)));
+          stride_(round_up(int(call.page_size), BLOCK)), keys_(call.keys), values_(call.summed()),
+          rotary_(call.latent ? &call.values : nullptr), partial_(partial) {
+        const int widest = int(std::max(std::max(call.keys.columns(), call.values.columns()),
+                                        round_up(int(std::max(call.keys.dim, call.values.dim)), W)));
         scratch.reset(floats(call));
-        query_ = scratch.take(size_t(rows) * widest);
+        query_.rows = scratch.take(size_t(rows) * widest);
         scaled_ = scratch.take(size_t(rows) * widest);
         page_sum_ = scratch.take(size_t(rows) * widest);
         scores_ = scratch.take(size_t(rows) * stride_);
-        query_sum_ = scratch.take(rows);
+        query_.sums = scratch.take(rows);
         constant_ = scratch.take(rows);
         tile_ = scratch.take(size_t(BLOCK) * widest);
         channels_ = scratch.take(size_t(widest) * 2);
         work_ = (uint8_t*)scratch.take(work_bytes(widest) / 4);
         order_ = (int32_t*)scratch.take(size_t(widest));
         factors_ = {scratch.take(stride_), scratch.take(stride_), scratch.take(stride_)};
+        if (rotary_) {
+            rotary_query_ = {scratch.take(size_t(rows) * widest), scratch.take(rows)};
+            rotary_scores_ = scratch.take(size_t(rows) * stride_);
+            kept_ = scratch.take(size_t(stride_) * widest);
+        }
         const int32_t* lengths = call.lengths + 2 * batch;
         total_ = int64_t(lengths[0]) * call.page_size + lengths[1];
         low_ = 0, high_ = total_;
@@ -194,25 +214,39 @@ class Rows {
         }
     }
 
-    // Scaled queries as floats; `packed`: in the domain and column order of packed keys, else as they are.
-    void read_query(const Side& side, bool packed) {
+    // Scaled queries as floats, from their element `start` on; `packed`: in the domain and column order of packed keys,
+    // else as they are.
+    void read_query(const Side& side, bool packed, int64_t start, const Queries& to) {
         const int columns = side.columns(), dim = int(side.dim);
         float* row = channels_;
         for (int r = 0; r < rows_; r++) {
             const int64_t head = head_ * call_.group + (first_ + r) / call_.queries;
             const int64_t offset = batch_ * call_.query_batch + head * call_.query_head +
-                                   (first_ + r) % call_.queries * call_.query_token;
+                                   (first_ + r) % call_.queries * call_.query_token + start;
             to_floats(call_.query + offset * item_size(call_.query_dtype), call_.query_dtype, dim, row);
             for (int i = 0; i < dim; i++) row[i] *= float(call_.scale);
             if (packed && side.rotated) hadamard(row, dim);
             if (packed && side.ranked())  // each page has an order of its own
-                std::memcpy(query_ + int64_t(r) * columns, row, size_t(dim) * 4);
+                std::memcpy(to.rows + int64_t(r) * columns, row, size_t(dim) * 4);
             else
-                to_columns(side, row, query_ + int64_t(r) * columns);
+                to_columns(side, row, to.rows + int64_t(r) * columns);
             float total = 0;
             for (int i = 0; i < dim; i++) total += row[i];
-            query_sum_[r] = total;
+            to.sums[r] = total;
         }
+    }
+
+    void read_queries(const Side& keys, const Side* rotary, bool packed) {
+        read_query(keys, packed, 0, query_);
+        if (rotary) read_query(*rotary, packed, keys.dim, rotary_query_);
+    }
+
+    // What rotary keys add to the scores of `count` tokens.
+    void score_rotary(const Side& side, Unpack* unpack, const char* rows, int64_t row_bytes, int64_t index, int count,
+                      bool packed) {
+        score(side, unpack, rows, row_bytes, index, count, packed, rotary_query_, rotary_scores_, nullptr);
+        for (int r = 0; r < rows_; r++)
+            for (int t = 0; t < count; t++) scores_[int64_t(r) * stride_ + t] += rotary_scores_[int64_t(r) * stride_ + t];
     }
 
     // The sealed pages from `first` up to and without `last`.
@@ -220,8 +254,9 @@ class Rows {
         first = std::max(first, low_ / call_.page_size);
         last = std::min(last, (high_ + call_.page_size - 1) / call_.page_size);
         if (first >= last) return;
-        read_query(keys_, true);
+        read_queries(keys_, rotary_, true);
         Unpack *unpack_keys = unpacker(keys_), *unpack_values = unpacker(values_);
+        Unpack* unpack_rotary = rotary_ ? unpacker(*rotary_) : nullptr;
         const int32_t* table = call_.table + batch_ * call_.table_batch;
         const int page_size = int(call_.page_size);
         for (int64_t page = first; page < last; page++) {
@@ -230,10 +265,16 @@ class Rows {
             next_ = next;
             const char* rows = keys_.codes + index * page_size * keys_.row_bytes();
             ahead_ = (next - index) * page_size * keys_.row_bytes();
-            score(keys_, unpack_keys, rows, keys_.row_bytes(), index, page_size, true);
+            score(keys_, unpack_keys, rows, keys_.row_bytes(), index, page_size, true, query_, scores_, kept_);
+            if (rotary_) {
+                const int64_t bytes = rotary_->row_bytes();
+                ahead_ = (next - index) * page_size * bytes;
+                score_rotary(*rotary_, unpack_rotary, rotary_->codes + index * page_size * bytes, bytes, index, page_size,
+                             true);
+            }
             if (!weigh(page * page_size, page_size)) continue;
             rows = values_.codes + index * page_size * values_.row_bytes();
-            ahead_ = (next - index) * page_size * values_.row_bytes();
+            ahead_ = rotary_ ? 0 : (next - index) * page_size * values_.row_bytes();
             add(values_, unpack_values, rows, values_.row_bytes(), index, page_size, true);
         }
     }
@@ -247,8 +288,9 @@ class Rows {
         const bool begin = first_end_ > first_begin_ && first_begin_ < high_ && first_end_ > low_;
         if (!open && !begin) return;
         const Side keys = open_side(keys_), values = open_side(values_);
+        const Side rotary = rotary_ ? open_side(*rotary_) : Side();
         ahead_ = 0;
-        read_query(keys, false);
+        read_queries(keys, rotary_ ? &rotary : nullptr, false);
         const auto rows = [&](const Side& side) {
             return side.tail + (batch_ * side.tail_batch + head_ * side.tail_head) * item_size(side.tail_dtype);
         };
@@ -258,12 +300,15 @@ class Rows {
         };
         const auto first_bytes = [](const Side& side) { return side.dim * item_size(side.tail_dtype); };
         if (open) {
-            score(keys, unpacker(keys), rows(keys), row_bytes(keys), 0, count, false);
+            score(keys, unpacker(keys), rows(keys), row_bytes(keys), 0, count, false, query_, scores_, kept_);
+            if (rotary_) score_rotary(rotary, unpacker(rotary), rows(rotary), row_bytes(rotary), 0, count, false);
             if (weigh(first, count)) add(values, unpacker(values), rows(values), row_bytes(values), 0, count, false);
         }
         if (begin) {
             const int some = int(first_end_ - first_begin_);
-            score(keys, unpacker(keys), first_rows(keys), first_bytes(keys), 0, some, false);
+            score(keys, unpacker(keys), first_rows(keys), first_bytes(keys), 0, some, false, query_, scores_, kept_);
+            if (rotary_)
+                score_rotary(rotary, unpacker(rotary), first_rows(rotary), first_bytes(rotary), 0, some, false);
             if (weigh(first_begin_, some, false))
                 add(values, unpacker(values), first_rows(values), first_bytes(values), 0, some, false);
         }
@@ -299,11 +344,11 @@ class Rows {
         if (side.order) prefetch_lines(side.order + next_ * side.dim, side.dim);
     }
 
-    // Scores of `count` tokens, [rows, stride_].
+    // Scores of `count` tokens, [rows, stride_], of the queries `asked`; their tiles go to `kept` if that is not null.
     void score(const Side& side, Unpack* unpack, const char* rows, int64_t row_bytes, int64_t index, int count,
-               bool packed) {
+               bool packed, const Queries& asked, float* scores, float* kept) {
         const int columns = side.columns();
-        const float* query = query_;
+        const float* query = asked.rows;
         prefetch_factors(side, count);
         if (packed) factors_.read(side, index, count);
         const bool scaled = packed && side.channel_scale.data, shifted = packed && side.channel_offset.data;
@@ -314,7 +359,7 @@ class Rows {
             channel_factor(side, side.channel_scale, index, channels_);
             channel_factor(side, side.channel_offset, index, offsets);
             auto* rank = columns == 64 ? rank_query<64> : columns == 128 ? rank_query<128> : rank_query<0>;
-            rank(query_, rows_, int(side.dim), order_, channels_, offsets, columns, scores_, scaled_, constant_);
+            rank(query, rows_, int(side.dim), order_, channels_, offsets, columns, scores, scaled_, constant_);
             query = scaled_;
         } else if (shifted) {
             channel_factor(side, side.channel_offset, index, channels_);
@@ -335,16 +380,17 @@ class Rows {
         }
         for (int t = 0; t < count; t += BLOCK) {
             prefetch(side, rows + t * row_bytes, BLOCK * row_bytes);
+            float* tile = kept ? kept + int64_t(t) * columns : tile_;
             unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, std::min(BLOCK, count - t), work_,
-                   tile_);
-            score_block(query, rows_, tile_, columns, scores_ + t, stride_);
+                   tile);
+            score_block(query, rows_, tile, columns, scores + t, stride_);
         }
         for (int r = 0; r < rows_; r++) {
-            float* row = scores_ + int64_t(r) * stride_;
+            float* row = scores + int64_t(r) * stride_;
             if (packed && side.token_scale.data)
                 for (int t = 0; t < count; t++) row[t] *= factors_.scale[t];
             if (packed && side.token_offset.data)
-                for (int t = 0; t < count; t++) row[t] += query_sum_[r] * factors_.offset[t];
+                for (int t = 0; t < count; t++) row[t] += asked.sums[r] * factors_.offset[t];
             if (shifted)
                 for (int t = 0; t < count; t++) row[t] += constant_[r];
         }
@@ -448,8 +494,9 @@ class Rows {
         for (int t = 0; t < count; t += BLOCK) {
             const int some = std::min(BLOCK, count - t);
             prefetch(side, rows + t * row_bytes, some * row_bytes);
-            unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, some, work_, tile_);
-            weigh_block(scores_ + t, rows_, stride_, tile_, columns, some, page_sum_);
+            const float* tile = kept_ ? kept_ + int64_t(t) * columns : tile_;
+            if (!kept_) unpack(side, rows + t * row_bytes, row_bytes, factors_.residual + t, some, work_, tile_);
+            weigh_block(scores_ + t, rows_, stride_, tile, columns, some, page_sum_);
         }
         if (scaled) channel_factor(side, side.channel_scale, index, channels_);
         for (int r = 0; r < rows_; r++) {
@@ -465,7 +512,7 @@ class Rows {
 // Merges the partial results of one row, its splits' and its open page's, into the output.
 inline void merge(const Attention& call, int64_t head, const float* const* parts, int splits, float* packed,
                   float* exact, char* out) {
-    const Side& values = call.values;
+    const Side& values = call.summed();
     const int dim = int(values.dim), columns = values.columns();
     float most = call.sinks ? call.sinks[head] : MINUS_INFINITY, total = 0, offset = 0;
     for (int s = 0; s <= splits; s++) most = std::max(most, parts[s][0]);
@@ -490,7 +537,8 @@ inline void merge(const Attention& call, int64_t head, const float* const* parts
 
 inline void attend(const Attention& call) {
     const int64_t blocks = call.row_blocks(), splits = call.splits, groups = call.batch * call.heads * blocks;
-    const int stride = 3 + std::max(call.values.columns(), round_up(int(call.values.dim), W));
+    const Side& summed = call.summed();
+    const int stride = 3 + std::max(summed.columns(), round_up(int(summed.dim), W));
     const int64_t rows_per_block = std::min<int64_t>(call.rows(), ROWS);
     std::unique_ptr<float[]> partials(new float[size_t(groups * (splits + 1) * rows_per_block * stride)]);
     std::unique_ptr<std::atomic<int>[]> left(new std::atomic<int>[size_t(groups)]);
@@ -519,7 +567,7 @@ inline void attend(const Attention& call) {
             for (int64_t s = 0; s <= splits; s++) parts[size_t(s)] = partial(group, s).row(r);
             const int64_t query_head = head * call.group + (first + r) / call.queries;
             const int64_t row = (batch * call.heads * call.group + query_head) * call.queries + (first + r) % call.queries;
-            char* out = call.out + row * call.values.dim * item_size(call.query_dtype);
+            char* out = call.out + row * summed.dim * item_size(call.query_dtype);
             merge(call, query_head, parts.data(), int(splits), packed, exact, out);
         }
     });

@@ -34,12 +34,50 @@ def paged_attention_cpu(
     window: int = 0,
 ) -> torch.Tensor:
     """``ops.paged_attention``, which see; planes are contiguous."""
+    options = (scale, causal, mask, softcap, sinks, window)
+    return _attend(query, keys, values, page_table, lengths, *options, latent=False)
+
+
+def latent_attention_cpu(
+    query: torch.Tensor,
+    latents: PagedSide,
+    rotary: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    window: int = 0,
+) -> torch.Tensor:
+    """``latent.latent_attention_reference``, which see; planes are contiguous."""
+    options = (scale, causal, mask, softcap, sinks, window)
+    return _attend(query, latents, rotary, page_table, lengths, *options, latent=True)
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: PagedSide,
+    values: PagedSide,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    window: int,
+    latent: bool,
+) -> torch.Tensor:
+    """The call; ``latent``: keys are latents and values the rotary keys beside them."""
     compiled = library()
     if query.stride(3) != 1:
         query = query.contiguous()
-    batch, query_heads, queries, key_dim = query.shape
-    heads, value_dim = values.tail.shape[1], values.tail.shape[3]
-    out = query.new_empty(batch, query_heads, queries, value_dim)
+    batch, query_heads, queries, _ = query.shape
+    heads, summed = values.tail.shape[1], keys if latent else values
+    out = query.new_empty(batch, query_heads, queries, summed.tail.shape[3])
     mask_members: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if mask is not None:
         if mask.dtype not in DTYPES:
@@ -49,7 +87,8 @@ def paged_attention_cpu(
     if sinks is not None:
         sinks = sinks.float().contiguous()
     pages = page_table.shape[1]
-    elements = batch * heads * pages * keys.page_size * (key_dim + value_dim) * -(-queries // 4)
+    width = keys.tail.shape[3] + values.tail.shape[3]
+    elements = batch * heads * pages * keys.page_size * width * -(-queries // 4)
     threads = max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
     rows = query_heads // heads * queries
     call = ATTENTION.pack(
@@ -73,6 +112,7 @@ def paged_attention_cpu(
         0 if sinks is None else sinks.data_ptr(),
         0 if keys.first_at is None else keys.first_at.data_ptr(),
         0 if keys.first is None else keys.first.shape[2],
+        latent,
         threads,
         split_count(batch * heads * -(-rows // ROWS), pages, threads),
         compiled.fork,

@@ -25,7 +25,7 @@ _FLOATS = {8: 8, 4: 2}
 # format dim rotated codes dtype levels slopes signs middle octets block_scale; 5 x (data dtype heads); order;
 # zero_point; tail, strides; first
 _SIDE = struct.Struct("34q")
-ATTENTION = struct.Struct("14q 2d 14q")  # and two sides
+ATTENTION = struct.Struct("14q 2d 15q")  # and two sides
 _COPY = "11q"
 APPEND = struct.Struct("4q" + 2 * _COPY)
 ENCODE = struct.Struct("16q")  # and a side
