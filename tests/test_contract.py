@@ -14,12 +14,21 @@ import pytest
 from kvquant_hf import versions
 from kvquant_hf.batching.hooks import OLDEST, require_support, unsupported
 from kvquant_hf.errors import KVQuantVersionWarning, UnsupportedVersionError
-from kvquant_hf.transformers_api.contract import BATCHING, CONTRACT, PIPELINE, PIPELINE_BATCHING, Row, broken, require
+from kvquant_hf.transformers_api.contract import (
+    BATCHING,
+    CONTRACT,
+    LATENTS,
+    PIPELINE,
+    PIPELINE_BATCHING,
+    Row,
+    broken,
+    require,
+)
 from kvquant_hf.versions import NEWEST_TESTED, check_version
 
 PACKAGE = Path(versions.__file__).parent
 # What runs whenever a model generates; commands and measurements import more, where they need it.
-ROWS = CONTRACT + BATCHING + PIPELINE + PIPELINE_BATCHING
+ROWS = CONTRACT + LATENTS + BATCHING + PIPELINE + PIPELINE_BATCHING
 RUNTIME = sorted(path for room in ("", "transformers_api", "batching") for path in (PACKAGE / room).glob("*.py"))
 SOURCES = {path: path.read_text(encoding="utf-8") for path in RUNTIME if path.name != "contract.py"}
 
@@ -38,7 +47,7 @@ def owner(row: Row) -> tuple[object, str]:
 
 
 def test_all_of_it_is_there() -> None:
-    assert broken(CONTRACT + PIPELINE) == []
+    assert broken(CONTRACT + LATENTS + PIPELINE) == []
 
 
 @pytest.mark.skipif(BEFORE_BATCHING, reason="this transformers is too old for it")

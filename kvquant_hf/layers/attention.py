@@ -8,6 +8,7 @@ from ..errors import CacheMismatchError
 from ..pages.layout import without_autocast
 from ..pages.static_ops import compiled_dense_attention
 from ..reports.calls import CallLog
+from ..triton_kernels.latent import choose_for_latents, latent_attention
 from ..triton_kernels.ops import choose, dense_attention, paged_attention
 
 
@@ -17,6 +18,7 @@ class Packed(Protocol):
     store: Any
     side: Literal["keys", "values"]
     window: int
+    expansion: Any
     shape: torch.Size
     _log: CallLog
 
@@ -75,29 +77,32 @@ def attend(
         if compiling:
             return compiled_dense_attention(query, keys, values, scale, causal, mask, softcap, sinks)
         return dense_attention(query, keys, values, scale=scale, causal=causal, mask=mask, softcap=softcap, sinks=sinks)
-    view, store = keys.view_pages(), keys.store
-    if not compiling:
+    view, store, expansion = keys.view_pages(), keys.store, keys.expansion
+    pages: Any = (view.keys, view.values, view.page_table, view.lengths)
+    # Several queries may see images beyond a window, both ways; for them the mask alone decides.
+    window = window or (keys.window if query.shape[2] == 1 else 0)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "causal": causal,
+        "mask": mask,
+        "softcap": softcap,
+        "sinks": sinks,
+        "window": window,
+    }
+    chosen: Any = None  # in a graph the operator chooses when it runs
+    if not compiling and expansion is not None:  # queries that meet no keys of this store: it hears of none
+        chosen = choose_for_latents(store.impl, query, view.keys, view.values, expansion.weight.shape[1])
+    elif not compiling:
         store.saw(query)  # first, so that what a prompt reads is what stays
-    # In a graph the operator chooses when it runs.
-    chosen = None if compiling else choose(store.impl, query.dtype, view.keys, view.values)
+        chosen = choose(store.impl, query.dtype, view.keys, view.values)
     with without_autocast(query.device.type):
-        output = paged_attention(
-            query,
-            view.keys,
-            view.values,
-            view.page_table,
-            view.lengths,
-            scale=scale,
-            causal=causal,
-            mask=mask,
-            softcap=softcap,
-            sinks=sinks,
-            # Several queries may see images beyond a window, both ways; for them the mask alone decides.
-            window=window or (keys.window if query.shape[2] == 1 else 0),
-            impl=store.impl if chosen is None else chosen,
-        )
+        impl = store.impl if chosen is None else chosen
+        if expansion is not None:
+            output = latent_attention(query, expansion.weight, *pages, **options, impl=impl)
+        else:
+            output = paged_attention(query, *pages, **options, impl=impl)
     if chosen is not None:
-        keys._log.attended(*chosen)
+        keys._log.attended(chosen.name, chosen.reason)
     return output
 
 

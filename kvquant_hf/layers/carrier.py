@@ -38,6 +38,7 @@ class KVTensor(ReadOnly):
     store: PagedStore
     side: Side
     window = 0  # what a window hides is given back or masked
+    expansion: Any = None  # where a layer would make keys and values of what is held: see ``latent.py``
     _about: tuple[torch.Size, torch.dtype, torch.device]
     _stamp: int
     _log: CallLog

@@ -34,6 +34,7 @@ class StaticKV:
     """
 
     ndim = 4
+    expansion: Any = None  # where a layer would make keys and values of what is held: see ``latent.py``
 
     def __init__(
         self,

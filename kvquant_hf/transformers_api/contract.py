@@ -76,6 +76,11 @@ CONTRACT = (
     Row("transformers.utils.output_capturing", "_active_collector.get"),
 )
 
+# What layers with latents rely on beside that.  Where it does not hold, latents are multiplied out, and it is said.
+LATENTS = (
+    Row("transformers.models.deepseek_v3.modeling_deepseek_v3", "DeepseekV3Attention.expand_kv", ("kv_nope", "k_rot")),
+)
+
 _BATCHING = "transformers.generation.continuous_batching"
 _API, _PAGED = f"{_BATCHING}.continuous_api", f"{_BATCHING}.cache"
 _BLOCKS, _FULL = f"{_BATCHING}.cache_allocators", "FullAttentionCacheAllocator"

@@ -6,6 +6,7 @@
 * the attention functions of other names, which hand packed keys and values to ours, so that models need no setting;
 * ``cache_implementation="kvquant"`` in the list of valid names and in ``generate``'s cache preparation;
 * ``cache_implementation="quantized", cache_config={"backend": "kvquant", ...}``;
+* ``expand_kv`` of layers that cache latents, which hands packed latents to our attention (``latent.py``);
 * a look at each call of ``generate``: a cache that was given and not used is said.
 """
 
@@ -19,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from .attention import NAME, ROUTED, attention_forward, route, route_by_name
 from .generate import dispatch_backend, prepare_cache
+from .latent import extend_latents, restore_latents
 from .run import keep_cache, watch_generate, watch_outputs
 
 # Who has it, its name, and what takes its place, made of what was there and of our cache class.
@@ -70,6 +72,7 @@ def install(cache_type: type) -> None:
         AttentionInterface.register(name, route(function))
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    extend_latents()
 
 
 def uninstall() -> None:
@@ -83,3 +86,4 @@ def uninstall() -> None:
         AttentionInterface.register(name, function)
     AttentionInterface._global_mapping.pop(NAME)
     AttentionMaskInterface._global_mapping.pop(NAME)
+    restore_latents()

@@ -20,6 +20,7 @@ from ..layers.sliding import SlidingPagedLayer
 from ..layers.static import StaticPagedLayer
 from ..pages.pool import LayerPool
 from ..policies.table import KVPolicy
+from .latent import know
 
 
 class QuantizedPagedLayer(PagedLayer, CacheLayerMixin):
@@ -152,6 +153,7 @@ def build_layers(
     Raises:
         UnsupportedModelError: no layer could be ours.
     """
+    know(config)
     kinds = _kinds_of(config)
     layers: list[Any] = []
     for kind, options in kinds:

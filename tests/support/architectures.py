@@ -156,9 +156,9 @@ def _decoder(name: str, **changes: Any) -> Architecture:
     """A decoder called ``<name>ForCausalLM`` whose config follows Llama's names."""
     base = _BASE if changes.pop("takes_head_dim", True) else _NO_HEAD_DIM
     config = changes.pop("config", f"{name}Config")
-    title, note = changes.pop("title", name), changes.pop("note", "")
+    title = changes.pop("title", name)
     more = {name: changes.pop(name) for name in ("since", "begins_again") if name in changes}
-    return Architecture(title, f"{name}ForCausalLM", config, base | changes, note=note, **more)
+    return Architecture(title, f"{name}ForCausalLM", config, base | changes, **more)
 
 
 def _llava() -> Mapping[str, Any]:
@@ -176,7 +176,6 @@ def _llava() -> Mapping[str, Any]:
 
 
 _OWN = "its attention is arithmetic of its own: it calls no attention function, neither transformers' nor torch's"
-_EXPANDED = "what is cached are latents, which the model expands to keys and values before attention"
 _SMALL = {"vocab_size": VOCAB, "initializer_range": INIT_RANGE, "tie_word_embeddings": False} | _TOKENS
 # The embedding changes at 24 tokens, which every way of generating crosses: nothing cached before holds beyond it.
 _LONG_ROPE = {
@@ -285,7 +284,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             _SMALL | {"hidden_size": 64, "n_layer": 2, "n_head": 4},
             note=_OWN,
         ),
-        _decoder("DeepseekV3", title="DeepSeek-V3", note=_EXPANDED, takes_head_dim=False, **_LATENT),
+        _decoder("DeepseekV3", title="DeepSeek-V3", takes_head_dim=False, **_LATENT),
         _decoder("Qwen3Next", title="Qwen3-Next", **_EXPERTS, **_HYBRID),
         Architecture(
             "T5",
