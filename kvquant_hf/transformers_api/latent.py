@@ -2,10 +2,10 @@
 
 All of transformers' layers of this kind have one method of one name, and call it with what ``cache.update`` returned,
 latents as "keys" and rotary keys as "values", for the keys and values of all heads.  With packed pages it returns
-carriers that stand for these (``layers/latent.py``), provided that the layer does what we would do in its place: its ``kv_b_proj``
-is a plain ``Linear``, and what the method makes of a few small latents is what our formula makes of them.  Each layer
-is asked once.  One that is something else (quantized or adapted weights, another formula) makes its keys and values of
-what the pages hold, as any reader may, and the report says why.
+carriers that stand for these (``layers/latent.py``), provided that the layer does what we would do in its place: its
+``kv_b_proj`` is a plain ``Linear``, and what the method makes of a few small latents is what our formula makes of them.
+Each layer is asked once.  One that is something else (quantized or adapted weights, another formula) makes its keys and
+values of what the pages hold, as any reader may, and the report says why.
 
 Which classes there are is known from a model's config when a cache is made: those in the file beside the config's.
 """
