@@ -99,17 +99,18 @@ def _run(
     if choice.expands:
         return attend_by(partial(ExpandedLatents, weight), query, (latents, rotary), page_table, lengths, **options)
     nope = query.shape[3] - rotary.head_dim
-    weight = weight.to(query.dtype)
-    absorbed = torch.cat((_by_head(query[..., :nope], weight[:, :nope]), query[..., nope:]), -1)
+    weight, (batch, heads, queries, _) = weight.to(query.dtype), query.shape
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        """``[heads, batch * queries, n]``: the weight of a head is not copied for each sequence."""
+        return x.transpose(0, 1).reshape(heads, batch * queries, x.shape[3])
+
+    asked = torch.bmm(rows(query[..., :nope]), weight[:, :nope]).unflatten(1, (batch, queries)).transpose(0, 1)
+    absorbed = torch.cat((asked, query[..., nope:]), -1)
     gathered = _ATTEND[choice.name](absorbed, latents, rotary, page_table, lengths, **options)
-    return _by_head(gathered, weight[:, nope:].transpose(1, 2))
-
-
-def _by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x`` ``[batch, heads, queries, n]`` times ``weight`` ``[heads, n, m]``, not copied for each sequence."""
-    batch, heads, queries, n = x.shape
-    product = torch.bmm(x.transpose(0, 1).reshape(heads, batch * queries, n), weight)
-    return product.unflatten(1, (batch, queries)).transpose(0, 1)
+    # The weight first: transposed it would be copied, which on a CPU takes longer than the product.
+    values = torch.bmm(weight[:, nope:], rows(gathered).transpose(1, 2))  # [heads, value, batch * queries]
+    return values.unflatten(2, (batch, queries)).permute(2, 0, 3, 1)
 
 
 def _attend(
