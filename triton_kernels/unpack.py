@@ -140,11 +140,18 @@ def load_channel_bytes(vector_ptr, page_head, PRESENT: tl.constexpr, WIDTH: tl.c
     return parts
 
 
+@triton.constexpr_function
+def channel_blocks(head_dim):
+    """Blocks of channels, of which each has 256 at most, that are ranked by themselves (``codecs/ranked.py``)."""
+    return 1 if head_dim <= 256 else 2 if head_dim <= 512 else 4 if head_dim <= 1024 else 8
+
+
 @triton.jit
 def load_order(order_ptr, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
     """The channels of the ranks of one page of one head, as a tuple of fields, each int32 ``[2 * WORDS]``: those of the
     field's first part, then those of the second; zero past the head."""
     QUARTER: tl.constexpr = HEAD_DIM // FIELDS
+    BLOCKS: tl.constexpr = channel_blocks(HEAD_DIM)
     offs_w = tl.arange(0, 2 * WORDS) % WORDS
     within = 2 * offs_w + tl.arange(0, 2 * WORDS) // WORDS
     # Four at a time, as in ``load_channel_bytes``.
@@ -152,7 +159,10 @@ def load_order(order_ptr, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexp
     fields = ()
     for field in tl.static_range(FIELDS):
         four = tl.load(fours_ptr + field * (QUARTER // 4) + within // 4, mask=within < QUARTER, other=0)  # [2 * WORDS]
-        fields = fields + ((four >> (within % 4 * 8)) & 0xFF,)
+        channel = (four >> (within % 4 * 8)) & 0xFF
+        if BLOCKS > 1:
+            channel = channel * BLOCKS + (field * QUARTER + within) % BLOCKS
+        fields = fields + (channel,)
     return fields
 
 

@@ -108,6 +108,15 @@ def test_round_trip_is_within_the_bound(codec: Codec, head_dim: int, page_size: 
 
 
 @codecs
+@pytest.mark.parametrize("head_dim", [264, 512, 768, 1536])
+def test_more_channels_than_a_byte_counts(codec: Codec, head_dim: int) -> None:
+    """Latents have them; where a page has an order of its channels, a byte says which one."""
+    x = gaussian(1, 2, 16, head_dim, dtype=torch.float32)
+    x = x * (1 + torch.arange(head_dim) * 37 % head_dim)  # channels of all sizes
+    check_page(codec, x)
+
+
+@codecs
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @dtypes
 def test_hard_pages_are_finite_and_within_the_bound(codec: Codec, head_dim: int, dtype: torch.dtype) -> None:

@@ -89,7 +89,7 @@ def test_encoded_bytes(codec: str, name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("codec", ENCODED)
 def test_strided_pages_and_odd_sizes(codec: str) -> None:
-    for heads, page, dim in ((1, 8, 8), (5, 24, 40)):
+    for heads, page, dim in ((1, 8, 8), (5, 24, 40), (1, 16, 512), (1, 8, 768)):
         tokens = vectors(1, heads, 3 * page, dim).transpose(1, 2).contiguous().transpose(1, 2)
         x = tokens.unflatten(2, (3, page)).transpose(1, 2)
         assert not x.is_contiguous() or heads == 1

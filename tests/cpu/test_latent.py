@@ -30,8 +30,9 @@ def test_shapes(policy: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
-def test_every_policy(policy: str) -> None:
-    check_latents(make_latents(policy, Case(200, 128, 64, group=9, queries=2)), latent_attention_cpu)
+@pytest.mark.parametrize("rank", [128, 512])
+def test_every_policy(policy: str, rank: int) -> None:
+    check_latents(make_latents(policy, Case(200, rank, 64, group=9, queries=2)), latent_attention_cpu)
 
 
 @pytest.mark.parametrize("codec", CPU_CODECS)

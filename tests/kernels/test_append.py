@@ -260,6 +260,12 @@ def test_page_sizes(pair: tuple[str, str], page: int, device: torch.device) -> N
     compare(state, *(gaussian(2, 2, page + 3, 64, torch.float16) for _ in range(2)), device)
 
 
+def test_more_channels_than_a_byte_counts(device: torch.device) -> None:
+    """The order of ranked channels is that of two blocks; a short page, as kernels take it."""
+    state = cache(named(("int4-ranked", "int8-affine")), (16,), (512, 64), page=16, heads=1)
+    compare(state, *(gaussian(1, 1, 17, dim, torch.float16) for dim in (512, 64)), device)
+
+
 def test_tokens_are_all_there(device: torch.device) -> None:
     """Without the oracle: pages by the table, then the open page, are the tokens in order."""
     state = cache(named(("exact", "exact")), (9, PAGE), (64, 80), torch.float32)

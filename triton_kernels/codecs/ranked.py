@@ -18,7 +18,9 @@ code of the channel of rank i Q + j:
 
     step   uint8 [D]  bits 14 to 7 of an fp16 number: 5 of exponent, 3 of mantissa, rounded up (int2-ranked: [3 Q])
     offset fp16  [D]
-    order  uint8 [D]  the channel of each rank; step and offset are in that order too
+    order  uint8 [D]  the channel of each rank; step and offset are in that order too.  A byte has 256 channels: of
+                      more (latents), the channels c with the same c mod B are ranked among themselves, B = 2, 4, 8,
+                      rank r has one with c mod B = r mod B, and its byte is c // B
 
     x_hat = offset + step * code                            width + (8 + 16 + 8)/P bits per element: 4.5, 3.5, 2.47
 
@@ -45,6 +47,7 @@ from ..tile_math import fp16_at_most as tile_at_most
 from ..tile_math import round_half_even
 from ..unpack import (
     RANKED_UNITS,
+    channel_blocks,
     load_channel_bytes,
     load_channels,
     load_offsets,
@@ -162,14 +165,20 @@ def _ranked_encode(
     uint8 ``[PAGE, BYTES]``."""
     COLUMNS: tl.constexpr = BYTES * FIELDS
     QUARTER: tl.constexpr = HEAD_DIM // FIELDS
+    BLOCKS: tl.constexpr = channel_blocks(HEAD_DIM)
     # What columns in byte order say of channels they say of ranks, too.
     rank, exists = byte_columns(HEAD_DIM, FIELDS, BYTES)
     wide = x.to(tl.float32)
     ranges = tl.max(wide, 0) - tl.min(wide, 0)
     size = (ranges * ranges).to(tl.int32, bitcast=True).to(tl.int64)
     # As integers, numbers that are not negative are in their own order; of equal ones the lower channel comes first.
-    keys = tl.sort(tl.where(exists, (size << 8) | (255 - rank), -1), descending=True)
-    channels = tl.gather((255 - (keys & 255)).to(tl.int32), tl.where(exists, rank, 0), 0)  # [COLUMNS]
+    keys = (size << 8) | (255 - rank // BLOCKS)
+    if BLOCKS > 1:  # one block of channels after the other
+        keys = keys | ((BLOCKS - 1 - rank % BLOCKS).to(tl.int64) << 40)
+    keys = tl.sort(tl.where(exists, keys, -1), descending=True)
+    place = rank % BLOCKS * (HEAD_DIM // BLOCKS) + rank // BLOCKS
+    stored = tl.gather((255 - (keys & 255)).to(tl.int32), tl.where(exists, place, 0), 0)  # [COLUMNS]
+    channels = stored * BLOCKS + rank % BLOCKS
     column = channels % QUARTER * FIELDS + channels // QUARTER
     y = tl.gather(x, tl.broadcast_to(column[None, :], (PAGE, COLUMNS)), 1).to(tl.float32)
     quarter = tl.arange(0, COLUMNS) % FIELDS
@@ -181,7 +190,7 @@ def _ranked_encode(
     STEPS: tl.constexpr = HEAD_DIM if LAST[3] > 0.0 else 3 * QUARTER
     tl.store(planes[PLANE] + page_head * STEPS + rank, step.to(tl.uint8), mask=exists & (rank < STEPS))
     tl.store(planes[PLANE + 1] + page_head * HEAD_DIM + rank, offset, mask=exists)
-    tl.store(planes[PLANE + 2] + page_head * HEAD_DIM + rank, channels.to(tl.uint8), mask=exists)
+    tl.store(planes[PLANE + 2] + page_head * HEAD_DIM + rank, stored.to(tl.uint8), mask=exists)
     return split_fields(codes)
 
 
@@ -350,7 +359,16 @@ def _encode_2(
 
 @triton.jit
 def _channel_of_rank(planes, page_head, HEAD_DIM: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr):
-    return load_channel_bytes(planes[len(planes) - 1], page_head, FIELDS, HEAD_DIM // FIELDS // 2, WORDS)
+    stored = load_channel_bytes(planes[len(planes) - 1], page_head, FIELDS, HEAD_DIM // FIELDS // 2, WORDS)
+    BLOCKS: tl.constexpr = channel_blocks(HEAD_DIM)
+    if BLOCKS == 1:
+        return stored
+    else:
+        channels = ()
+        for part in tl.static_range(2 * FIELDS):
+            rank = part // 2 * (HEAD_DIM // FIELDS) + 2 * tl.arange(0, WORDS) + part % 2
+            channels = channels + (stored[part] * BLOCKS + rank % BLOCKS,)
+        return channels
 
 
 @triton.jit
@@ -366,6 +384,14 @@ _KERNELS = {
 
 
 # -- codecs ------------------------------------------------------------------------------------------------------------
+
+
+def _ranks(cost: torch.Tensor) -> torch.Tensor:
+    """The channel of each rank, int64 ``[..., D]``, the most expensive first, within each block of channels."""
+    blocks = channel_blocks(cost.shape[-1])
+    apart = cost.unflatten(-1, (-1, blocks))
+    order = apart.argsort(dim=-2, descending=True, stable=True) * blocks
+    return (order + torch.arange(blocks, device=cost.device)).flatten(-2)
 
 
 class Grid(NamedTuple):
@@ -445,7 +471,7 @@ class RankedCodec(Codec):
     ) -> tuple[torch.Tensor, ...]:
         """``metric``: second moments of the queries, float32, broadcasts to ``[..., D, D]`` for pages and heads."""
         low, high = x.amin(-2), x.amax(-2)  # [..., D]
-        order = importance(high - low, metric).argsort(dim=-1, descending=True, stable=True)
+        order = _ranks(importance(high - low, metric))
         grid = self._grid(low.gather(-1, order), high.gather(-1, order))
         y = x.gather(-1, order.unsqueeze(-2).expand_as(x))
         if metric is None:
@@ -453,7 +479,7 @@ class RankedCodec(Codec):
         else:
             codes = rounded(y, grid, feedback_factor(ranked(metric.expand(*low.shape, -1), order)))
         steps = grid.step[..., : self.planes(x.shape[-1])[-3].width]
-        return (*self._pack(codes), steps, grid.offset, order.to(torch.uint8))
+        return (*self._pack(codes), steps, grid.offset, (order // channel_blocks(x.shape[-1])).to(torch.uint8))
 
     def _grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
         """The grids of ranked channels between ``low`` and ``high`` (float32 ``[..., D]``)."""
@@ -500,7 +526,8 @@ class RankedCodec(Codec):
     def tile(self, planes: Sequence[torch.Tensor]) -> Tile:
         step, offset, order = planes[-3:]
         step = torch.nn.functional.pad(step_of(step), (0, offset.shape[-1] - step.shape[-1]))
-        place = order.long().argsort(-1)
+        blocks, dim = channel_blocks(order.shape[-1]), order.shape[-1]
+        place = (order.long() * blocks + torch.arange(dim, device=order.device) % blocks).argsort(-1)
         levels = self._unpack(planes).float()
         levels = levels.gather(-1, place.unsqueeze(-2).expand_as(levels))
         return Tile(levels, channel_scale=step.gather(-1, place), channel_offset=offset.float().gather(-1, place))
@@ -535,7 +562,7 @@ class RankedCodec(Codec):
         """Of codes that are the nearest ones; feedback trades errors of single channels for those of scores."""
         y = x.float()
         low, high = y.amin(-2), y.amax(-2)
-        order = importance(high - low, None).argsort(dim=-1, descending=True, stable=True)
+        order = _ranks(importance(high - low, None))
         grid = self._grid(low.gather(-1, order), high.gather(-1, order))
         y = y.gather(-1, order.unsqueeze(-2).expand_as(y))
         start, width = grid.offset.float().unsqueeze(-2), step_of(grid.step).unsqueeze(-2)

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "half.h"
@@ -71,8 +70,14 @@ inline void encode_ranked(const Side& side, const float* x, int page_size, int64
         cost[c] = metric ? metric[int64_t(c) * dim + c] * size : size;
         if (metric && !std::isfinite(cost[c])) cost[c] = 0;
     }
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost[a] > cost[b]; });
+    const int blocks = channel_blocks(dim);
+    static thread_local std::vector<int> block;
+    block.resize(size_t(dim / blocks));
+    for (int b = 0; b < blocks; b++) {
+        for (int i = 0; i < dim / blocks; i++) block[size_t(i)] = i * blocks + b;
+        std::stable_sort(block.begin(), block.end(), [&](int a, int c) { return cost[a] > cost[c]; });
+        for (int i = 0; i < dim / blocks; i++) order[size_t(i * blocks + b)] = block[size_t(i)];
+    }
     if (metric) feedback_factor(metric, order.data(), dim, factor);
 
     const int steps = widths[3] ? dim : 3 * part;
@@ -88,7 +93,7 @@ inline void encode_ranked(const Side& side, const float* x, int page_size, int64
             from = middle + product(from - middle, share);
             to = middle + product(to - middle, share);
         }
-        stored_order[j] = uint8_t(c);
+        stored_order[j] = uint8_t(c / blocks);
         stored_offset[j] = half_at_most(width ? from : middle);
         const float offset = half_to_float(stored_offset[j]);
         float step = 0;

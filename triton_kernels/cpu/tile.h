@@ -287,12 +287,17 @@ inline void channel_factor(const Side& side, const Factor& factor, int64_t index
     }
 }
 
+// Blocks of channels, of 256 at most, that are ranked by themselves: those of one block are as far apart.
+inline int channel_blocks(int dim) { return dim <= 256 ? 1 : dim <= 512 ? 2 : dim <= 1024 ? 4 : 8; }
+
 // The channel of each column of page-and-head `index`; of columns that are padding, channel 0.
 inline void ranked_channels(const Side& side, int64_t index, int32_t* to) {
     const int part = side.part(), width = side.width();
     const uint8_t* from = (const uint8_t*)side.order + index * side.dim;
+    const int blocks = channel_blocks(int(side.dim));
     for (int field = 0; field < 4; field++)
-        for (int j = 0; j < width; j++) to[field * width + j] = j < part ? from[field * part + j] : 0;
+        for (int j = 0; j < width; j++)
+            to[field * width + j] = j < part ? from[field * part + j] * blocks + (field * part + j) % blocks : 0;
 }
 
 // Those of the numbers `from` [dim, padded to whole vectors] that `channels` say.  DIM is their number where it is known
