@@ -3,10 +3,10 @@
     python benchmarks/latent_decode.py [--policies exact,int8,int4] [--tokens 4096] [--new 16] [--rounds 3]
 
 The layers are those of DeepSeek-V2-Lite's attention (hidden size 2048, 16 heads, latents of 512, rotary keys of 64, 128
-more of each key and 128 of each value) with a small feed-forward part, few of them, with random weights.  All caches read
-the same prompt and then decode with one another, each token with one cache after the other, so that a busy moment meets all
-alike.  Printed are the median of a step, and the median over steps of its speed beside ``DynamicCache`` in the same step,
-with its range.
+more of each key and 128 of each value) with a small feed-forward part, few of them, with random weights.  All caches
+read the same prompt and then decode with one another, each token with one cache after the other, so that a busy
+moment meets all alike.  Printed are the median of a step, and the median over steps of its speed beside
+``DynamicCache`` in the same step, with its range.
 """
 
 import argparse

@@ -38,6 +38,7 @@ def _choose(
     head_dims: tuple[int, ...],
     codec_names: tuple[str, ...],
     interpreted: bool,
+    latent: bool,
 ) -> Choice:
     """:func:`choose`, kept: it is asked at every step of every layer."""
     if impl == "reference":
@@ -49,7 +50,7 @@ def _choose(
     if kernels == "cpu":
         obstacle = _cpu_obstacle(device, dtype, stored, head_dims, codecs)
     else:
-        obstacle = _obstacle(device, dtype, page_size, head_dims, codecs)
+        obstacle = _obstacle(device, dtype, page_size, head_dims, codecs, latent)
         if impl == "auto" and interpreted and obstacle is None:
             obstacle = "Triton's interpreter is for tests; unset TRITON_INTERPRET"
     if obstacle is None:
@@ -91,8 +92,10 @@ def _obstacle(
     page_size: int,
     head_dims: tuple[int, ...],
     codecs: tuple[Codec, ...],
+    latent: bool,
 ) -> str | None:
-    """Why the kernels cannot take such pages, ending with a remedy; None if they can."""
+    """Why the kernels cannot take such pages, ending with a remedy; None if they can.  The one for latents takes part
+    of a page at a time, and every codec for either side."""
     cannot = why_not(device)
     if cannot is not None:
         return cannot
@@ -108,9 +111,9 @@ def _obstacle(
             return f"codec {codec.name!r} has no Triton kernels; use another policy"
         padded = 1 << (head_dim - 1).bit_length()
         exact += 0 if codec.kernel.byte_codes else padded * page_size
-        if padded * page_size > _MAX_PAGE_ELEMENTS:
+        if padded * page_size > _MAX_PAGE_ELEMENTS and not latent:
             return f"pages of {page_size} x {head_dim} elements are too large for the kernels; use a smaller page_size"
-        if exact > _MAX_EXACT_ELEMENTS.get(gpu, exact):
+        if exact > _MAX_EXACT_ELEMENTS.get(gpu, exact) and not latent:
             return (
                 f"exact pages of {page_size} x {head_dim} elements are too large for the shared memory of {gpu}; use a "
                 "smaller page_size"
@@ -118,24 +121,28 @@ def _obstacle(
         multiple = codec.kernel.multiple
         if head_dim % multiple:
             return f"codec {codec.name!r} reads {multiple} elements at a time, head_dim is {head_dim}; use int8"
-    for codec in codecs[1:]:
+    for codec in () if latent else codecs[1:]:
         if codec.kernel is not None and codec.kernel.channel_of is not None:
             return f"the Triton kernels take codec {codec.name!r} for keys only; use another one for values"
     return None
 
 
-def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide | None = None) -> Choice:
+def choose(
+    impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide | None = None, latent: bool = False
+) -> Choice:
     """What ``impl`` means for these pages; kept with them, because every step of every layer asks.
 
     Args:
         impl: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
         dtype: of the queries (attention) or of the new keys (append).
         keys, values: the pages; without values, what is done to keys alone.
+        latent: whether attention is meant, of keys that are latents and values that are rotary keys.
 
     Raises:
         ImplementationError: ``"triton"`` or ``"cpu"`` was asked for and cannot run; unknown ``impl``.
     """
-    kept = keys.__dict__.get("chosen")
+    place = "chosen_for_latents" if latent else "chosen"
+    kept = keys.__dict__.get(place)
     if kept is not None and kept[0] is values and kept[1] is dtype and kept[2] == impl:
         answer: Choice = kept[3]
         return answer
@@ -151,6 +158,7 @@ def choose(impl: str, dtype: torch.dtype, keys: PagedSide, values: PagedSide | N
         tuple([side.tail.shape[3] for side in sides]),
         tuple([side.codec.name for side in sides]),  # not the codecs, whose hash is that of all their fields
         (tail.is_cuda or impl == "triton") and interpreting(),
+        latent,
     )
-    keys.chosen = (values, dtype, impl, answer)
+    keys.__dict__[place] = (values, dtype, impl, answer)
     return answer

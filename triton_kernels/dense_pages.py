@@ -42,7 +42,7 @@ def _store_page(
     begin,
     end,
 ):
-    """Multiply one packed page out to ``[PAGE, HEAD_DIM]``; with FIRST not the rows from ``begin`` to ``end``.
+    """Multiply tokens of one packed page out, to rows of HEAD_DIM; with FIRST not those from ``begin`` to ``end``.
 
     ``CODED`` of its parts have levels."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -59,7 +59,7 @@ def _store_page(
             if HAS[2]:
                 x = x * channel_scale[part][None, :]
         else:
-            x = tl.zeros([PAGE, WORDS], tl.float32)
+            x = tl.zeros([offs_n.shape[0], WORDS], tl.float32)
         if HAS[0]:
             x = x * token_scale[:, None]
         if HAS[1]:
@@ -81,7 +81,7 @@ def _store_page(
             places = CHANNEL_OF(planes, page_head, HEAD_DIM, FIELDS, WORDS)
         for field in tl.static_range(FIELDS):
             # Two parts are every other channel of a field: side by side, they are stored as one run.
-            x = tl.join(dense[2 * field], dense[2 * field + 1]).reshape(PAGE, 2 * WORDS)
+            x = tl.join(dense[2 * field], dense[2 * field + 1]).reshape(offs_n.shape[0], 2 * WORDS)
             if CHANNEL_OF is None:
                 channel = field * WIDTH + within
             else:

@@ -4,7 +4,7 @@ The queries go through the layer's weight for keys once, what they gather throug
 is held is never multiplied by either (``latent_reference.py`` has the formulae): a step of one token multiplies one
 token, where the model's own arithmetic multiplies all that are held.  From ``expands_from`` queries on, plain torch
 makes keys and values of a block of pages at a time: then a score of ``nope + rope`` elements instead of ``rank +
-rope`` saves more than that costs.
+rope`` saves more than that costs.  Not where Triton runs, whose products are those of tensor cores.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import library
 
-from ..errors import ImplementationError
-from .choice import Choice, Implementation, choose
+from .choice import Implementation, choose
 from .codecs import CODECS
 from .cpu.attention import latent_attention_cpu
 from .latent_reference import ExpandedLatents, Latents
+from .latent_triton import latent_attention_triton
 from .pages import PagedSide
 from .reference import attend_by
+from .target import current
 
 
 def latent_attention_reference(
@@ -37,6 +38,7 @@ def latent_attention_reference(
 
 
 _ATTEND: dict[str, Callable[..., torch.Tensor]] = {
+    "triton": latent_attention_triton,
     "cpu": latent_attention_cpu,
     "reference": latent_attention_reference,
 }
@@ -76,12 +78,8 @@ def choose_for_latents(
     Raises:
         ImplementationError: as ``choose``.
     """
-    choice = choose(impl, query.dtype, latents, rotary)
-    if choice.name not in _ATTEND:
-        if impl != "auto":
-            raise ImplementationError(f"impl={impl!r} cannot run here: no such kernel takes latents, use impl='auto'.")
-        choice = Choice("reference", f"no {choice.name} kernel takes latents")
-    if impl == "auto" and query.shape[2] >= expands_from(latents.head_dim, expanded):
+    choice = choose(impl, query.dtype, latents, rotary, latent=True)
+    if impl == "auto" and choice.name != "triton" and query.shape[2] >= expands_from(latents.head_dim, expanded):
         return LatentChoice("reference", choice.reason, expands=True)
     return LatentChoice(*choice)
 
@@ -196,4 +194,5 @@ def latent_attention(
     if isinstance(impl, str):
         impl = choose_for_latents(impl, query, latents, rotary, weight.shape[1])
     named = {"scale": scale, "causal": causal, "mask": mask, "softcap": softcap, "sinks": sinks, "window": window}
-    return _run(query, weight, latents, rotary, page_table, lengths, named, impl)
+    with current(query):
+        return _run(query, weight, latents, rotary, page_table, lengths, named, impl)

@@ -10,7 +10,6 @@ Both are registered with torch (as ``torch.ops.kvquant_hf.append_pages`` and ``.
     "auto"       the kernels of the device where they run, else plain torch; ``choose`` says which, and why
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from .first import put_first
 from .pages import PagedSide
 from .reference import gather_dense, paged_attention_reference
 from .round import round_triton
+from .target import current
 from .triton_attention import append_triton, paged_attention_triton
 
 __all__ = [
@@ -56,16 +56,6 @@ _ATTEND: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-_HERE = contextlib.nullcontext()
-
-
-def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be where the layer is."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(tensor.device)
-
-
 def _run_append(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -77,7 +67,7 @@ def _run_append(
     impl: str,
 ) -> None:
     function = _APPEND[choose(impl, keys.dtype, key_side, value_side).name]
-    with _on(keys):
+    with current(keys):
         function(keys, values, key_side, value_side, page_table, lengths, new_lengths)
 
 
@@ -160,7 +150,7 @@ def round_keys(
     Raises:
         ImplementationError: ``impl`` names kernels that cannot run here.
     """
-    with _on(x):
+    with current(x):
         _ROUND[choose(impl, x.dtype, side).name](side, x, pages, metric)
 
 
@@ -179,7 +169,7 @@ def _run_attention(
     impl: str | Choice,
 ) -> torch.Tensor:
     choice = impl if isinstance(impl, Choice) else choose(impl, query.dtype, keys, values)
-    with _on(query):
+    with current(query):
         return _ATTEND[choice.name](
             query,
             keys,

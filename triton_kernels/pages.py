@@ -33,6 +33,7 @@ class PagedSide(_PagedSide):
     packed: bytes  # what the CPU kernels take, once they have asked: see ``cpu.native``
     calls: dict[Any, Any]  # what stays from step to step, by kind of call: see ``triton_attention``
     chosen: tuple[Any, ...]  # what runs beside which values, once somebody has asked: see ``choice.choose``
+    chosen_for_latents: tuple[Any, ...]  # the same of attention where these are latents
 
     def __getstate__(self) -> None:
         """Nothing beside the fields: a copy has other tensors, and ``packed`` their addresses."""

@@ -3,6 +3,7 @@
 Codecs and kernels import ``triton`` and ``tl`` from here, so that everything in plain torch works without Triton.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Hashable
@@ -33,6 +34,7 @@ __all__ = [
     "HAS_TRITON",
     "architecture",
     "compiled_for",
+    "current",
     "has_ptx",
     "interpreting",
     "processors",
@@ -94,6 +96,16 @@ def compiled_for(tensor: torch.Tensor) -> Hashable:
 def has_ptx(device: torch.device) -> bool:
     """Whether kernels for ``device`` are compiled for an NVIDIA GPU, so that they may contain PTX."""
     return architecture(device).startswith("sm_")
+
+
+_HERE = contextlib.nullcontext()
+
+
+def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which the device of ``tensor`` is the current one, on which Triton launches."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 @functools.lru_cache(maxsize=8)

@@ -222,6 +222,32 @@ def attention(case: Case) -> None:
     )
 
 
+def latent(case: Case) -> None:
+    """Launch ``latent_decode`` and ``combine``: latents of ``head_dim``, rotary keys of 64, ``group`` query heads."""
+    from kvquant_hf.triton_kernels.latent_triton import latent_attention_triton
+    from kvquant_hf.triton_kernels.pages import PagedSide
+
+    call, page = _Call(case), case.page_size
+    call.heads = 1
+    at = call.empty(call.batch, dtype=torch.int32) if case.first else None
+    sides = []
+    for codec, dim in zip(call.codecs, (case.head_dim, 64), strict=True):
+        planes = [call.empty(call.pages, 1, *p.shape(page), dtype=p.dtype) for p in codec.planes(dim)]
+        first = call.empty(call.batch, 1, case.first, dim) if case.first else None
+        sides.append(PagedSide(codec, planes, call.empty(call.batch, 1, page, dim), page, first, at))
+    shape = (call.batch, 1, case.queries, call.pages * page)
+    latent_attention_triton(
+        call.empty(call.batch, case.group, case.queries, case.head_dim + 64),
+        *sides,
+        call.table,
+        call.lengths(),
+        scale=0.1,
+        mask=call.empty(*shape, dtype=getattr(torch, case.mask)) if case.mask else None,
+        softcap=case.softcap,
+        window=case.window,
+    )
+
+
 def append(case: Case) -> None:
     """Launch ``append`` with as many new tokens as the case has queries."""
     from kvquant_hf.triton_kernels.append import append
@@ -243,7 +269,12 @@ def rounding(case: Case) -> None:
     rounded_by_kernel(call.empty(call.heads, case.page_size, dim), Grid(call.empty(dim), *numbers), factor)
 
 
-KERNELS: dict[str, Callable[[Case], None]] = {"attention": attention, "append": append, "round": rounding}
+KERNELS: dict[str, Callable[[Case], None]] = {
+    "attention": attention,
+    "latent": latent,
+    "append": append,
+    "round": rounding,
+}
 
 
 def _tool(name: str, *args: str) -> str:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from kernels import test_append, test_decode
+from kernels import test_append, test_decode, test_latent
 from kernels.ptx_machine import Launch, Machine, running_on
+from latents import make_latents
 
 from kvquant_hf.triton_kernels import chunk
 from kvquant_hf.triton_kernels.append import append
 from kvquant_hf.triton_kernels.codecs import Codec
+from kvquant_hf.triton_kernels.latent_triton import latent_attention_triton
 from kvquant_hf.triton_kernels.launch import override_launch
 from kvquant_hf.triton_kernels.pages import PagedSide
 from kvquant_hf.triton_kernels.reference import paged_attention_reference
@@ -98,6 +100,28 @@ def attend_on(machine: Machine, arch: int, layout: str = "") -> Callable[..., to
         return out
 
     return attend
+
+
+def check_latents(policy: str, case: Any, dtype: torch.dtype, arch: int, **options: Any) -> list[Launch]:
+    """Attention over latents within the budget of ``test_latent.py``, and nothing found; what was launched."""
+    machine = Machine()
+
+    def attend(
+        query: Any, latents: PagedSide, rotary: PagedSide, table: Any, lengths: Any, **options: Any
+    ) -> torch.Tensor:
+        for side in (latents, rotary):
+            for b, held in enumerate(lengths[:, 1].tolist()):
+                machine.forbid(side.tail[b, :, held:])
+            for plane in _pages(side.codec, side.planes, side.head_dim):
+                for index in set(range(plane.shape[0])) - set(table.flatten().tolist()):
+                    machine.forbid(plane[index])
+        inputs = (query, *latents.planes, *rotary.planes, latents.tail, rotary.tail, table, lengths)
+        with unchanged(*inputs), running_on(machine, arch):
+            return latent_attention_triton(query, latents, rotary, table, lengths, **options)
+
+    test_latent.check(make_latents(policy, case, dtype), CPU, 2, attend, **options)
+    machine.check()
+    return machine.launches
 
 
 def append_on(machine: Machine, arch: int) -> Callable[..., None]:

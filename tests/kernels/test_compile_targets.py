@@ -45,6 +45,12 @@ MIXED = (
 )
 
 
+# As DeepSeek-V2 and V3 have them, with the heads of DeepSeek-V2-Lite.
+LATENTS = {"kernel": "latent", "head_dim": 512, "group": 16}
+# A GPU whose products run without tensor cores and one with everything; the others are compiled when kernels change.
+USUAL = ("sm_75", "sm_90")
+
+
 def allowed(case: Case, registers: int | None) -> int:
     """Bytes of stack that a tuned kernel may have: none but in the cases named here, and there none in most shapes.
 
@@ -97,6 +103,8 @@ def trimmed(target: str) -> list[Case]:
     cases += [Case(target, *pair, dtype=half) for pair in mixed.get(target, ())]
     if target in ("sm_75", "sm_90", "gfx942"):
         cases.append(Case(target, *PAIRS["int4"], dtype=half, kernel="append"))
+    if target in USUAL:
+        cases.append(Case(target, *PAIRS["int4"], dtype=half, **LATENTS))
     if target == "sm_75":  # the least shared memory, and the largest tiles
         cases.append(Case(target, *PAIRS["int4"], dtype="float32", head_dim=256, queries=512))
     if target in ("sm_80", "sm_90"):
@@ -149,11 +157,10 @@ def full(target: str, name: str) -> list[Case]:
     ]
     cases = [Case(target, *ALL_PAIRS[name], **fields) for fields in attention]
     cases += [Case(target, *ALL_PAIRS[name], kernel="append", **fields) for fields in append]
+    if name in ("exact", "int8", "int4", "turboquant", "channel4"):
+        kinds = ({"dtype": half}, {"dtype": "float32"}, {"dtype": half, "queries": 5, "mask": "bool", "first": 1})
+        cases += [Case(target, *ALL_PAIRS[name], **LATENTS, **kind) for kind in kinds]
     return list(dict.fromkeys(cases))
-
-
-# A GPU whose products run without tensor cores and one with everything; the others are compiled when kernels change.
-USUAL = ("sm_75", "sm_90")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import functools
 import itertools
 from typing import Any
 
+import problems
 import pytest
 import torch
 
@@ -191,6 +192,27 @@ def test_first_tokens(policy: str, dtype: str, queries: int) -> None:
     """Read as they came beside the pages, by few queries and by many."""
     case = Case((200, 66), 64, 64, 2, queries, DTYPES[dtype], "bool", first=(2, (63, -1)), heads=1)
     call(compiled.check_attention, ALL_PAIRS[policy], case, 80)
+
+
+@pytest.mark.parametrize(
+    ("policy", "target", "dtype"),
+    [
+        ("int4", 80, "bf16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("int8", 90, "bf16"), ("exact", 75, "fp16"), ("lloyd3-sign/lloyd2-plain", 80, "fp16"))
+        ),
+    ],
+)
+def test_latents(policy: str, target: int, dtype: str) -> None:
+    """Two splits, a page in two blocks, rows that do not fill a program; in scratch memory nobody reads what was not
+    written, nor writes what others have yet to read."""
+    case = problems.Case(140, 64, 32, group=5, batch=1)
+    launches = call(compiled.check_latents, policy, case, DTYPES[dtype], target)
+    assert [launch.name for launch in launches if "rotate" not in launch.name] == [
+        "_latent_decode_kernel",
+        "_combine_kernel",
+    ]
 
 
 @every_pair("int4")

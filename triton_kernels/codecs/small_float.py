@@ -179,9 +179,9 @@ def _word_scales(
     scales = _e4m3_scales(codes, 128.0, DTYPE)
     if TRANSPOSED:
         scales = tl.trans(scales)[:, None, :]
-        return tl.broadcast_to(scales, (COUNT, RUN // 2, PAGE)).reshape(WORDS, PAGE)
+        return tl.broadcast_to(scales, (COUNT, RUN // 2, offs_n.shape[0])).reshape(WORDS, offs_n.shape[0])
     else:
-        return tl.broadcast_to(scales[:, :, None], (PAGE, COUNT, RUN // 2)).reshape(PAGE, WORDS)
+        return tl.broadcast_to(scales[:, :, None], (offs_n.shape[0], COUNT, RUN // 2)).reshape(offs_n.shape[0], WORDS)
 
 
 @triton.jit
