@@ -12,6 +12,7 @@ Which classes there are is known from a model's config when a cache is made: tho
 
 import functools
 import importlib
+import importlib.util
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,9 +29,9 @@ _METHOD = "expand_kv"
 _ORIGINALS: dict[type, Callable[..., Any]] = {}  # of the classes that are known
 _enabled = False
 
-# The layers that were asked, and what each has said; the same by class, for graphs, which cannot ask.
+# The layers that were asked, of which projection, and what each has said; graphs cannot ask, and find it in the layer.
 _ASKED: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.nn.Module, str]]" = weakref.WeakKeyDictionary()
-_VERDICTS: dict[type, str] = {}
+_SAID = "_kvquant_refusal"
 
 
 def extend_latents() -> None:
@@ -68,7 +69,7 @@ def _modeling(config_type: type) -> Iterator[ModuleType]:
         name = base.__module__.replace(".configuration_", ".modeling_")
         if name == base.__module__:
             continue
-        if name.startswith("transformers.models."):
+        if name.startswith("transformers.models.") and importlib.util.find_spec(name):
             yield importlib.import_module(name)
         elif name in sys.modules:  # a model's own code
             yield sys.modules[name]
@@ -88,7 +89,7 @@ def _extended(original: Callable[..., Any]) -> Callable[..., Any]:
         if reason := _refusal(layer, original, latents, rotary):
             return expand(dense(latents, reason), dense(rotary, reason))
         weight = layer.kv_b_proj.weight
-        weight = weight.view(-1, layer.qk_nope_head_dim + layer.v_head_dim, weight.shape[1])
+        weight = weight.unflatten(0, (-1, layer.qk_nope_head_dim + layer.v_head_dim))
         return Expansion(latents, rotary, weight, layer.qk_nope_head_dim, expand).carriers()
 
     return expand_kv
@@ -97,7 +98,8 @@ def _extended(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refusal(layer: Any, original: Callable[..., Any], latents: Any, rotary: Any) -> str:
     """Why the latents are to be expanded by ``layer`` itself; empty where it is known what it does."""
     if torch.compiler.is_compiling():
-        return _VERDICTS.get(type(layer), "its expand_kv was not compared before the graph was made")
+        said: str = getattr(layer, _SAID, "its expand_kv was not compared before the graph was made")
+        return said
     projection: Any = getattr(layer, "kv_b_proj", None)
     asked = _ASKED.get(layer)
     if asked is None or asked[0] is not projection:
@@ -105,7 +107,7 @@ def _refusal(layer: Any, original: Callable[..., Any], latents: Any, rotary: Any
             layer, original, rotary.shape[3]
         )
         _ASKED[layer] = asked = projection, reason
-        _VERDICTS[type(layer)] = reason
+        setattr(layer, _SAID, reason)
     return asked[1]
 
 

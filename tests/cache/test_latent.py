@@ -260,7 +260,13 @@ def test_classes_that_are_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError
 
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert "not compared before the graph was made" in why()
     assert why() == ""
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert why() == ""
     assert "not for latents of 16" in why(latents=keys[..., :16])
     assert "does not run on small latents (RuntimeError)" in why(broken)
     layer.qk_nope_head_dim = None
