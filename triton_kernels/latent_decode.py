@@ -73,7 +73,7 @@ def _gather_chunks(
         v_pointers = v_ptr + offs_t[:, None] * stride_v_n + channel[None, :]
         v = tl.load(v_pointers, mask=held[:, None] & (channel < DIM)[None, :], other=0.0)  # [N, CHUNK]
         product = tl.dot(tl.trans(v), weights.to(v.dtype), input_precision=PRECISION)  # [CHUNK, ROWS]
-        added = added + (gathered[part] * decay[None, :] + product,)
+        added = added + (gathered[part] * decay[None, :] + product,)  # type: ignore[assignment]
     return added
 
 
@@ -225,7 +225,7 @@ def _latent_decode_kernel(
     running_sum = tl.zeros([ROWS], tl.float32)
     gathered = ()
     for _ in tl.static_range(COLUMNS // CHUNK):
-        gathered = gathered + (tl.zeros([CHUNK, ROWS], tl.float32),)
+        gathered = gathered + (tl.zeros([CHUNK, ROWS], tl.float32),)  # type: ignore[assignment]
 
     # Sealed pages that a row of the block may see, then those of this split.
     first_page, end_page = 0, sealed
@@ -343,7 +343,7 @@ def _latent_decode_kernel(
         running_sum = tl.zeros([ROWS], tl.float32)
         exact = ()
         for _ in tl.static_range(COLUMNS // CHUNK):
-            exact = exact + (tl.zeros([CHUNK, ROWS], tl.float32),)
+            exact = exact + (tl.zeros([CHUNK, ROWS], tl.float32),)  # type: ignore[assignment]
         beside = query_ptr + batch.to(tl.int64) * stride_query_b + query_head.to(tl.int64) * stride_query_h
         beside = beside + query_index.to(tl.int64) * stride_query_q  # [ROWS]
         k_tail_ptr += batch.to(tl.int64) * stride_k_tail_b

@@ -151,13 +151,11 @@ def _in_domain(query: torch.Tensor, latents: PagedSide, rotary: PagedSide) -> to
     """Queries in the domains of the packed sides; the same tensor where neither is rotated."""
     if not (latents.codec.rotated or rotary.codec.rotated):
         return query
-    domain = query.new_empty(query.shape, dtype=torch.float32)
+    domain = query.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     start = 0
     for side in (latents, rotary):
         part = slice(start, start + side.head_dim)
         if side.codec.rotated:
             rotate(query[..., part], domain[..., part])
-        else:
-            domain[..., part] = query[..., part]
         start += side.head_dim
     return domain

@@ -145,7 +145,7 @@ def test_sixteen_bits() -> None:
 
 def test_an_explicit_choice_is_done_or_refused() -> None:
     problem = make_latents("int4", Case(70, 64, 16, group=2))
-    with pytest.raises(ImplementationError, match=r"impl='triton' cannot run here"):
-        attend(problem, None, impl="triton")
+    with pytest.raises(ImplementationError, match=r"impl='cpu' cannot run here: .* not float64"):
+        attend(problem._replace(query=problem.query.double()), None, impl="cpu")
     with pytest.raises(ImplementationError, match="unknown impl"):
         attend(problem, None, impl="fast")  # type: ignore[arg-type]

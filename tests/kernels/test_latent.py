@@ -106,7 +106,7 @@ def test_features(device: torch.device) -> None:
     assert not check(problem, device, splits=2, mask=seen, causal=False)[1, 1, 1].any()
     check(problem, device, splits=2, mask=torch.randn(2, 1, 3, 70, generator=generator), window=30)
     check(problem, device, splits=1, softcap=3.0, sinks=torch.randn(2, generator=generator))
-    one = with_first(problem._replace(query=problem.query[:, :, 2:]), 40, (0, 65))
+    one = with_first(problem._replace(query=problem.query[:, :, 2:]), 40, (0, 20))
     check(one, device, splits=1, mask=torch.rand(2, 1, 1, 70, generator=generator) < 0.8)
     check(with_first(problem, 3, (31, -1)), device, splits=1)
 

@@ -133,7 +133,8 @@ def path(run: Runner) -> tuple[str, str]:
     reasons = sorted({reason for report in found for reason in report.fallback_reasons})
     if not reasons and graphs["multiply_out"]:
         reasons = ["in a graph"]
-    if not reasons and not any(report.paged_calls for report in found) and not graphs["paged_attention"]:
+    in_graphs = graphs["paged_attention"] + graphs["latent_attention"]
+    if not reasons and not any(report.paged_calls for report in found) and not in_graphs:
         raise Mismatch("attention never read the cache")
     return (FALLBACK, "; ".join(reasons)) if reasons else (PAGES, "")
 
