@@ -106,6 +106,8 @@ def _obstacle(
     if page_size < 16 or page_size & (page_size - 1):
         return f"pages of {page_size} tokens are no power of two from 16 on; use page_size=64"
     gpu, exact = architecture(device), 0
+    if latent and dtype == torch.float32 and gpu == "sm_75":
+        return "latents in float32 need more shared memory than sm_75 has; use a model in float16"
     for head_dim, codec in zip(head_dims, codecs, strict=True):
         if codec.kernel is None:
             return f"codec {codec.name!r} has no Triton kernels; use another policy"

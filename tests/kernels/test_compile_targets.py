@@ -56,9 +56,12 @@ def allowed(case: Case, registers: int | None) -> int:
 
     * Below 255 registers the assembler gives up a few for one more program on a multiprocessor.
     * LMDeploy's keys with a sign, ``lloyd3-sign``: on sm_86 and sm_89, and where head_dim is padded.
+    * Latents in an order of their own, on sm_86 and sm_89.
     * 3-bit codes.  Signs of values come from shared memory byte by byte, and a thread has twice as many in a long page;
       so do the third bits of ``octet3``, whose registers are all taken.
     """
+    if case.kernel == "latent" and case.target in ("sm_86", "sm_89"):
+        return 32
     if registers is not None and registers <= 168:
         return 16
     if case.keys == "lloyd3-sign":
@@ -158,7 +161,8 @@ def full(target: str, name: str) -> list[Case]:
     cases = [Case(target, *ALL_PAIRS[name], **fields) for fields in attention]
     cases += [Case(target, *ALL_PAIRS[name], kernel="append", **fields) for fields in append]
     if name in ("exact", "int8", "int4", "turboquant", "channel4"):
-        kinds = ({"dtype": half}, {"dtype": "float32"}, {"dtype": half, "queries": 5, "mask": "bool", "first": 1})
+        kinds = [{"dtype": half}, {"dtype": half, "queries": 5, "mask": "bool", "first": 1}]
+        kinds += [{"dtype": "float32"}] * (target != "sm_75")  # no room, and choice.py refuses
         cases += [Case(target, *ALL_PAIRS[name], **LATENTS, **kind) for kind in kinds]
     return list(dict.fromkeys(cases))
 

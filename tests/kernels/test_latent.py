@@ -12,7 +12,9 @@ from latents import make_latents, textbook
 from problems import Case, Problem, make_problem, softmax_attention, with_first
 
 from kvquant_hf.errors import ImplementationError
+from kvquant_hf.triton_kernels import choice
 from kvquant_hf.triton_kernels.choice import choose
+from kvquant_hf.triton_kernels.codecs import CODECS
 from kvquant_hf.triton_kernels.latent import choose_for_latents, latent_attention
 from kvquant_hf.triton_kernels.latent_triton import latent_attention_triton
 from kvquant_hf.triton_kernels.launch import override_launch
@@ -150,6 +152,14 @@ def test_ranked_keys_of_more_channels_than_a_byte_counts(device: torch.device) -
         out = paged_attention_triton(*on(device, problem)[:5], scale=0.02).cpu()
     # Query and steps in fp16, products in float32: a few units in the last place of scores that are 100 at most.
     assert (out.double() - expected).abs().max() <= 100 * 2**-10 * expected.abs().max() and weights.shape[-1] == 60
+
+
+def test_no_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "architecture", lambda device: "sm_75")
+    monkeypatch.setattr(choice, "why_not", lambda device: None)
+    arguments = (torch.device("cpu"), torch.float32, 64, (512, 64), (CODECS["int8-channel"], CODECS["int8-affine"]))
+    assert "use a model in float16" in (choice._obstacle(*arguments, True) or "")
+    assert choice._obstacle(arguments[0], torch.float16, *arguments[2:], True) is None
 
 
 def test_too_many_rows_for_one_launch() -> None:
