@@ -38,7 +38,7 @@ def _choose(
     head_dims: tuple[int, ...],
     codec_names: tuple[str, ...],
     interpreted: bool,
-    latent: bool,
+    latent: bool = False,
 ) -> Choice:
     """:func:`choose`, kept: it is asked at every step of every layer."""
     if impl == "reference":
@@ -92,7 +92,7 @@ def _obstacle(
     page_size: int,
     head_dims: tuple[int, ...],
     codecs: tuple[Codec, ...],
-    latent: bool,
+    latent: bool = False,
 ) -> str | None:
     """Why the kernels cannot take such pages, ending with a remedy; None if they can.  The one for latents takes part
     of a page at a time, and every codec for either side."""
