@@ -149,3 +149,19 @@ def test_an_explicit_choice_is_done_or_refused() -> None:
         attend(problem._replace(query=problem.query.double()), None, impl="cpu")
     with pytest.raises(ImplementationError, match="unknown impl"):
         attend(problem, None, impl="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("queries", [1, 70], ids=["absorbed", "expanded"])
+def test_the_operator_is_what_torch_expects(queries: int) -> None:
+    """As graphs see it: a fake, nothing written, and the result of the call outside of a graph."""
+    problem = make_latents("int8", Case(100, 64, 16, group=2, queries=queries))
+    query, weight = problem.query[..., : NOPE + 16], weights_of(2, 64)
+    assert queries == 1 or queries >= expands_from(64, NOPE + VALUE)
+    k, v = problem[1:3]
+    # An open page has room for a whole page, and says by it how many tokens a page has.
+    tails = [torch.nn.functional.pad(x, (0, 0, 0, 64 - x.shape[2])) for x in (k.tail, v.tail)]
+    sides = (k.codec.name, list(k.planes), tails[0], v.codec.name, list(v.planes), tails[1])
+    pages = (*sides, None, None, None)
+    arguments = (query, weight, *pages, problem.page_table, problem.lengths, 0.2, True, None, None, None, 0, "auto")
+    torch.library.opcheck(torch.ops.kvquant_hf.latent_attention, arguments)
+    assert torch.equal(torch.ops.kvquant_hf.latent_attention(*arguments), attend(problem, weight))
