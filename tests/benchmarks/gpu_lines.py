@@ -10,6 +10,7 @@ import atexit
 import inspect
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -40,13 +41,26 @@ class Watch:
         self.seen.add((code.co_filename, code.co_firstlineno, code.co_name))
         return self._local
 
+    def _careful(self, number: int, handler: Any) -> Any:
+        """``signal.signal`` whose handlers raise nothing where this class watches: that would end the watching."""
+
+        def later(number: int, frame: FrameType | None) -> None:
+            if frame is not None and frame.f_code in (Watch._local.__code__, Watch._called.__code__):
+                signal.setitimer(signal.ITIMER_REAL, 1e-4)
+            else:
+                handler(number, frame)
+
+        return self._signal(number, later if number == signal.SIGALRM and callable(handler) else handler)
+
     def __enter__(self) -> "Watch":
-        self._before = sys.gettrace()
+        self._before, self._signal = sys.gettrace(), signal.signal
+        signal.signal = self._careful
         sys.settrace(self._called)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.settrace(self._before)
+        signal.signal = self._signal
 
 
 def watch_process() -> None:

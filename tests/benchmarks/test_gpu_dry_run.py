@@ -41,6 +41,7 @@ from gpu.launch_table import Bound
 from gpu.plan import Cell, Shape
 from gpu.results import Observation, key_of, read
 from gpu.tasks import Task
+from gpu.timing import time_limit
 from gpu.trials import Trials
 from typer.testing import CliRunner, Result
 
@@ -413,6 +414,16 @@ def test_what_does_not_run_is_named(tmp_path: Path) -> None:
     reports.mkdir()
     subprocess.run([sys.executable, str(tmp_path / "a.py")], env=variables(tmp_path, reports), check=True)
     assert (str(tmp_path / "a.py"), 1, "<module>") in reported(reports)
+
+
+def test_an_alarm_does_not_end_the_watching(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text("def busy():\n    while True:\n        pass\n")
+    busy = runpy.run_path(str(tmp_path / "b.py"))["busy"]
+    with Watch(tmp_path) as watch:
+        for _ in range(200):  # at least a third of the time is the watch's own
+            with pytest.raises(TimeoutError), time_limit(0.001):
+                busy()
+            assert sys.gettrace() == watch._called
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
