@@ -200,8 +200,9 @@ def _tuned(
     if budget.left() < 1:
         typer.echo(f"{title}: no time was left, stays as it is")
         return None
+    # A second more than trials have, whose end is to be noted first: two alarms at once would be a race.
     found, reason = attempt(
-        lambda: answer(question, trials, stopwatch, device, budget), stopwatch, max(budget.left(), 1.0)
+        lambda: answer(question, trials, stopwatch, device, budget), stopwatch, max(budget.left(), 0.0) + 1.0
     )
     if found is None:
         typer.echo(f"{title}: not measured, stays as it is {reason}".rstrip())

@@ -45,8 +45,8 @@ class Watch:
         """``signal.signal`` whose handlers raise nothing where this class watches: that would end the watching."""
 
         def later(number: int, frame: FrameType | None) -> None:
-            if frame is not None and frame.f_code in (Watch._local.__code__, Watch._called.__code__):
-                signal.setitimer(signal.ITIMER_REAL, 1e-4)
+            if frame is not None and frame.f_code in (Watch._local.__code__, Watch._called.__code__, later.__code__):
+                signal.setitimer(signal.ITIMER_REAL, 1e-3)
             else:
                 handler(number, frame)
 
