@@ -1,5 +1,7 @@
 """Attention over packed pages by the compiled kernels: how the work is cut, and the call."""
 
+from functools import partial
+
 import torch
 
 from ..pages import PagedSide
@@ -32,46 +34,13 @@ def paged_attention_cpu(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     window: int = 0,
+    latent: bool = False,
 ) -> torch.Tensor:
-    """``ops.paged_attention``, which see; planes are contiguous."""
-    options = (scale, causal, mask, softcap, sinks, window)
-    return _attend(query, keys, values, page_table, lengths, *options, latent=False)
+    """``ops.paged_attention``, which see; planes are contiguous.
 
-
-def latent_attention_cpu(
-    query: torch.Tensor,
-    latents: PagedSide,
-    rotary: PagedSide,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    scale: float,
-    causal: bool = True,
-    mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    window: int = 0,
-) -> torch.Tensor:
-    """``latent.latent_attention_reference``, which see; planes are contiguous."""
-    options = (scale, causal, mask, softcap, sinks, window)
-    return _attend(query, latents, rotary, page_table, lengths, *options, latent=True)
-
-
-def _attend(
-    query: torch.Tensor,
-    keys: PagedSide,
-    values: PagedSide,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    causal: bool,
-    mask: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    window: int,
-    latent: bool,
-) -> torch.Tensor:
-    """The call; ``latent``: keys are latents and values the rotary keys beside them."""
+    With ``latent`` it is ``latent.latent_attention_reference``: keys are latents, which are summed too, and values the
+    rotary keys beside them.
+    """
     compiled = library()
     if query.stride(3) != 1:
         query = query.contiguous()
@@ -119,3 +88,6 @@ def _attend(
     )
     compiled.attend(call + held_side(keys) + held_side(values))
     return out
+
+
+latent_attention_cpu = partial(paged_attention_cpu, latent=True)
