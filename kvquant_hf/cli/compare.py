@@ -66,7 +66,8 @@ def compare(
     """Run lm-eval's tasks with several caches on the same problems, and compare scores problem by problem.
 
     How many problems a cache loses and gains against exact says more than two scores with their errors: McNemar's exact
-    test is of these alone.  An interrupted run goes on where it was: give the same command.
+    test is of these alone.  An interrupted run goes on where it was: give the same command,
+    or a larger --limit.
     """
     check_installed()
     from ..evaluation.baselines import check_cache
@@ -98,8 +99,6 @@ def compare(
     documents = count(loaded_tasks, limit)
     settings = _settings(loaded) | {
         "tasks": {name: task.VERSION for name, task in loaded_tasks.items()},
-        "limit": limit,
-        "documents": documents,
         "num_fewshot": num_fewshot,
         "apply_chat_template": apply_chat_template,
         "batch": batch,
@@ -118,6 +117,7 @@ def compare(
     }
     options = {"page_size": page_size, "prefill": prefill, "batch_size": batch, "tokenizer": loaded.tokenizer}
     lms = {name: _make_lm(loaded, name, policy, sinks, options) for name, policy in caches.items()}
+    settings |= {"limit": limit, "documents": documents}  # an answer does not depend on how many others there are
     with progress("measuring", len(files) * sum(documents.values()), hidden=as_json) as done:
         scores = answer(
             lms,

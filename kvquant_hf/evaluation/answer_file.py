@@ -9,7 +9,8 @@ JSON lines.  The first is ``{"settings": {...}}``: everything that the answers d
     scores            {"metric,filter": number}; added when all problems have been answered
 
 A line is written when its problem has been answered, so a run that is interrupted loses the batch that it was in, and
-goes on from there.  A file with other settings is refused: what it holds could not be compared.
+goes on from there, and so does one that asks for more problems.  A file with other settings is refused: what it holds
+could not be compared.
 """
 
 import json
@@ -73,8 +74,9 @@ class AnswerFile:
         self._lines |= new
 
     def finish(self, scores: Scores) -> None:
-        """Write the scores beside the answers; what stands there already stays as it is."""
-        lines = {key: line | {"scores": scores[key[0]][key[1]]} for key, line in self._lines.items()}
+        """Write the scores beside the answers; problems without a new one, and what stands there already, stay."""
+        new = {key: scores.get(key[0], {}).get(key[1]) for key in self._lines}
+        lines = {key: line if new[key] is None else line | {"scores": new[key]} for key, line in self._lines.items()}
         if lines == self._lines:
             return
         whole = [{"settings": self._settings}, *lines.values()]

@@ -136,18 +136,33 @@ def test_an_interrupted_run_goes_on(folder: Path, model: Any, tmp_path: Path, wr
     assert path.stat().st_mtime_ns == stamp
 
 
+def test_another_limit_goes_on(folder: Path, model: Any, tmp_path: Path) -> None:
+    tasks = load_tasks(NAMES, str(folder))
+    whole = answer_one(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "whole", {}), batch=BATCH)
+    for limit, asked in ((2, 2), (5, 3), (3, 0), (None, DOCUMENTS - 5)):
+        lm, kinds = wrap(KVQuantLM, model), []
+        for kind in ("generate_until", "loglikelihood"):
+            ask = getattr(lm, kind)
+            setattr(lm, kind, lambda requests, ask=ask, **rest: kinds.extend(requests) or ask(requests, **rest))
+        scores = answer_one(lm, tasks, AnswerFile(tmp_path, "a", {}), batch=BATCH, limit=limit)
+        assert scores == {task: dict(list(own.items())[:limit]) for task, own in whole.items()}
+        assert len({(one.task_name, one.doc_id) for one in kinds}) == len(NAMES) * asked
+    kept = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    assert all(line["scores"] == whole[line["task"]][line["document"]] for line in kept)
+
+
 def test_a_file_of_something_else_is_refused(folder: Path, model: Any, tmp_path: Path) -> None:
     tasks = load_tasks(["small_words"], str(folder), {"first": "One "})
-    settings = {"limit": 3, "versions": {"lm_eval": "1"}}
+    settings = {"dtype": "float32", "versions": {"lm_eval": "1"}}
     answer_one(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "a/b", settings), limit=1)
     assert (tmp_path / "a%2Fb.jsonl").is_file()
     AnswerFile(tmp_path, "a/b", settings)
-    for other in ({"limit": 4}, {"versions": {"lm_eval": "2"}}, {"batch": 8}):
+    for other in ({"dtype": "bfloat16"}, {"versions": {"lm_eval": "2"}}, {"batch": 8}):
         name = next(iter(other))
         with pytest.raises(EvaluationInputError, match=f"a%2Fb.jsonl' was made with {name}=.*, not .*--out"):
             AnswerFile(tmp_path, "a/b", settings | other)
     with pytest.raises(EvaluationInputError, match=r'made with versions=\{"lm_eval": "1"\}, not null'):
-        AnswerFile(tmp_path, "a/b", {"limit": 3})
+        AnswerFile(tmp_path, "a/b", {"dtype": "float32"})
     # The same settings, and other documents behind the same name.
     tasks = load_tasks(["small_words"], str(folder), {"first": "Two "})
     with pytest.raises(EvaluationInputError, match="another document 0 of 'small_words'"):
