@@ -59,6 +59,13 @@ def answer_one(lm: Any, tasks: dict[str, Any], file: AnswerFile, **options: Any)
     return answer({"only": lm}, tasks, {"only": file}, **options)["only"]
 
 
+def note(lm: Any, asked: list[Any]) -> None:
+    """Have ``lm`` write into ``asked`` whatever it is asked."""
+    for kind in ("generate_until", "loglikelihood"):
+        ask = getattr(lm, kind)
+        setattr(lm, kind, lambda requests, ask=ask, **rest: asked.extend(requests) or ask(requests, **rest))
+
+
 def expected(lm: Any, tasks: dict[str, Any]) -> dict[str, Any]:
     """What lm-eval itself makes of all documents: by task, document and metric."""
     samples = lm_eval.simple_evaluate(lm, tasks=list(tasks.values()), bootstrap_iters=0)["samples"]
@@ -110,9 +117,7 @@ def test_an_interrupted_run_goes_on(folder: Path, model: Any, tmp_path: Path, wr
     before = path.read_text(encoding="utf-8")
     path.write_text(before + '{"task": "small_wo', encoding="utf-8")  # as a process leaves it that is killed
     lm, asked, counted = wrap(KVQuantLM, model), [], 0
-    for kind in ("generate_until", "loglikelihood"):
-        ask = getattr(lm, kind)
-        setattr(lm, kind, lambda requests, ask=ask, **rest: asked.extend(requests) or ask(requests, **rest))
+    note(lm, asked)
 
     def advance_on(name: str) -> None:
         nonlocal counted
@@ -140,13 +145,11 @@ def test_another_limit_goes_on(folder: Path, model: Any, tmp_path: Path) -> None
     tasks = load_tasks(NAMES, str(folder))
     whole = answer_one(wrap(KVQuantLM, model), tasks, AnswerFile(tmp_path, "whole", {}), batch=BATCH)
     for limit, asked in ((2, 2), (5, 3), (3, 0), (None, DOCUMENTS - 5)):
-        lm, kinds = wrap(KVQuantLM, model), []
-        for kind in ("generate_until", "loglikelihood"):
-            ask = getattr(lm, kind)
-            setattr(lm, kind, lambda requests, ask=ask, **rest: kinds.extend(requests) or ask(requests, **rest))
+        lm, asks = wrap(KVQuantLM, model), []
+        note(lm, asks)
         scores = answer_one(lm, tasks, AnswerFile(tmp_path, "a", {}), batch=BATCH, limit=limit)
         assert scores == {task: dict(list(own.items())[:limit]) for task, own in whole.items()}
-        assert len({(one.task_name, one.doc_id) for one in kinds}) == len(NAMES) * asked
+        assert len({(one.task_name, one.doc_id) for one in asks}) == len(NAMES) * asked
     kept = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
     assert all(line["scores"] == whole[line["task"]][line["document"]] for line in kept)
 
