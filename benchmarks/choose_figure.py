@@ -5,8 +5,8 @@
 Drawn from the committed results alone, by bits per element in full pages of head_dim 64, scales included:
 
 - mean KLD of two models on WikiText-2 (``results/accuracy-wikitext2.csv``, as ``accuracy_figure.py`` draws it);
-- GSM8K: problems that a cache loses and gains against the exact one (``results/gsm8k-qwen2.5-coder-0.5b.csv``, columns
-  ``policy,n,correct,lost,gained,p``); there is no such panel while there is no such file;
+- GSM8K: problems that a cache loses and gains against the exact one (``results/gsm8k-qwen2.5-coder-0.5b.csv``, of
+  ``kvquant compare --csv``); there is no such panel while there is no such file;
 - speed on a CPU: a decode step at 8,192 tokens over ``DynamicCache``'s (``results/cpu-amd-epyc-2026-11-27.csv``, each
   cache in its faster dtype), and tokens per second of a server over those of ``exact`` with the same bytes for keys and
   values (``results/cpu-amd-epyc-2026-11-29-load.csv``).  Both files are older than the codecs that ``int4`` and
@@ -91,13 +91,14 @@ def draw_kld(axes: Any) -> None:
 def draw_gsm8k(axes: Any) -> None:
     """Problems lost and gained, a bar for each cache, fewest bits lowest.  ``dynamic``: what rounding alone does."""
     of = bits() | {"dynamic": 16.0}
-    rows = sorted((row for row in read(GSM8K) if row["policy"] != "exact"), key=lambda row: of[row["policy"]])
+    rows = [row for row in read(GSM8K) if row["cache"] != "exact" and row["filter"] == "flexible-extract"]
+    rows.sort(key=lambda row: of[row["cache"]])
     lost, gained = ([int(row[column]) for row in rows] for column in ("lost", "gained"))
     places = range(len(rows))
     axes.barh(places, [-number for number in lost], color="tab:red", alpha=0.6, label="only exact solves")
     axes.barh(places, gained, color="tab:green", alpha=0.6, label="only this cache solves")
     axes.plot([up - down for up, down in zip(gained, lost, strict=True)], places, "k|", markersize=14, label="both")
-    axes.set_yticks(places, [f"{row['policy']}  {of[row['policy']]:.2f}" for row in rows], fontsize=8)
+    axes.set_yticks(places, [f"{row['cache']}  {of[row['cache']]:.2f}" for row in rows], fontsize=8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_title(f"GSM8K, {int(rows[0]['n']):,} problems, Qwen2.5-Coder-0.5B")
     axes.set_xlabel("problems gained and lost against exact")

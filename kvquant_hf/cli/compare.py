@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from ..policies.fingerprint import fingerprint
 from ..policies.table import AnyPolicy, parse_policy
 from .eval import EXACT
 from .lm_eval import check_installed
-from .measuring import conditions, split_names
+from .measuring import check_writable, conditions, split_names
 from .models import LoadedModel, check_cache_options, load_model
 from .policies import shape_of
 from .terminal import InputError, print_json, print_table, progress, stage
@@ -61,6 +62,7 @@ def compare(
         int | None, typer.Option(help="First tokens of a sequence that are kept exact; default: what the policy does.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    csv_file: Annotated[str | None, typer.Option("--csv", help="Write the numbers to a CSV file too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
 ) -> None:
     """Run lm-eval's tasks with several caches on the same problems, and compare scores problem by problem.
@@ -85,6 +87,7 @@ def compare(
         raise InputError(f"no folder {include_path!r}; --include-path takes one with lm-eval's task files.")
     if Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"{out!r} is a file; --out takes a folder, existing or new.")
+    check_writable(csv_file)
 
     with stage("loading the tasks", hidden=as_json):
         from ..evaluation.answer_file import AnswerFile
@@ -130,6 +133,10 @@ def compare(
             advance=done,
         )
     measures = tabulate(scores)
+    if csv_file is not None:
+        from ..benchmark.csv_file import write_csv
+
+        write_csv(csv_file, settings, [row for measure in measures for row in _rows(measure, bits)])
     if as_json:
         print_json(settings | {"measures": [_as_dict(measure, bits) for measure in measures]})
     else:
@@ -204,8 +211,22 @@ def _as_dict(measure: Any, bits: dict[str, float]) -> dict[str, Any]:
             "stderr": row.score.stderr,
             "against_exact": row.paired and row.paired.as_dict(),
         }
-    named = {"task": measure.task, "metric": measure.metric, "filter": measure.filter, "binary": measure.binary}
-    return named | {"caches": caches}
+    return _named_as(measure) | {"binary": measure.binary, "caches": caches}
+
+
+def _rows(measure: Any, bits: dict[str, float]) -> list[dict[str, Any]]:
+    """A line of the CSV file per cache; what compares with ``exact`` is empty in its own."""
+    from ..evaluation.paired import Paired
+
+    rows = []
+    for name, own in _as_dict(measure, bits)["caches"].items():
+        paired = own.pop("against_exact") or dict.fromkeys(field.name for field in fields(Paired))
+        rows.append(_named_as(measure) | {"cache": name} | own | paired)
+    return rows
+
+
+def _named_as(measure: Any) -> dict[str, str]:
+    return {"task": measure.task, "metric": measure.metric, "filter": measure.filter}
 
 
 def _print_tables(settings: dict[str, Any], measures: Sequence[Any], bits: dict[str, float]) -> None:

@@ -9,12 +9,13 @@ import pytest
 from kvquant_hf.policies.table import POLICIES
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-GSM8K = """policy,n,correct,lost,gained,p
-exact,200,61,,,
-dynamic,200,61,2,2,1
-int8,200,60,3,2,1
-int4,200,55,10,4,0.18
-hqq-4,200,1,60,0,0
+GSM8K = """filter,cache,n,lost,gained
+strict-match,exact,200,,
+flexible-extract,exact,200,,
+flexible-extract,dynamic,200,2,2
+flexible-extract,int8,200,3,2
+flexible-extract,int4,200,10,4
+flexible-extract,hqq-4,200,60,0
 """
 
 

@@ -1,5 +1,6 @@
 """``kvquant compare`` on a tiny model and two small tasks."""
 
+import csv
 import json
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,18 @@ def compare(
 
 def test_as_json(compare: Run, tmp_path: Path) -> None:
     asked = ("--tasks", ",".join(NAMES), "--policies", "int4-channel/lloyd2,exact", "--baselines", "dynamic")
-    code, out, err = compare(*asked, "--limit", 3, "--num-fewshot", 1, "--metadata", '{"first": "So: "}', "--json")
+    code, out, err = compare(
+        *asked,
+        "--limit",
+        3,
+        "--num-fewshot",
+        1,
+        "--metadata",
+        '{"first": "So: "}',
+        "--json",
+        "--csv",
+        tmp_path / "out.csv",
+    )
     data = json.loads(out)
     assert (code, err) == (0, "")
     conditions = {"limit": 3, "documents": dict.fromkeys(NAMES, 3), "num_fewshot": 1, "batch": 2, "dtype": "float32"}
@@ -77,6 +89,16 @@ def test_as_json(compare: Run, tmp_path: Path) -> None:
         assert dynamic["score"] == exact["score"] and dynamic["against_exact"]["difference"] == 0
         assert (exact["bits_per_element"], dynamic["bits_per_element"]) == (32, 32)
         assert 2 < quantized["bits_per_element"] < 8
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["task"], row["metric"], row["cache"]) for row in rows] == [
+        (task, metric, name) for task, metric, _, _ in named for name in names
+    ]
+    for row, of in zip(rows, (of for one in data["measures"] for of in one["caches"].values()), strict=True):
+        assert (row["model"], row["limit"], row["filter"]) == (data["model"], "3", "none")
+        assert (float(row["score"]), int(row["n"])) == (of["score"], 3)
+        paired = of["against_exact"] or dict.fromkeys(("lost", "gained", "p", "difference"))
+        assert all(row[name] == ("" if paired[name] is None else str(paired[name])) for name in paired)
     exact, quantized = (data["measures"][1]["caches"][name] for name in names[:2])
     differences = [scores[names[1]][i]["mean_byte,none"] - scores["exact"][i]["mean_byte,none"] for i in range(3)]
     assert quantized["against_exact"]["difference"] == pytest.approx(sum(differences) / 3)
@@ -125,10 +147,11 @@ def test_an_interrupted_run_goes_on(compare: Run, tmp_path: Path, monkeypatch: p
     assert (code, err) == (0, "") and sum(calls) == 4
     calls.clear()
     assert compare(*asked).out == out and not calls
-    # Other settings, and nothing is measured.
-    code, out, err = compare(*asked, "--limit", 3)
+    # Fewer problems are there too.  Other settings, and nothing is measured.
+    assert json.loads(compare(*asked, "--limit", 3).out)["limit"] == 3 and not calls
+    code, out, err = compare(*asked, "--num-fewshot", 1)
     assert (code, out) == (2, "") and is_one_sentence(err) and not calls
-    assert "exact.jsonl' was made with limit=null, not 3; give another --out" in err
+    assert "exact.jsonl' was made with num_fewshot=null, not 1; give another --out" in err
 
 
 @pytest.mark.parametrize(
@@ -143,6 +166,7 @@ def test_an_interrupted_run_goes_on(compare: Run, tmp_path: Path, monkeypatch: p
         (("--metadata", '{"first": So}'), "is no JSON"),
         (("--include-path", "/no/such/folder"), "--include-path"),
         (("--out", __file__), "--out takes a folder"),
+        (("--csv", "/no/such/folder/x.csv"), "folder that exists"),
         (("--tasks", "nothing"), "no task 'nothing'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
