@@ -97,7 +97,8 @@ def draw_gsm8k(axes: Any) -> None:
     places = range(len(rows))
     axes.barh(places, [-number for number in lost], color="tab:red", alpha=0.6, label="only exact solves")
     axes.barh(places, gained, color="tab:green", alpha=0.6, label="only this cache solves")
-    axes.plot([up - down for up, down in zip(gained, lost, strict=True)], places, "k|", markersize=14, label="gained - lost")
+    balance = [up - down for up, down in zip(gained, lost, strict=True)]
+    axes.plot(balance, places, "k|", markersize=14, label="gained - lost")
     axes.set_yticks(places, [f"{row['cache']}  {of[row['cache']]:.2f}" for row in rows], fontsize=8)
     axes.set_ylim(-2.8, len(rows) - 0.4)  # room for the legend
     axes.axvline(0, color="black", linewidth=0.8)
