@@ -76,7 +76,10 @@ def _stays_enabled() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--cases", type=int, default=0, help="of each test at most so many of its cases, spread; tests/support is whole"
+        "--cases",
+        type=int,
+        default=0,
+        help="of each test at most so many of its cases, spread; tests/support: of each model",
     )
 
 
@@ -87,8 +90,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if most := config.getoption("--cases"):
         tests: dict[str, list[pytest.Item]] = {}
         for item in items:
-            whole = "support" in item.nodeid  # each cell is another architecture
-            tests.setdefault(item.nodeid if whole else item.nodeid.partition("[")[0], []).append(item)
-        kept = {cases[i * len(cases) // most] for cases in tests.values() for i in range(most)}
+            name, _, case = item.nodeid.partition("[")
+            if "support" in name:  # a case is a model or <model>-<way of generating>
+                name = f"{name}[{case.rpartition('-')[0] or case}"
+            tests.setdefault(name, []).append(item)
+        kept = set()
+        for turn, cases in enumerate(tests.values()):  # another way of the next model
+            kept |= {cases[(turn + i * len(cases) // most) % len(cases)] for i in range(most)}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from .needle import Cell
 
+PANELS = 4  # side by side
+
 
 def draw_heatmaps(grids: Mapping[str, Sequence[Cell]], title: str, path: str) -> None:
     """Colour and number are the probability of a token of the answer, its geometric mean; a cross: not found.
@@ -19,11 +21,15 @@ def draw_heatmaps(grids: Mapping[str, Sequence[Cell]], title: str, path: str) ->
 
     cells = next(iter(grids.values()))
     lengths, depths = sorted({cell.length for cell in cells}), sorted({cell.depth for cell in cells})
-    size = (1.2 + (0.6 + 0.7 * len(lengths)) * len(grids), 1.6 + 0.5 * len(depths))
+    across = min(PANELS, len(grids))
+    down = math.ceil(len(grids) / across)
+    size = (1.2 + (0.6 + 0.7 * len(lengths)) * across, 0.6 + (1 + 0.5 * len(depths)) * down)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the machine has
-    panels = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
-    for panel, (name, row) in zip(panels, grids.items(), strict=True):
+    panels = figure.subplots(down, across, sharey=True, squeeze=False)
+    for empty in panels.flat[len(grids) :]:
+        empty.set_axis_off()
+    for panel, (name, row) in zip(panels.flat, grids.items(), strict=False):
         shown = {(cell.depth, cell.length): cell for cell in row}
         image = panel.imshow(
             [[math.exp(-shown[depth, length].nats) for length in lengths] for depth in depths],
@@ -40,7 +46,8 @@ def draw_heatmaps(grids: Mapping[str, Sequence[Cell]], title: str, path: str) ->
         panel.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=8)
         panel.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths], fontsize=8)
         panel.set_xlabel("tokens", fontsize=8)
-    panels[0].set_ylabel("text before the needle", fontsize=8)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("text before the needle", fontsize=8)
     figure.colorbar(image, ax=panels, label="probability per token of the answer")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)

@@ -118,6 +118,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 def test_nothing_crashes_the_process(mode: str) -> None:
     """In a process of its own, which says as it goes what it is at."""

@@ -135,6 +135,15 @@ def test_nan_is_refused() -> None:
         find_needles(model, [made(random_tokens()[0], 2)], "exact", page_size=PAGE)
 
 
+def test_a_picture_of_many_policies_has_several_rows(tmp_path: Path) -> None:
+    heights = {}
+    for count in (4, 6):
+        cells = {f"policy {i}": [Cell(512, 50, "12345", True, 0.1)] for i in range(count)}
+        draw_heatmaps(cells, "a title", str(file := tmp_path / "map.png"))
+        width, heights[count] = (int.from_bytes(file.read_bytes()[at : at + 4], "big") for at in (16, 20))
+    assert heights[4] < heights[6] and width == round(150 * (1.2 + (0.6 + 0.7) * 4))
+
+
 def test_a_picture(tmp_path: Path) -> None:
     cells = {
         "exact": [Cell(n, d, "12345", True, 0.1) for n in (512, 1024) for d in (0, 50, 100)],

@@ -1,0 +1,74 @@
+"""Needles by length and depth: ``docs/figures/needles.png``, and the rows of a table of ``docs/accuracy.md``.
+
+    python benchmarks/needle_figure.py
+
+Joins ``results/needle-*.json``, each of them what ``kvquant needle --json`` wrote for some lengths and caches of one
+model, and draws them as ``kvquant needle --png`` draws one run.  Files of the same length have the same prompts (their
+hash says so); where several have a cache at one length, as all have ``exact``, their cells have to be the same.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvquant_hf.evaluation.heatmap import draw_heatmaps
+from kvquant_hf.evaluation.needle import Cell
+from kvquant_hf.policies.table import POLICIES
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+FIGURE = FOLDER.parent / "docs" / "figures" / "needles.png"
+SAME = ("model", "dtype", "versions", "text", "depths", "seed", "page_size", "sinks")
+
+
+def join(files: Iterable[dict[str, Any]]) -> dict[str, list[Cell]]:
+    """The cells of each cache, by length and depth.
+
+    Raises:
+        ValueError: the files cannot be shown in one picture.
+    """
+    files = list(files)
+    found: dict[str, dict[tuple[int, float], Cell]] = {}
+    for file in files:
+        for name in SAME:
+            if file[name] != files[0][name]:
+                raise ValueError(f"{name} is {files[0][name]!r} in one file and {file[name]!r} in another.")
+        for cache, measured in file["caches"].items():
+            grid = found.setdefault(cache, {})
+            for cell in (Cell(**fields) for fields in measured["cells"]):
+                if grid.setdefault((cell.length, cell.depth), cell) != cell:
+                    raise ValueError(f"{cache} has two outcomes at {cell.length} tokens and {cell.depth:g} %.")
+    if len({tuple(sorted(grid)) for grid in found.values()}) != 1:
+        raise ValueError("a cache lacks cells that another has.")
+    return {cache: [found[cache][place] for place in sorted(found[cache])] for cache in POLICIES if cache in found}
+
+
+def rows(grids: dict[str, Sequence[Cell]]) -> list[str]:
+    """A line of Markdown per cache: found and mean nats by length, and cells as with ``exact``."""
+    lengths = sorted({cell.length for cell in grids["exact"]})
+    lines = [
+        f"| cache | {' | '.join(f'{length:,}' for length in lengths)} | as `exact` |",
+        "|---|" + "--:|" * (len(lengths) + 1),
+    ]
+    for cache, cells in grids.items():
+        shown = []
+        for length in lengths:
+            column = [cell for cell in cells if cell.length == length]
+            nats = sum(cell.nats for cell in column) / len(column)
+            shown.append(f"{sum(cell.found for cell in column)} of {len(column)}, {nats:.3f}")
+        same = sum(cell.found == other.found for cell, other in zip(cells, grids["exact"], strict=True))
+        lines.append(f"| `{cache}` | {' | '.join(shown)} | {same} of {len(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Draw the picture, and print the table."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("needle-*.json"))]
+    grids = join(files)
+    draw_heatmaps(grids, f"{files[0]['model']}, {files[0]['dtype']}\nneedles in the {files[0]['text']}", str(FIGURE))
+    print("\n".join(rows(grids)))
+
+
+if __name__ == "__main__":
+    main()
