@@ -136,8 +136,10 @@ def _read(model: str | None, what: str, reader: str) -> Any:
     """What a class of transformers reads of a model."""
     import transformers
 
+    from ..weights.gguf_once import parsed_once
+
     source = locate(model)
-    with stage(f"reading the {what} of {source.description}", hidden=True), hushed():
+    with stage(f"reading the {what} of {source.description}", hidden=True), hushed(), parsed_once():
         try:
             return getattr(transformers, reader).from_pretrained(source.place, **source.options())
         except Exception as error:
@@ -165,6 +167,8 @@ def load_model(
     import torch
     from transformers import AutoTokenizer
 
+    from ..weights.gguf_once import parsed_once
+
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
     if weights not in WEIGHTS:
@@ -172,7 +176,8 @@ def load_model(
     source = locate(model)
     if weights == "packed" and source.gguf is None:
         raise InputError(f"packed weights are those of a .gguf file, and {model!r} is none; leave out --weights.")
-    with stage(f"loading {source.description}", hidden=hidden), hushed() if source.local else downloading():
+    quiet = hushed() if source.local else downloading()
+    with stage(f"loading {source.description}", hidden=hidden), quiet, parsed_once():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
             if weights == "packed":

@@ -37,6 +37,7 @@ from ..cache import QuantizedPagedCache
 from ..errors import EvaluationInputError, UnsupportedModelError
 from ..policies.table import PolicyLike, parse_policy
 from ..transformers_api.names import with_cache
+from ..weights.gguf_once import parsed_once
 from .baselines import check_cache, make_cache
 from .harness import check_was_read
 from .shared_prompts import SharedPrompts
@@ -68,7 +69,8 @@ class CacheLM(HFLM):
         if _is_launched_on_cpus(pretrained, options):
             # Accelerate, which ``hf`` asks, takes processes on CPUs for single ones unless told so.
             PartialState(cpu=True, timeout=_WAIT)
-        super().__init__(pretrained, **options)
+        with parsed_once():
+            super().__init__(pretrained, **options)
         if (accelerator := getattr(self, "accelerator", None)) is not None:
             # ``hf`` shares only where there are several GPUs, and counts processes machine by machine.
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import ImplementationError, KVQuantFallbackWarning, MissingPackageError, UnsupportedModelError
 from ..triton_kernels.blocks import FORMATS, BlockFormat, unpack_reference
 from ..triton_kernels.cpu.native import library
+from .gguf_once import parsed_once
 from .modules import PackedEmbedding, PackedLinear
 from .names import ARCHITECTURES, PAIRED, halves_order, parameter_name
 
@@ -25,6 +26,7 @@ _LEFT_OUT = ("rope_freqs.weight",)  # transformers makes it from the config
 _REMEDY = "load it with plain weights (--weights full)"
 
 
+@parsed_once()
 def load_packed(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a GGUF file with its matrices as they are in the file.
 
