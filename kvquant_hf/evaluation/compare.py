@@ -133,7 +133,7 @@ def answer(
         for name, lm in lms.items():
             # The first one asks for all; what the others ask then is in their files.
             own, told = (asked, advance) if name == first else ({name: asked[name]}, lambda name: None)
-            setattr(lm, kind, _through(own, kind, batch, told))
+            setattr(lm, kind, _through(own, kind, batch, told, prompts.clear))
     scores = {}
     for name, lm in lms.items():
         with silent():
@@ -174,12 +174,17 @@ def tabulate(scores: Mapping[str, Scores]) -> list[Measure]:
 
 
 def _through(
-    asked: Mapping[str, tuple[AnswerFile, Callable[..., Any]]], kind: str, batch: int, advance: Callable[[str], object]
+    asked: Mapping[str, tuple[AnswerFile, Callable[..., Any]]],
+    kind: str,
+    batch: int,
+    advance: Callable[[str], object],
+    forget: Callable[[], None],
 ) -> Callable[..., Any]:
     """What asks every cache for requests of one kind that its file has no answers to, and gives the first one's.
 
     Args:
         asked: file and method of lm-eval's models, by cache.
+        forget: called when a block has gone through all of them.
     """
     restored = tuple if kind == "loglikelihood" else lambda response: response  # JSON has no tuples
 
@@ -207,6 +212,7 @@ def _through(
                 given[name] |= new
                 for _document in block:
                     advance(name)
+            forget()
         rows = {document: iter(own) for document, own in next(iter(given.values())).items()}
         return [restored(next(rows[request.task_name, request.doc_id])) for request in requests]
 

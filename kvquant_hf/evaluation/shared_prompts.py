@@ -52,18 +52,18 @@ class _Prompt:
 
 
 class SharedPrompts:
-    """Keeps the last batch of prompts that was read.
+    """Keeps the batches of prompts that were read until it is told to forget them.
 
     ``read`` and ``taken`` count the batches that the model read, and those that were taken from before.
     """
 
     def __init__(self) -> None:
         self.read = self.taken = 0
-        self._last: _Prompt | None = None
+        self._kept: list[_Prompt] = []
 
     def clear(self) -> None:
         """Forget the prompts."""
-        self._last = None
+        self._kept.clear()
 
     @contextmanager
     def of(self, model: Any) -> Iterator[None]:
@@ -91,12 +91,13 @@ class SharedPrompts:
                 return forward(*args, **kwargs)
             others = {name: value for name, value in kwargs.items() if value is not cache}
             inputs = {name: value for name, value in others.items() if isinstance(value, torch.Tensor)}
-            if self._last is not None and self._last.is_of(inputs):
-                self.taken += 1
+            prompt = next((kept for kept in self._kept if kept.is_of(inputs)), None)
+            if prompt is None:
+                prompt = self._read(forward, config, inputs, others)
+                self._kept.append(prompt)
             else:
-                self._last = None  # not two of them at a time
-                self._last = self._read(forward, config, inputs, others)
-            return self._last.give(cache)
+                self.taken += 1
+            return prompt.give(cache)
 
         return shared
 

@@ -243,6 +243,20 @@ def test_a_prompt_is_read_once_for_all_caches(folder: Path, model: Any, tmp_path
     assert (lms["kv3"].prompts.read, lms["kv3"].prompts.taken) == (blocks, 0)
 
 
+def test_a_block_of_several_batches_is_read_once_too(folder: Path, model: Any, tmp_path: Path) -> None:
+    """As where tasks of one block generate with other options, or the model takes fewer prompts at a time."""
+    tasks = load_tasks(["small_words"], str(folder))
+    lms = _lms(model)
+    for lm in lms.values():
+        lm.batch_size_per_gpu = 1
+    files = {name: AnswerFile(tmp_path, name, {}) for name in lms}
+    kept: list[int] = []
+    answer(lms, tasks, files, batch=BATCH, advance=lambda name: kept.append(len(lms[name].prompts._kept)))
+    prompts = lms["exact"].prompts
+    assert (prompts.read, prompts.taken) == (DOCUMENTS, (len(lms) - 1) * DOCUMENTS)
+    assert max(kept) == BATCH and not prompts._kept  # a block at a time
+
+
 @pytest.mark.parametrize(
     "make",
     [tiny_llama, tiny_gemma2, partial(tiny_hybrid, "gemma4"), partial(tiny_hybrid, "deepseek-v3")],
