@@ -228,11 +228,23 @@ def test_mixed_pairs_compile(target: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+BUFFERED = ("exact", "int8", "int4", "turboquant", "channel4")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_two_page_buffers(target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("sm_80", BUFFERED[::2]),
+        ("sm_90", BUFFERED[1::2]),
+        pytest.param("sm_80", BUFFERED[1::2], marks=pytest.mark.full),
+        pytest.param("sm_90", BUFFERED[::2], marks=pytest.mark.full),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_two_page_buffers(target: str, names: tuple[str, ...]) -> None:
     """A page is copied while one is worked on: every plane has room for two."""
-    cases = [Case(target, *ALL_PAIRS[name]) for name in ("exact", "int8", "int4", "turboquant", "channel4")]
+    cases = [Case(target, *ALL_PAIRS[name]) for name in names]
     for case, built in compile_cases(cases).items():
         assert not check(case, built)
         (decode,) = (kernel for kernel in built if "decode" in kernel.name)
