@@ -1,9 +1,9 @@
-"""Needles by length and depth: ``docs/figures/needles.png``, and the rows of a table of ``docs/accuracy.md``.
+"""Needles by length and depth: ``docs/figures/needles-<model>.png``, and tables of ``docs/accuracy.md``.
 
     python benchmarks/needle_figure.py
 
-Joins ``results/needle-*.json``, each of them what ``kvquant needle --json`` wrote for some lengths and caches of one
-model, and draws them as ``kvquant needle --png`` draws one run.  Files of the same length have the same prompts (their
+Joins the files ``results/needle-*.json`` of each model, which ``kvquant needle --json`` wrote for some lengths and
+caches, and draws them as ``kvquant needle --png`` draws one run.  Files of the same length have the same prompts (their
 hash says so); where several have a cache at one length, as all have ``exact``, their cells have to be the same.
 """
 
@@ -18,7 +18,7 @@ from kvquant_hf.policies.table import POLICIES
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-FIGURE = FOLDER.parent / "docs" / "figures" / "needles.png"
+FIGURES = FOLDER.parent / "docs" / "figures"
 SAME = ("model", "dtype", "versions", "text", "depths", "seed", "page_size", "sinks")
 
 
@@ -63,11 +63,16 @@ def rows(grids: dict[str, Sequence[Cell]]) -> list[str]:
 
 
 def main() -> None:
-    """Draw the picture, and print the table."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("needle-*.json"))]
-    grids = join(files)
-    draw_heatmaps(grids, f"{files[0]['model']}, {files[0]['dtype']}\nneedles in the {files[0]['text']}", str(FIGURE))
-    print("\n".join(rows(grids)))
+    """Draw the pictures, and print the tables."""
+    models: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("needle-*.json")):
+        file = json.loads(path.read_text(encoding="utf-8"))
+        models.setdefault(file["model"], []).append(file)
+    for model, files in models.items():
+        grids = join(files)
+        title = f"{model}, {files[0]['dtype']}\nneedles in the {files[0]['text']}"
+        draw_heatmaps(grids, title, str(FIGURES / f"needles-{model}.png"))
+        print("\n".join([model, "", *rows(grids), ""]))
 
 
 if __name__ == "__main__":

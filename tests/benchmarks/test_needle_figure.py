@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("needle_figure")
-    monkeypatch.setattr(module, "FIGURE", tmp_path / "figure.png")
+    monkeypatch.setattr(module, "FIGURES", tmp_path)
     return module
 
 
@@ -59,16 +59,20 @@ def test_it_can_be_drawn(
     program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    for length in (32, 64):
-        text = json.dumps(run(length, exact=True, int4=True))
-        (tmp_path / f"needle-{length}.json").write_text(text, encoding="utf-8")
+    for length, model in ((32, "a"), (64, "a"), (64, "b")):
+        text = json.dumps(run(length, exact=True, int4=True) | {"model": model})
+        (tmp_path / f"needle-{model}-{length}.json").write_text(text, encoding="utf-8")
     monkeypatch.setattr(program, "RESULTS", tmp_path)
     program.main()
-    assert program.FIGURE.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.startswith("| cache | 32 | 64 | as `exact` |\n")
+    assert all((tmp_path / f"needles-{model}.png").read_bytes().startswith(b"\x89PNG") for model in "ab")
+    tables = capsys.readouterr().out.splitlines()
+    assert tables[0] == "a" and tables[2] == "| cache | 32 | 64 | as `exact` |" and "b" in tables
 
 
-def test_what_is_committed_can_be_joined(program: ModuleType) -> None:
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in program.RESULTS.glob("needle-*.json")]
-    grids = program.join(files)
+@pytest.mark.parametrize("model", ["qwen2.5-coder-0.5b"])
+def test_what_is_committed_can_be_joined(program: ModuleType, model: str) -> None:
+    paths = program.RESULTS.glob(f"needle-{model}-*.json")
+    grids = program.join(json.loads(path.read_text(encoding="utf-8")) for path in paths)
     assert {"exact", "int8", "int4", "kv3", "kv2.9", "kv2.4", "turboquant"} <= set(grids)
+    assert {cell.length for cell in grids["exact"]} == {1024, 2048, 4096, 8192}
+    assert (FOLDER.parent / "docs" / "figures" / f"needles-{model}.png").is_file()
