@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import numbers
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
 import lm_eval.tasks
+import numpy as np
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from ..errors import EvaluationInputError, MissingPackageError
 from .answer_file import AnswerFile, Scores
@@ -59,7 +62,7 @@ class Measure(NamedTuple):
 def load_tasks(
     names: Sequence[str], include_path: str | None = None, metadata: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """lm-eval's tasks by name; a group or a tag brings all of its own.
+    """lm-eval's tasks by name; a group or a tag brings all of its own.  Seeds are lm-eval's own.
 
     Args:
         names: of tasks, groups or tags.
@@ -82,7 +85,11 @@ def load_tasks(
                 "--include-path adds a folder of your own."
             )
         try:
-            tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+            tasks: dict[str, Any] = {}
+            for name in names:  # a task that draws its data draws the same in every run, whatever others there are
+                random.seed(DEFAULT_RANDOM_SEED)
+                np.random.seed(DEFAULT_OTHER_SEED)
+                tasks |= manager.load([name])["tasks"]
         except ImportError as error:
             raise MissingPackageError(
                 f"the tasks {', '.join(names)} need a package that is not installed: {str(error).splitlines()[0]}"

@@ -182,6 +182,35 @@ def test_no_such_task(folder: Path) -> None:
         load_tasks(["none", "small_words", "neither"], str(folder))
 
 
+_DRAWN = """\
+task: drawn
+custom_dataset: !function draw.documents
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "x"
+metric_list: [{metric: exact_match}]
+"""
+_DRAW = """
+import random
+import numpy
+from datasets import Dataset, DatasetDict
+
+def documents(**_):
+    return DatasetDict({"test": Dataset.from_list([{"text": f"{random.random()} {numpy.random.rand()}"}])})
+"""
+
+
+def test_data_that_a_task_draws_are_the_same_in_every_run(tmp_path: Path) -> None:
+    """As RULER's tasks do: a run could not go on with other data, nor be repeated."""
+    write_tasks(tmp_path)
+    (tmp_path / "drawn.yaml").write_text(_DRAWN, encoding="utf-8")
+    (tmp_path / "draw.py").write_text(_DRAW, encoding="utf-8")
+    alone = load_tasks(["drawn"], str(tmp_path))
+    after = load_tasks(["small_words", "drawn"], str(tmp_path))
+    assert list(alone["drawn"].eval_docs) == list(after["drawn"].eval_docs)
+
+
 def test_tasks_of_ones_own_need_no_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own are read for what is not in the folder, and never again to ask a model."""
     read = []
