@@ -3,8 +3,8 @@
     python benchmarks/needle_figure.py
 
 Joins the files ``results/needle-*.json`` of each model, which ``kvquant needle --json`` wrote for some lengths and
-caches, and draws them as ``kvquant needle --png`` draws one run.  Files of the same length have the same prompts (their
-hash says so); where several have a cache at one length, as all have ``exact``, their cells have to be the same.
+caches, and draws them as ``kvquant needle --png`` draws one run.  Where several have a cache at one length,
+as all have ``exact``, its cells have to be the same to the last digit: so the files are of the same prompts.
 """
 
 import json
@@ -41,7 +41,8 @@ def join(files: Iterable[dict[str, Any]]) -> dict[str, list[Cell]]:
                     raise ValueError(f"{cache} has two outcomes at {cell.length} tokens and {cell.depth:g} %.")
     if len({tuple(sorted(grid)) for grid in found.values()}) != 1:
         raise ValueError("a cache lacks cells that another has.")
-    return {cache: [found[cache][place] for place in sorted(found[cache])] for cache in POLICIES if cache in found}
+    ordered = [*(cache for cache in POLICIES if cache in found), *(cache for cache in found if cache not in POLICIES)]
+    return {cache: [found[cache][place] for place in sorted(found[cache])] for cache in ordered}
 
 
 def rows(grids: dict[str, Sequence[Cell]]) -> list[str]:

@@ -68,8 +68,7 @@ def compare(
     """Run lm-eval's tasks with several caches on the same problems, and compare scores problem by problem.
 
     How many problems a cache loses and gains against exact says more than two scores with their errors: McNemar's exact
-    test is of these alone.  An interrupted run goes on where it was: give the same command,
-    or a larger --limit.
+    test is of these alone.  An interrupted run goes on where it was: give the same command, or a larger --limit.
     """
     check_installed()
     from ..evaluation.baselines import check_cache

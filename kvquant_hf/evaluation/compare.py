@@ -154,7 +154,6 @@ def answer(
                 bootstrap_iters=0,
                 task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # loaded already: none is looked up
             )
-        prompts.clear()
         scores[name] = _scores(results["samples"])
         files[name].finish(scores[name])
     return scores

@@ -33,10 +33,11 @@ def run(length: int, **found: bool) -> dict[str, Any]:
 
 
 def test_runs_are_joined_by_cache(program: ModuleType) -> None:
-    grids = program.join([run(64, int4=False, exact=True), run(32, exact=True, int4=True)])
-    assert list(grids) == ["exact", "int4"]
+    mixed = {"int8/int4": True}  # not in the table of policies: last, and not lost
+    grids = program.join([run(64, **mixed, int4=False, exact=True), run(32, exact=True, int4=True, **mixed)])
+    assert list(grids) == ["exact", "int4", "int8/int4"]
     assert [(cell.length, cell.depth) for cell in grids["int4"]] == [(32, 0), (32, 100), (64, 0), (64, 100)]
-    assert program.rows(grids)[2:] == [
+    assert program.rows(grids)[2:4] == [
         "| `exact` | 2 of 2, 0.500 | 2 of 2, 0.500 | 4 of 4 |",
         "| `int4` | 2 of 2, 0.500 | 0 of 2, 0.500 | 2 of 4 |",
     ]
