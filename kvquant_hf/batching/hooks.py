@@ -22,7 +22,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..errors import BatchingError, UnsupportedVersionError
+from ..errors import BatchingError, KVQuantError, UnsupportedVersionError
 from ..transformers_api.attention import NAME
 from ..transformers_api.contract import BATCHING, broken
 from .calls import ATTENTION, REFUSED
@@ -149,7 +149,7 @@ def _check_kept(kept: Any, wanted: Any) -> None:
 
 def extend_generate_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     """``generate_batch``, which drops arguments that it does not know: those that ask for our pages are heard, and a
-    prompt that does not fit is an error."""
+    prompt that does not fit or a model that cannot be batched is an error."""
 
     @functools.wraps(original)
     def generate_batch(self: Any, inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ def extend_generate_batch(original: Callable[..., Any]) -> Callable[..., Any]:
             generation_config = copy.copy(self.generation_config if generation_config is None else generation_config)
             for name, value in given.items():
                 setattr(generation_config, name, value)
-        refused: list[BatchingError] = []
+        refused: list[KVQuantError] = []
         token = REFUSED.set(refused)
         try:
             results = original(self, inputs, generation_config, *args, **kwargs)

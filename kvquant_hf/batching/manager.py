@@ -8,7 +8,7 @@ import torch
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from ..errors import BatchingError, UnsupportedModelError
+from ..errors import BatchingError, KVQuantError, UnsupportedModelError
 from ..transformers_api.heads import check_shards
 from .calls import ATTENTION, REFUSED
 from .config import QuantizedBatchingConfig
@@ -49,6 +49,8 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         self._last: BatchingReport | None = None
         self._most_used = 0
         self._added = 0
+        self._refused: list[KVQuantError] | None = None  # of the last call of generate_batch
+        self._fatal: Exception | None = None  # known here before transformers' thread has it in its status
         with self._or_as_before(model):
             # What transformers would make of the settings of sampling holds for all requests; ours hold for each.
             bare = GenerationConfig(do_sample=False, eos_token_id=generation_config.eos_token_id)
@@ -129,9 +131,11 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
 
         Raises:
             BatchingError: the prompt and its new tokens need more blocks than there are, or a setting is out of range,
-                unknown, or none that requests of a batch can have.
+                unknown, or none that requests of a batch can have; or an error has ended the run.
+            KVQuantError: what has ended the run, if it was one of ours.
         """
         self._added += 1
+        self._refused = REFUSED.get()
         if seed is None:
             base = getattr(self.continuous_batching_config, "seed", None)
             seed = int(torch.randint(2**62, ())) if base is None else base + self._added
@@ -144,14 +148,31 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
             if self.batch_processor is not None:
                 self.batch_processor.cache.check_fits(len(input_ids), new or 0)
         except BatchingError as error:
-            if (refused := REFUSED.get()) is not None:
-                refused.append(error)
+            self._note(error)
             raise
         ends = sampling.config.eos_token_id
         added: str | None = super().add_request(
             input_ids, request_id, new, streaming, record_timestamps, ends, **carried(sampling)
         )
+        fatal = self._fatal
+        if fatal is not None and added is not None:  # it may have come after the thread's last look into the queue
+            self._fail_all_remaining_requests(fatal, None)
+        elif isinstance(fatal, KVQuantError):
+            raise fatal
+        elif fatal is not None:
+            raise BatchingError(f"the run has ended with an error ({fatal}); stop the manager and start it again.")
         return added
+
+    def _note(self, error: Exception) -> None:
+        """Let the call of ``generate_batch`` that waits know of an error of ours."""
+        if self._refused is not None and isinstance(error, KVQuantError):
+            self._refused.append(error)
+
+    def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
+        """As transformers', which ends all requests with it."""
+        self._fatal = error
+        self._note(error)
+        super()._handle_critical_error(error, batch_processor)
 
     def _generation_step(self) -> None:
         """As transformers', except where a step has no tokens: a prompt of which all is held but the token that its
@@ -175,6 +196,8 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
     def start(self) -> None:
         """As transformers'; a manager that was stopped, which gave the model its own attention back, takes it again."""
         self.switch_to_cb_friendly_attn(self.model)
+        if not self.is_running():
+            self._fatal = None
         super().start()
 
     def stop(self, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from transformers.cli.serving.utils import CBGenerateManager, CBStreamer, CBWork
 
 from ..batching.report import BatchingReport
 from ..batching.sizing import longest_request
-from ..errors import BatchingError, UnsupportedModelError
+from ..errors import KVQuantError, UnsupportedModelError
 from .ledger import Ledger
 from .limits import fit
 from .options import ServeOptions
@@ -157,8 +157,9 @@ class BatchedEngine(CBGenerateManager):
                 generation_config=gen_config,
                 seed=getattr(gen_config, "_seed", None),
             )
-        except BatchingError as error:
+        except KVQuantError as error:
             self._drop_handler(request_id)
+            self._check_alive(request_id)
             raise HTTPException(400, str(error)) from error
         return streamer
 

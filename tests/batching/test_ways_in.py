@@ -11,6 +11,7 @@ import pytest
 import torch
 from batching.runs import GREEDY, NEW, config_of, one_by_one, prompts_of
 from models import tiny_falcon, tiny_llama, tiny_windowed
+from support.architectures import ARCHITECTURES
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
 from transformers.generation.continuous_batching import continuous_api
@@ -84,6 +85,60 @@ def test_a_prompt_that_never_fits_is_an_error() -> None:
     config = config_of("int8", num_blocks=4, max_requests=1)
     with pytest.raises(BatchingError, match="a prompt of 700 tokens and up to 24 new ones need 11 blocks"):
         tiny_llama().generate_batch(prompts_of((5, 700)), GREEDY, continuous_batching_config=config)
+
+
+def opt() -> Any:
+    """A model that asks the cache for its one length."""
+    return ARCHITECTURES["OPT"].build()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_model_that_ends_the_run_is_an_error(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the requests come: transformers would drop those that come after with a word in the log."""
+    if late:
+        add = QuantizedBatchingManager.add_request
+
+        def add_later(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._added:
+                self._generation_thread.join(30)
+                assert not self._generation_thread.is_alive()
+            return add(self, *args, **kwargs)
+
+        monkeypatch.setattr(QuantizedBatchingManager, "add_request", add_later)
+    with pytest.raises(UnsupportedModelError, match=r"use generate\(\) for this model"):
+        opt().generate_batch(PROMPTS, GREEDY, continuous_batching_config=config_of("int8"))
+
+
+def test_a_request_that_comes_as_the_run_ends_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is let in, and the thread has looked into the queue for the last time; the next is refused."""
+    model = opt()
+    with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=config_of("int8")) as manager:
+        manager.add_request(PROMPTS[0])
+        assert "use generate()" in manager.get_result(timeout=30).error
+        manager._generation_thread.join(30)
+        with monkeypatch.context() as patch:
+            patch.setattr(manager.background_thread_status, "can_accept_new_requests", lambda: None)
+            name = manager.add_request(PROMPTS[1])
+        late = manager.get_result(timeout=1)
+        assert late.request_id == name and "use generate()" in late.error
+        with pytest.raises(UnsupportedModelError, match=r"use generate\(\) for this model"):
+            manager.add_request(PROMPTS[0])
+        manager.start()
+        assert manager.add_request(PROMPTS[0]) is not None
+
+
+def test_an_error_that_is_not_ours_ends_the_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a broken weight")
+
+    model = tiny_llama()
+    monkeypatch.setattr(model, "forward", failing)
+    with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=config_of("int8")) as manager:
+        manager.add_request(PROMPTS[0])
+        assert "a broken weight" in manager.get_result(timeout=30).error
+        manager._generation_thread.join(30)
+        with pytest.raises(BatchingError, match=r"\(a broken weight\); stop the manager and start it again"):
+            manager.add_request(PROMPTS[0])
 
 
 def test_by_a_config_of_ours(made: list[QuantizedBatchingCache]) -> None:
