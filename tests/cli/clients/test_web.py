@@ -109,7 +109,8 @@ def test_a_chat(served: Any, driver: Any) -> None:
         assert number(shown(driver, "#answer-speed")) > 0
         assert number(shown(driver, "#answer-held")) > 0
         assert number(shown(driver, "#answer-ratio")) > 2  # float32 in 4 bits, beside an open page
-        assert number(shown(driver, "#tokens")) == served.report()["tokens"]["generated"]
+        generated = served.report()["tokens"]["generated"]  # of the server's panel, which follows a moment later
+        WebDriverWait(driver, 20).until(lambda d: number(shown(d, "#tokens")) == generated)
         # The history is sent too.
         grow(driver, "and you?", answer(served, "hello", wanted, "and you?", tokens=LONG))
         assert driver.title == "kvquant"
