@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ from .reports.report import CacheReport
 from .transformers_api.contract import PIPELINE, PIPELINE_BATCHING, require
 from .transformers_api.names import with_cache
 from .triton_kernels.ops import Implementation
+from .weights.gguf_once import parsed_once
 
 if TYPE_CHECKING:
     from .batching.report import BatchingReport
@@ -102,25 +104,27 @@ def pipeline(
         >>> pipe = kvquant_hf.pipeline("Qwen/Qwen2.5-7B-Instruct", policy="int8")
         >>> pipe(["Hi, please introduce yourself", "Shanghai is"], max_new_tokens=100)
     """
-    if isinstance(model, (str, os.PathLike)) and Path(model).suffix == ".gguf" and Path(model).is_file():
-        model, file = str(Path(model).parent), Path(model).name
-        tokenizer = AutoTokenizer.from_pretrained(model, gguf_file=file) if tokenizer is None else tokenizer
-        kwargs["model_kwargs"] = {**kwargs.get("model_kwargs", {}), "gguf_file": file}
-    elif not isinstance(model, (str, os.PathLike)) and tokenizer is None:
-        tokenizer = model.name_or_path
-        if not tokenizer:
-            raise UnsupportedModelError("the model does not say where its tokenizer is; give it as tokenizer=.")
-    options: dict[str, Any] = {"policy": policy, "page_size": page_size, "prefill": prefill, "impl": impl}
-    options |= {"qparams": qparams, "max_bytes": max_bytes}
-    made: QuantizedTextGenerationPipeline = transformers.pipelines.pipeline(
-        "text-generation",
-        model=model,
-        tokenizer=tokenizer,
-        pipeline_class=QuantizedTextGenerationPipeline,
-        cache_options=options,
-        continuous_batching=continuous_batching,
-        **kwargs,
-    )
+    with ExitStack() as loading:
+        if isinstance(model, (str, os.PathLike)) and Path(model).suffix == ".gguf" and Path(model).is_file():
+            loading.enter_context(parsed_once())
+            model, file = str(Path(model).parent), Path(model).name
+            tokenizer = AutoTokenizer.from_pretrained(model, gguf_file=file) if tokenizer is None else tokenizer
+            kwargs["model_kwargs"] = {**kwargs.get("model_kwargs", {}), "gguf_file": file}
+        elif not isinstance(model, (str, os.PathLike)) and tokenizer is None:
+            tokenizer = model.name_or_path
+            if not tokenizer:
+                raise UnsupportedModelError("the model does not say where its tokenizer is; give it as tokenizer=.")
+        options: dict[str, Any] = {"policy": policy, "page_size": page_size, "prefill": prefill, "impl": impl}
+        options |= {"qparams": qparams, "max_bytes": max_bytes}
+        made: QuantizedTextGenerationPipeline = transformers.pipelines.pipeline(
+            "text-generation",
+            model=model,
+            tokenizer=tokenizer,
+            pipeline_class=QuantizedTextGenerationPipeline,
+            cache_options=options,
+            continuous_batching=continuous_batching,
+            **kwargs,
+        )
     return made
 
 
