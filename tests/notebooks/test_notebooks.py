@@ -39,7 +39,7 @@ SHORTER = {
         'topics["with"]': 'topics["with"][:900]',
     },
     "02": {},
-    "03": {"context=384, count=2": "context=128, count=2"},
+    "03": {"context=384, count=2": "context=128, count=2", "for policy in policies]": "for policy in policies[::3]]"},
     "04": {"512, 2048, 8000": "512, 1024", "rounds=16": "rounds=3", "draw_requests(12": "draw_requests(4"},
     "05": {"context=320": "context=128", "max_new_tokens=24": "max_new_tokens=8"},
     "06": {"range(12)": "range(3)", "int4,kv2.4,int4-token": "kv2.4"},
