@@ -1,6 +1,7 @@
 """Several servers behind one address, on one machine or many: Ray Serve starts them and hands requests out."""
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from ray import serve
 from .application import Application
 
 _NAME = "kvquant"
+# Ray's own 5 s are not enough where its proxy starts beside other work: it is killed, and with it the start.
+_STARTING = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 # Ray would hold requests back that a server can queue, or refuse, by itself: its gate knows when there is room.
 _AT_ONCE = 100_000
 
@@ -37,6 +40,8 @@ def run_replicas(
         signal.signal(number, lambda *args: ended.set())
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for setting, value in _STARTING.items():
+        os.environ.setdefault(setting, value)
     # A cluster that RAY_ADDRESS names, or one of this machine alone.
     ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, ignore_reinit_error=True)
     try:
