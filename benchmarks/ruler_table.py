@@ -7,6 +7,7 @@ score is the share of a problem's answers that were given; tasks count alike.
 """
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,14 +48,27 @@ def table(rows: Sequence[dict[str, str]], column: str) -> list[str]:
     return lines
 
 
+def against_exact(rows: Sequence[dict[str, str]]) -> list[str]:
+    """For each cache the mean of its differences from the exact one over all problems, in points, with its standard
+    error: each task at each length is a sample of its own."""
+    lines = []
+    for cache in dict.fromkeys(row["cache"] for row in rows if row["difference"]):
+        own = [row for row in rows if row["cache"] == cache]
+        total = sum(int(row["n"]) for row in own)
+        mean = sum(int(row["n"]) * float(row["difference"]) for row in own) / total
+        error = math.hypot(*(int(row["n"]) * float(row["difference_stderr"]) for row in own)) / total
+        lines.append(f"`{cache}` {100 * mean:+.1f} ± {100 * error:.1f} ({total} problems)")
+    return lines
+
+
 def _mean(rows: Sequence[dict[str, str]]) -> float:
     return sum(float(row["score"]) for row in rows) / len(rows)
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, and what differs from the exact cache over all problems."""
     rows = read()
-    print("\n".join([*table(rows, "metric"), "", *table(rows, "task")]))
+    print("\n".join([*table(rows, "metric"), "", *table(rows, "task"), "", *against_exact(rows)]))
 
 
 if __name__ == "__main__":

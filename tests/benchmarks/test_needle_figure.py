@@ -70,7 +70,7 @@ def test_it_can_be_drawn(
     assert tables[0] == "a" and tables[2] == "| cache | 32 | 64 | as `exact` |" and "b" in tables
 
 
-@pytest.mark.parametrize("model", ["qwen2.5-coder-0.5b"])
+@pytest.mark.parametrize("model", ["qwen2.5-coder-0.5b", "SmolLM2-135M-Instruct"])
 def test_what_is_committed_can_be_joined(program: ModuleType, model: str) -> None:
     paths = program.RESULTS.glob(f"needle-{model}-*.json")
     grids = program.join(json.loads(path.read_text(encoding="utf-8")) for path in paths)

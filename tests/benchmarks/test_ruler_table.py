@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-HEAD = "task,metric,filter,cache,bits_per_element,n,score"
-SHORT = f"{HEAD}\nvt,1024,none,exact,16.0,5,1.0\nvt,1024,none,int4,4.5,5,0.5\n"
-LONG = f"{HEAD}\nvt,16384,none,exact,16.0,5,0.5\nvt,16384,none,int4,4.5,5,0.0\n"
+HEAD = "task,metric,filter,cache,bits_per_element,n,score,difference,difference_stderr"
+SHORT = f"{HEAD}\nvt,1024,none,exact,16.0,15,1.0,,\nvt,1024,none,int4,4.5,15,0.5,-0.5,0.04\n"
+LONG = f"{HEAD}\nvt,16384,none,exact,16.0,5,0.5,,\nvt,16384,none,int4,4.5,5,0.0,-0.5,0.16\n"
 
 
 @pytest.fixture
@@ -35,6 +35,8 @@ def test_by_length_and_by_task(
         "|---|--:|--:|--:|",
         "| `exact` | 16.00 | 75.0 | 75.0 |",
         "| `int4` | 4.50 | 25.0 | 25.0 |",
+        "",
+        "`int4` -50.0 ± 5.0 (20 problems)",
     ]
     (tmp_path / "ruler-long.csv").write_text(LONG.rpartition("vt")[0], encoding="utf-8")
     with pytest.raises(ValueError, match="lacks a task"):
