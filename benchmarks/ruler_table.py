@@ -24,27 +24,21 @@ def read() -> list[dict[str, str]]:
 
 
 def table(rows: Sequence[dict[str, str]], column: str) -> list[str]:
-    """Mean scores in percent as lines of Markdown, a line per cache, and the mean of all columns.
+    """Mean scores in percent as lines of Markdown, a line per cache, and the mean of all columns.  A cache that lacks
+    something of a column has a dash there, because the others' mean would be of more; one of dashes is left out.
 
     Args:
         rows: of :func:`read`.
         column: what a column of the table is: ``metric``, a length, or ``task``.
-
-    Raises:
-        ValueError: a cache lacks a task at some length.
     """
     names = sorted({row[column] for row in rows}, key=lambda name: (len(name), name))
-    caches = list(dict.fromkeys(row["cache"] for row in rows))
-    measured = {(row["cache"], row["task"], row["metric"]) for row in rows}
-    if any((cache, task, length) not in measured for cache in caches for _, task, length in measured):
-        raise ValueError("a cache lacks a task at some length.")
     shown = [f"{int(name):,}" if name.isdecimal() else f"`{name}`" for name in names]
     lines = [f"| cache | bits | {' | '.join(shown)} | all |", "|---|" + "--:|" * (len(names) + 2)]
-    for cache in caches:
+    for cache in dict.fromkeys(row["cache"] for row in rows):
         own = [row for row in rows if row["cache"] == cache]
-        means = [_mean([row for row in own if row[column] == name]) for name in names] + [_mean(own)]
-        bits = float(own[0]["bits_per_element"])
-        lines.append(f"| `{cache}` | {bits:.2f} | {' | '.join(f'{100 * mean:.1f}' for mean in means)} |")
+        means = [_mean(own, [row for row in rows if row[column] == name]) for name in names] + [_mean(own, rows)]
+        if any(mean != "–" for mean in means):
+            lines.append(f"| `{cache}` | {float(own[0]['bits_per_element']):.2f} | {' | '.join(means)} |")
     return lines
 
 
@@ -61,8 +55,11 @@ def against_exact(rows: Sequence[dict[str, str]]) -> list[str]:
     return lines
 
 
-def _mean(rows: Sequence[dict[str, str]]) -> float:
-    return sum(float(row["score"]) for row in rows) / len(rows)
+def _mean(own: Sequence[dict[str, str]], rows: Sequence[dict[str, str]]) -> str:
+    """The mean of a cache's ``own`` scores over what is measured in ``rows``; a dash if it has not all of that."""
+    wanted = {(row["task"], row["metric"]) for row in rows}
+    scores = [float(row["score"]) for row in own if (row["task"], row["metric"]) in wanted]
+    return f"{100 * sum(scores) / len(scores):.1f}" if len(scores) == len(wanted) else "–"
 
 
 def main() -> None:
