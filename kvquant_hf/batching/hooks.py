@@ -149,7 +149,7 @@ def _check_kept(kept: Any, wanted: Any) -> None:
 
 def extend_generate_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     """``generate_batch``, which drops arguments that it does not know: those that ask for our pages are heard, and a
-    prompt that does not fit or a model that cannot be batched is an error."""
+    prompt that does not fit, and what ends the run, is an error."""
 
     @functools.wraps(original)
     def generate_batch(self: Any, inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:

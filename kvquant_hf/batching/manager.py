@@ -50,7 +50,7 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         self._most_used = 0
         self._added = 0
         self._refused: list[KVQuantError] | None = None  # of the last call of generate_batch
-        self._fatal: Exception | None = None  # known here before transformers' thread has it in its status
+        self._fatal: KVQuantError | None = None  # what ended the run, before transformers' thread has it in its status
         with self._or_as_before(model):
             # What transformers would make of the settings of sampling holds for all requests; ours hold for each.
             bare = GenerationConfig(do_sample=False, eos_token_id=generation_config.eos_token_id)
@@ -132,7 +132,7 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         Raises:
             BatchingError: the prompt and its new tokens need more blocks than there are, or a setting is out of range,
                 unknown, or none that requests of a batch can have; or an error has ended the run.
-            KVQuantError: what has ended the run, if it was one of ours.
+            KVQuantError: what has ended the run, if it was an error of ours.
         """
         self._added += 1
         self._refused = REFUSED.get()
@@ -154,24 +154,28 @@ class QuantizedBatchingManager(ContinuousBatchingManager):
         added: str | None = super().add_request(
             input_ids, request_id, new, streaming, record_timestamps, ends, **carried(sampling)
         )
-        fatal = self._fatal
-        if fatal is not None and added is not None:  # it may have come after the thread's last look into the queue
-            self._fail_all_remaining_requests(fatal, None)
-        elif isinstance(fatal, KVQuantError):
-            raise fatal
-        elif fatal is not None:
-            raise BatchingError(f"the run has ended with an error ({fatal}); stop the manager and start it again.")
+        if self._fatal is not None:
+            if added is None:
+                self._note(self._fatal)
+                raise self._fatal
+            self._fail_all_remaining_requests(self._fatal, None)  # the thread may have looked for the last time before
         return added
 
-    def _note(self, error: Exception) -> None:
-        """Let the call of ``generate_batch`` that waits know of an error of ours."""
-        if self._refused is not None and isinstance(error, KVQuantError):
+    def _note(self, error: KVQuantError) -> None:
+        """Let the call of ``generate_batch`` that waits know of an error."""
+        if self._refused is not None:
             self._refused.append(error)
 
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
-        """As transformers', which ends all requests with it."""
-        self._fatal = error
-        self._note(error)
+        """As transformers', which ends all requests with it; what is not ours is told as a ``BatchingError``."""
+        if isinstance(error, KVQuantError):
+            self._fatal = error
+        else:
+            self._fatal = BatchingError(
+                f"the run has ended with an error ({error}); stop the manager and start it again."
+            )
+            self._fatal.__cause__ = error
+        self._note(self._fatal)
         super()._handle_critical_error(error, batch_processor)
 
     def _generation_step(self) -> None:

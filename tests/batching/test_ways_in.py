@@ -137,8 +137,11 @@ def test_an_error_that_is_not_ours_ends_the_run_too(monkeypatch: pytest.MonkeyPa
         manager.add_request(PROMPTS[0])
         assert "a broken weight" in manager.get_result(timeout=30).error
         manager._generation_thread.join(30)
-        with pytest.raises(BatchingError, match=r"\(a broken weight\); stop the manager and start it again"):
+        with pytest.raises(BatchingError, match=r"\(a broken weight\); stop the manager and start it again") as raised:
             manager.add_request(PROMPTS[0])
+        assert isinstance(raised.value.__cause__, RuntimeError)
+    with pytest.raises(BatchingError, match="a broken weight"):
+        model.generate_batch(PROMPTS, GREEDY, continuous_batching_config=config_of("int8"))
 
 
 def test_by_a_config_of_ours(made: list[QuantizedBatchingCache]) -> None:
