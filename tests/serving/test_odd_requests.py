@@ -5,7 +5,9 @@ from typing import Any
 
 import httpx
 import pytest
-from serving.servers import NAME, Served, wait_until
+from serving.servers import NAME, Served, serving, wait_until
+
+from kvquant_hf.errors import BatchingError
 
 VALUES: tuple[Any, ...] = (
     None,
@@ -92,3 +94,20 @@ def test_odd_requests(seed: int, served: Served) -> None:
         wait_until(lambda: not served.app.ledger.live and not served.app.engine.report().used_blocks)
         assert client.get(f"{served.url}/health").json() == {"status": "ok"}
     assert served.client.completions.create(model=NAME, prompt="hi", max_tokens=3).usage.completion_tokens == 3
+
+
+def test_a_request_that_comes_as_the_run_ends_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was asked for when all was well, and the queue no longer takes it: not the request is wrong."""
+    with serving(policy="int4") as served:
+        manager = served.app.engine._cb
+
+        def ending(*args: Any, **settings: Any) -> None:
+            error = BatchingError("the run has ended with an error (a broken weight)")
+            manager.background_thread_status.record_fatal_error(error)
+            raise error
+
+        monkeypatch.setattr(manager, "add_request", ending)
+        body = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+        found = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
+        assert found.status_code == 503, found.text
+        assert not manager.output_router.result_handlers, "a handler is leaked"

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
@@ -71,6 +72,15 @@ def url(folder: Path) -> Any:
             assert running.stderr.read().splitlines()[-1] == "stopped."
         finally:
             running.kill()
+
+
+def test_ray_knows_the_setting_by_its_name() -> None:
+    """With its own 5 s it starts on a quiet machine too, so nothing else would tell."""
+    from kvquant_hf.serving.replicas import _STARTING
+
+    show = "from ray.serve._private import constants; print(constants.PROXY_READY_CHECK_TIMEOUT_S)"
+    command, environment = [sys.executable, "-c", show], os.environ | _STARTING
+    assert float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout) == 60
 
 
 def reports(url: str) -> dict[str, dict[str, Any]]:
