@@ -10,9 +10,11 @@ of its own.  Pairs are of the same prompt with the exact cache and with another 
 import argparse
 import csv
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kvquant_hf.benchmark.machine import processor
 from kvquant_hf.cli.measure import long_text
 from kvquant_hf.cli.models import load_model
 from kvquant_hf.evaluation.needle import Cell, Prompt, find_needles, hide_needles
@@ -22,6 +24,7 @@ from kvquant_hf.policies.table import parse_policy
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 STEP = 4001  # characters from where one haystack begins to the next
 COLUMNS = ("cache", "needles", "found", "lost", "gained", "p", "nats", "difference", "stderr", "mean_size")
+CONDITIONS = ("model", "dtype", "length", "haystacks", "batch", "page_size", "processor", "torch", "transformers")
 
 
 def haystacks(tokenizer: Any, text: str, length: int, count: int) -> list[Prompt]:
@@ -49,8 +52,15 @@ def line(found: dict[str, Any]) -> str:
     return f"| `{found['cache']}` | {counts} | {found['nats']:.3f} | {change} |"
 
 
-def measure(model: Any, prompts: Sequence[Prompt], policies: Sequence[str], batch: int, out: Path | None) -> None:
-    """Print a table, and write it as CSV, a cache as soon as it is measured."""
+def measure(
+    model: Any,
+    prompts: Sequence[Prompt],
+    policies: Sequence[str],
+    batch: int,
+    out: Path | None,
+    conditions: dict[str, Any],
+) -> None:
+    """Print a table, and write it as CSV with its ``CONDITIONS``, a cache as soon as it is measured."""
     print("| cache | found | lost | gained | p | nats | difference | its size |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     exact: list[Cell] = []
@@ -62,9 +72,9 @@ def measure(model: Any, prompts: Sequence[Prompt], policies: Sequence[str], batc
         print(line(rows[-1]), flush=True)
         if out is not None:
             with out.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
+                writer = csv.DictWriter(file, COLUMNS + CONDITIONS)
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(found | conditions for found in rows)
 
 
 def main() -> None:
@@ -80,7 +90,15 @@ def main() -> None:
     policies = [parse_policy(name).name for name in arguments.policies.split(",")]
     loaded = load_model(arguments.model, arguments.dtype, hidden=True)
     prompts = haystacks(loaded.tokenizer, long_text(), arguments.length, arguments.haystacks)
-    measure(loaded.model, prompts, policies, arguments.batch, arguments.out)
+    conditions = {"model": loaded.description, "dtype": arguments.dtype, "length": arguments.length}
+    conditions |= {
+        "haystacks": arguments.haystacks,
+        "batch": arguments.batch,
+        "page_size": 64,
+        "processor": processor(),
+    }
+    conditions |= {package: version(package) for package in ("torch", "transformers")}
+    measure(loaded.model, prompts, policies, arguments.batch, arguments.out, conditions)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,10 @@ def test_haystacks_differ_and_caches_read_the_same(tmp_path: Path, capsys: pytes
     assert len(prompts) == 10 and len({tuple(prompt.ids) for prompt in prompts}) == 10
     assert {prompt.depth for prompt in prompts} == set(needle_pairs.DEPTHS)
     out = tmp_path / "pairs.csv"
-    needle_pairs.measure(tiny_llama(vocab_size=257), prompts, ["int8", "int4-token", "int8"], 5, out)
+    conditions = dict.fromkeys(needle_pairs.CONDITIONS, "here")
+    needle_pairs.measure(tiny_llama(vocab_size=257), prompts, ["int8", "int4-token", "int8"], 5, out, conditions)
     rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
     assert [row["cache"] for row in rows] == ["exact", "int8", "int4-token"]
     assert float(rows[0]["mean_size"]) == 0 < float(rows[1]["mean_size"]) < float(rows[2]["mean_size"])
+    assert conditions.items() <= rows[0].items()
     assert len(capsys.readouterr().out.splitlines()) == 5
